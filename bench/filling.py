@@ -18,7 +18,7 @@ _STATEMENTS = (
     # Four sources are active; most events belong to a fifth, which stopped two days ago.
     """
     WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < :events),
-    told AS (
+    drawn AS (
         SELECT i, CASE WHEN i * 7 < :events * 6 AND i % 10 < 9 THEN 'shop'
                        WHEN i % 4 = 0 THEN 'adorn' WHEN i % 4 = 1 THEN 'moddy'
                        WHEN i % 1000 = 2 THEN 'till' ELSE 'whatsapp' END AS source,
@@ -33,7 +33,7 @@ _STATEMENTS = (
     SELECT i, printf('evt_%08x-%04x-7%03x-8%03x-%012x', i >> 8, i & 255, i % 4096, i % 4095, i), source,
            source || '.t' || (i / 4 % 4), subject, :begin + :span / :events * i, 'application/json', :digest,
            length(body), x'7b7d', 0, length(body), CAST(body AS BLOB)
-      FROM told
+      FROM drawn
     """,
     # Each event has deliveries to three destinations; a fourth destination has only the first five hundred.
     """

@@ -114,7 +114,7 @@ async def main(events: int) -> None:
     with TemporaryDirectory(prefix="bench-") as name:
         path = Path(name) / "relay.db"
         await fill(path, events)
-        print(f"retention of {events:,} events while {PACE:.0f}/s come in", flush=True)
+        print(f"retention of {events:,} events while {PACE:.0f}/s arrive", flush=True)
         with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as database:
 
             def left() -> int:

@@ -92,14 +92,14 @@ def _reply(receipt: Receipt) -> dict[str, str]:
 
 def _context(envelope: Envelope) -> dict[str, msgspec.Raw]:
     """Return the ids of store, seller and device unchanged, without those that are missing."""
-    said = {
+    sent = {
         "store_id": envelope.store_id,
         "seller_id": envelope.seller_id,
         "device_id": envelope.device_id,
     }
-    for name, value in said.items():
+    for name, value in sent.items():
         check_length(_text(bytes(value)), name)
-    return {name: value for name, value in said.items() if bytes(value) != b"null"}
+    return {name: value for name, value in sent.items() if bytes(value) != b"null"}
 
 
 def _text(value: bytes) -> str:

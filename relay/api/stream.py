@@ -140,7 +140,7 @@ async def stream(
 ) -> web.StreamResponse:
     """Send the items that a client wants until it disconnects or the daemon stops.
 
-    `past` yields frames that are sent first; `b""` only says that the search for them goes on.
+    `past` yields frames that are sent first; `b""` means that the search for them continues.
     """
     if followers.ended:
         return error_response(503, "draining", "the relay is stopping", "try again after its restart")

@@ -270,7 +270,7 @@ class TailApi:
     ) -> AsyncIterator[tuple[int, str, bytes]]:
         """Yield time, key and frame of the stored items of a time span (wall clock), oldest first.
 
-        An empty key says that the search goes on.
+        An empty key means that the search continues.
         """
         width = 60 * SECOND
         while start < end:

@@ -212,7 +212,7 @@ def print_kinds(known: Known) -> None:
 
 
 def path_of(chosen: Kind, kind: str, name: str) -> str:
-    """Return the path that a source has by default; "" for a kind with paths of its own."""
+    """Return the path that a source has by default; "" for a kind with its own paths."""
     path = chosen.guide.default_path.replace("{name}", name)
     return path if kind == name else path.replace(f"/{kind}", f"/{name}")
 

@@ -268,7 +268,7 @@ def delete(
     meter = Meter(number, "event")
     done = run_operation(
         daemon, "events", "delete", body=request,
-        describe=lambda at: meter.text(at["deleted"]), stopped="the events deleted so far are gone",
+        describe=lambda at: meter.text(at["deleted"]), stopped="the events deleted so far stay deleted",
     )  # fmt: skip
     if as_json:
         print_json(done)

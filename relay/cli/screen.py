@@ -203,7 +203,7 @@ def _local(moment: str) -> datetime:
 
 
 def clock_times(moments: Sequence[str | None], *, fraction: bool = False) -> list[str]:
-    """Return times for one column: all with the date, unless all are of today; "Z" marks UTC.
+    """Return times for one column: all with the date, unless all are from today; "Z" marks UTC.
 
     `fraction` adds milliseconds.
     """

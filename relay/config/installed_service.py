@@ -321,7 +321,7 @@ def service_of(config: Path | None) -> Service | None:
         return None
     try:
         return service if os.path.realpath(config) == os.path.realpath(service.config) else None
-    except OSError:  # a relative path in a folder that this user may not enter, or that is gone
+    except OSError:  # a relative path in a folder that this user may not enter, or that was deleted
         return None
 
 

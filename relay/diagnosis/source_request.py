@@ -122,7 +122,7 @@ def match_of(source: SourceConfig, path: str, method: str) -> Match:
     """Return the route of a path; the path includes the source's prefix.
 
     Raises:
-        NotFound: the source has no such path.
+        NotFound: the source does not have this path.
         Malformed: the path is not percent-encoded UTF-8.
     """
     return Routes(mounts_of({source.name: source})).find(path, method)

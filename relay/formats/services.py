@@ -116,7 +116,7 @@ def _service(
 def _slack(message: Message, _: MessageConfig) -> Any:
     """Return blocks, and their content as text for notifications and for services that do not support blocks.
 
-    Such services, Mattermost among them, find names behind an @ in the text; a word joiner prevents that.
+    Such services, Mattermost among them, find names after an @ in the text; a word joiner prevents that.
     """
     blocks: list[dict[str, Any]] = [{"type": "header", "text": _plain(message.heading)}]
     body = "\n".join((message.text, *(f"• {line}" for line in message.lines))).strip()

@@ -357,5 +357,5 @@ def _ends_in_string(literal: str, in_string: bool) -> bool:  # noqa: FBT001 - a 
         elif character == '"':
             in_string = not in_string
     if escaped:
-        raise ValueError("a placeholder stands behind a backslash; write \\\\ for a backslash")
+        raise ValueError("a placeholder follows a backslash; write \\\\ for a backslash")
     return in_string

@@ -37,7 +37,7 @@ class ReferenceConnection(Connection):
         self._aiohttp: _Protocol | None = None
         self._head: RawRequestMessage | None = None  # of the request that aiohttp calls the handler for
         self._head_text = bytearray()  # of an unfinished head
-        self._is_feeding = False  # aiohttp's parser is at work
+        self._is_feeding = False  # aiohttp's parser is running
         self._is_late = False  # the present head was sent before the last answer
         self._gone: asyncio.Transport | None = None  # lost after the head, before the handler's call
         self._held = b""  # bytes that wait for the handler's call, or for the next request's turn

@@ -212,7 +212,7 @@ class Activity:
         return lane.certificate.ends - lane.certificate.begins
 
     async def _read_past(self) -> None:
-        """Read the past of sources and destinations that are new here; forget those that are gone."""
+        """Read the past of sources and destinations that are new here; forget removed ones."""
         mounts, lanes, metrics = self._ingest.mounts, self._dispatcher.lanes, self._metrics
         for name in self._rhythms.keys() - mounts.keys():
             del self._rhythms[name]

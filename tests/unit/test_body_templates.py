@@ -195,7 +195,7 @@ def test_the_content_type_follows_from_the_template(template, content_type, used
             "column 1: write {{ and }} for the braces of JSON, or a table",
         ),
         ('{{"a":\n "{type}" "b"}}', None, ("template",), "line 2 of the template is not JSON"),
-        ('{{"a": "\\{type}"}}', None, ("template",), "a placeholder stands behind a backslash"),
+        ('{{"a": "\\{type}"}}', None, ("template",), "a placeholder follows a backslash"),
         ({"a": [{"b": "{typ}"}]}, None, ("template", "a", 0, "b"), 'did you mean "type"?'),
         ({"a": 1}, "text/plain", ("content_type",), "a table is sent as JSON"),
         ("x", "text", ("content_type",), "expected a content type"),

@@ -67,7 +67,7 @@ def read_url(url: str) -> Address:
     """Return the address in a URL such as `postgresql://relay@db1,db2/relay?sslmode=verify-full`.
 
     Raises:
-        RelayError: it is no such URL. The text does not contain the URL, which may be a secret.
+        RelayError: it is not a PostgreSQL URL. The text does not contain the URL, which may be a secret.
     """
     try:
         parts = urlsplit(url)

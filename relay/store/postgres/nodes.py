@@ -35,7 +35,7 @@ SETTLE_IN = 30.0
 """Seconds after its start in which a node takes no lane that another node holds."""
 
 NEGLECTED = 5.0
-"""Seconds after which any node takes a free lease, although another live node should."""
+"""Seconds after which any node takes a free lease, even if another live node should take it."""
 
 FORGET_AFTER = 3600.0
 """Seconds without a renewal after which a node's row is deleted and its slot is used again."""
@@ -132,7 +132,7 @@ def length_of(lease: float, timeout: float) -> float:
 
 
 def trusted_until(asked: int, length: float, timeout: float) -> int:
-    """Return the time (steady clock) at which a node stops to begin attempts under a lease.
+    """Return the time (steady clock) at which a node stops beginning attempts under a lease.
 
     It counts from `asked`, before the request was sent, so it comes before the end of the lease by the
     server's clock, by at least the `timeout` of an attempt. The steady clock may run slow by one part in
@@ -214,7 +214,7 @@ NODES_SQL = """
 
 
 class Rows(Protocol):
-    """A connection. A statement that fails raises a StorageError, and none takes longer than some seconds."""
+    """A connection. A failing statement raises StorageError; every one ends within a few seconds."""
 
     async def fetch(self, sql: str, *values: Any) -> Sequence[Any]:
         """Run a statement; returns its rows, with columns by name."""
@@ -379,7 +379,7 @@ class PostgresNodes:
         """Give everything that is still held, and close the connection; after the last attempt has ended."""
         await self._requests.stop()
         async with self._lock:
-            with suppress(StorageError):  # the leases end on their own
+            with suppress(StorageError):  # the leases expire
                 await self._give(list(self._held))
                 await self._fetch("DELETE FROM nodes WHERE incarnation = $1::uuid", self.incarnation)
             await self._disconnect()
@@ -410,7 +410,7 @@ class PostgresNodes:
         try:
             await self._requests.answer(self.owned, self._attendant.answer)
             await self._requests.clean()
-        except Exception as error:  # noqa: BLE001 - the nodes that ask notice that nobody answers
+        except Exception as error:  # noqa: BLE001 - the asking nodes notice the missing answer
             log.debug("cannot look for requests of other nodes: %s", error)
 
     async def _locked(self, sql: str, *values: Any) -> Sequence[Any]:
@@ -496,7 +496,7 @@ class PostgresNodes:
         if (moving := steps.hand_over) is not None:
             if moving.startswith(LANE):
                 self._handing_over.add(moving)
-            else:  # a job's run may end after the lease begins elsewhere: jobs are made for that
+            else:  # a job's run may end after the lease begins elsewhere: jobs tolerate that
                 await self._give([moving])
         self._held.update(steps.adopt)
         if steps.missing:

@@ -20,7 +20,7 @@ PATIENCE = 10.0
 """Seconds within which the owner must answer; a lane without an owner gets one when its lease has ended."""
 
 LOOK_EVERY = 0.05  # seconds between looks for the answer
-KEPT = 60.0  # seconds after which a request is deleted, whoever asked
+KEPT = 60.0  # seconds after which any request is deleted
 
 ASK_SQL = "INSERT INTO requests (id, destination, verb, argument) VALUES ($1::uuid, $2, $3, $4)"
 
@@ -105,7 +105,7 @@ class Requests:
             task.add_done_callback(self._answering.discard)
 
     async def clean(self) -> None:
-        """Delete requests whose nodes are gone."""
+        """Delete requests of nodes that no longer exist."""
         await self._fetch(CLEAN_SQL, KEPT)
 
     async def stop(self) -> None:

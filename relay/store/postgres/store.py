@@ -184,7 +184,7 @@ class PostgresStore:
         if await connection.value(FOREIGN_SQL):
             raise StorageError(
                 f"{self.location} has tables called events or deliveries of another program",
-                hint="give the relay a database or a schema of its own",
+                hint="use a separate database or schema for the relay",
             )
 
     async def _migrate(self, connection: Connection) -> None:
@@ -238,7 +238,7 @@ class PostgresStore:
                 )
 
     async def make_partitions(self, connection: Connection) -> None:
-        """Make the partitions of today and of the days ahead."""
+        """Make the partitions for today and the next days."""
         await make_partitions(connection, self._clock.wall())
 
     async def _maintain(self) -> None:
@@ -283,7 +283,7 @@ class PostgresStore:
                     await self._maintenance
             await writer.stop()
             if writer.failure is None:
-                with suppress(*ERRORS):  # then the lease ends by itself
+                with suppress(*ERRORS):  # then the lease expires
                     await self._owner.give(writer.connection)
         finally:
             self.opened = False

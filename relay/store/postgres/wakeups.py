@@ -1,6 +1,6 @@
-"""Wake-ups: a node tells the others which lanes have new deliveries, and hears that from them.
+"""Wake-ups: a node tells the others which lanes have new deliveries, and receives the same from them.
 
-They are sent after the commit, on a connection of their own: PostgreSQL runs the commits of transactions with
+They are sent after the commit, on a separate connection: PostgreSQL runs the commits of transactions with
 NOTIFY one after another, which made 32 writers 9 times slower (pgbench). A lost wake-up costs a poll.
 """
 
@@ -69,7 +69,7 @@ class WakeUps:
         self._connection: Notifications | None = None
         self._lanes: dict[bool, set[str]] = {False: set(), True: set()}  # to announce; by `WakeUp.retries`
         self._leases = self._requests = False
-        self._due = asyncio.Event()  # something is to be announced
+        self._due = asyncio.Event()  # an announcement is waiting
         self._probe = 0  # number of the latest probe
         self._answered = asyncio.Event()  # the latest probe has arrived
         self._tasks: list[asyncio.Task[None]] = []
@@ -112,7 +112,7 @@ class WakeUps:
                 while True:
                     await self._check()
                     await asyncio.sleep(PROBE_EVERY)
-            except Exception as error:  # noqa: BLE001 - whatever it is, the node polls meanwhile
+            except Exception as error:  # noqa: BLE001 - after any error, the node polls
                 log.debug("wake-ups do not arrive: %s", error)
             self.arrives = False
             self._disconnect()

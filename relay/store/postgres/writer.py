@@ -116,7 +116,7 @@ class PostgresWriter(Writer[Connection]):
         return self._connection
 
     async def commit(self, transaction: Transaction, commit: Coroutine[Any, Any, None]) -> None:
-        """Commit a transaction, and find out what became of it if its connection is lost meanwhile."""
+        """Commit a transaction, and find out whether it took effect if its connection is lost."""
         try:
             await commit
             if self._connection.is_unconfirmed:

@@ -1,4 +1,4 @@
-"""The writer of an SQLite file: which errors stop it, and how it goes on on a full disk."""
+"""The writer of an SQLite file: the errors that stop it, and its work on a full disk."""
 
 import logging
 import sqlite3
