@@ -94,6 +94,7 @@ class App:
         self.listener, _ = implementation_of(config.server.implementation)
         self.metrics = Metrics(listener=self.listener)
         self.router, self.rulebook = Router.of(config.destinations), Rulebook.of_config(config)
+        self.addresses: dict[str, str] = {}  # URLs of the listeners that are open
         self.listeners: list[Listener] = []  # called after each commit, lanes first
         self.store = make_store(
             config.storage.url.reveal(),
@@ -174,6 +175,7 @@ class App:
                 history=self.history,
                 disk=self.disk_forecast,
                 ledger_check=self.ledger_check,
+                addresses=self.addresses,
                 listeners=self.listeners,
             )
         )
@@ -289,6 +291,9 @@ class App:
         """Report once that the daemon listens."""
         if not self._announced:
             self._announced = True
+            self.addresses["public"] = addresses.public
+            if addresses.admin is not None:
+                self.addresses["admin"] = addresses.admin
             log.info("hookferry %s listens on %s, admin %s", __version__, addresses.public, addresses.admin)
             self.watchdog.started()
             on_ready(addresses)

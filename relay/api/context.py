@@ -42,6 +42,7 @@ class Context(msgspec.Struct, frozen=True, kw_only=True):
     history: History
     disk: DiskForecast
     ledger_check: LedgerCheck
+    addresses: dict[str, str]  # URLs of the open listeners, "public" and "admin"; filled at the start
     listeners: list[Listener]  # called after each commit (`relay.store.Listener`); streams join and leave
 
     async def check_names(self, filter_: Selection | WorkersQuery) -> None:

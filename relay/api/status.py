@@ -58,6 +58,9 @@ class StatusView(msgspec.Struct):
     uptime_seconds: int
     sources: list[str]
     destinations: list[str]
+    addresses: Annotated[
+        dict[str, str], about("URLs of the listeners `public` and `admin`, as they are open.")
+    ]
     backups: Annotated[BackupsView | None, about("null: `[backup] every` is not set.")]
     disk: Annotated[DiskView | None, about("null: not checked yet.")]
     problems: Annotated[list[StatusProblem], about("The worst first; empty if all is well.")]
@@ -73,6 +76,7 @@ def status_of(context: Context, began: int) -> StatusView:
         uptime_seconds=(context.clock.steady() - began) // SECOND,
         sources=sorted(context.ingest.mounts),
         destinations=sorted(context.dispatcher.lanes),
+        addresses=context.addresses,
         backups=_backups(context),
         disk=_disk(context),
         problems=list(_problems(context, reasons)),

@@ -3,7 +3,7 @@
 import http.client
 import time
 from collections.abc import Mapping
-from contextlib import closing
+from contextlib import closing, suppress
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import msgspec
 
 from relay.base.units import render_duration
 from relay.cli import screen
+from relay.cli.api_client import daemon_at
 from relay.cli.completion import complete
 from relay.cli.config import demand, load_without_secrets, source_named
 from relay.cli.main import FAILED, NOTHING, UNREACHABLE, CommandError
@@ -21,16 +22,20 @@ from relay.cli.options import config_option, env_file_option, json_option, read_
 from relay.cli.output import print_json, print_page
 from relay.config.binding import Binder
 from relay.config.document import read
-from relay.config.installed_service import Given, Service, service_of
+from relay.config.installed_service import Given, Service, listen_streams, service_of
 from relay.config.paths import find_config
 from relay.config.problems import guess
 from relay.config.schema import SourceConfig
 from relay.config.secrets import Secret
 from relay.config.tokens import tokens_of
 from relay.demo.samples import accept
+from relay.errors import RelayError
 from relay.source import Incoming
 
 TIMEOUT = 60.0  # seconds
+ASKING = 5.0
+"""Seconds until the daemon must say where it listens."""
+
 COLUMNS = ("type", "method", "path")
 _LOOPBACK = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}  # noqa: S104 - a listen address, not bound here
 
@@ -41,7 +46,9 @@ _LOOPBACK = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}  # noqa: S104
 @click.option("--data", help="Send the body in @FILE instead, or standard input with -.")
 @click.option("--list", "list_", is_flag=True, help="Only list the source's samples.")
 @click.option(
-    "--to", help='URL of the listener, such as "http://127.0.0.1:8080".  [default: `[server] listen`]'
+    "--to",
+    help='URL of the listener, such as "http://127.0.0.1:8080".  [default: that of the running daemon, else'
+    " of its socket unit, else `[server] listen`]",
 )
 @config_option
 @env_file_option
@@ -87,7 +94,7 @@ def send(
     if (token := _token(path, configured, given)) is not None:
         request = request.with_headers({"Authorization": f"Bearer {token.reveal()}"})
     signed = configured.settings.sign(request)
-    url = to or _listener(setup.server.listen)
+    url = to or _listener(path, setup.server.listen)
     status = _exchange(url, signed, as_json=as_json, service=None if to else service_of(path))
     if not HTTPStatus.OK <= status < HTTPStatus.MULTIPLE_CHOICES:
         hint = ""
@@ -137,9 +144,26 @@ def _token(path: Path, source: SourceConfig, given: Given) -> Secret | None:
     return None if first is None else first.secret
 
 
-def _listener(listen: str) -> str:
-    """Return the URL of the public listener for a client on this machine."""
-    host, _, port = listen.rpartition(":")
+def _listener(path: Path, listen: str) -> str:
+    """Return the URL of the public listener for a client on this machine.
+
+    The running daemon knows it. Otherwise an enabled socket unit of the service has priority over `listen`.
+    """
+    with suppress(RelayError, click.ClickException):  # it does not run, or this user may not ask it
+        found = daemon_at(path, None, None, None, timeout=ASKING).get("status")["addresses"]
+        if "public" in found:
+            return _reachable(found["public"].removeprefix("http://"))
+    stream = listen_streams().get("public", "") if service_of(path) else ""
+    return _reachable(listen if not stream or stream.startswith("/") else stream)
+
+
+def _reachable(address: str) -> str:
+    """Return the URL by which this machine reaches an address on which a listener waits.
+
+    >>> _reachable("0.0.0.0:80"), _reachable("[::]:80"), _reachable("8080"), _reachable("[2001:db8::1]:80")
+    ('http://127.0.0.1:80', 'http://[::1]:80', 'http://127.0.0.1:8080', 'http://[2001:db8::1]:80')
+    """
+    host, _, port = address.rpartition(":")
     host = host.strip("[]")
     host = _LOOPBACK.get(host, host)
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

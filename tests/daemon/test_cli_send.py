@@ -16,6 +16,7 @@ import pytest
 from commands import run
 from daemons import SOURCES, destination, running, write_config
 
+from relay.cli import send
 from relay.config.secrets import Secret
 from relay.config.signatures import SCHEMES
 from relay.signing import Signer, signer_of
@@ -43,10 +44,9 @@ async def test_every_sample_of_a_bundled_source_is_accepted(config, source, type
     page = run("send", source, "--list", "--json", "-c", config).json
     assert ([each["type"] for each in page["items"]], page["next_cursor"]) == (types, None)
     async with running(config) as relay:
-        for type_ in types:
-            result = await asyncio.to_thread(
-                run, "send", source, type_, "-c", config, "--to", relay.addresses.public
-            )
+        for number, type_ in enumerate(types):
+            to = ["--to", relay.addresses.public] if number else []  # the daemon knows its own address
+            result = await asyncio.to_thread(run, "send", source, type_, "-c", config, *to)
             assert result.out.startswith("20"), result
         assert await relay.rows(source=source)
 
@@ -94,6 +94,27 @@ def test_wrong_usage_of_send_has_a_hint(config, args, code, message):
         taken.bind(("127.0.0.1", 0))
         config.write_text(config.read_text().replace(":0", f":{taken.getsockname()[1]}", 1))
         assert message in run("send", *args, "-c", config, code=code).err
+
+
+@pytest.mark.parametrize(
+    ("stream", "expected"),
+    [
+        ("127.0.0.1:9001", "http://127.0.0.1:9001"),
+        ("0.0.0.0:9001", "http://127.0.0.1:9001"),
+        ("[::]:9001", "http://[::1]:9001"),
+        ("9001", "http://127.0.0.1:9001"),
+        ("/run/relay/public.sock", "http://127.0.0.1:8080"),
+        (None, "http://127.0.0.1:8080"),
+    ],
+)
+def test_without_a_daemon_the_socket_unit_of_the_service_says_where_it_listens(
+    config, monkeypatch, stream, expected
+):
+    monkeypatch.setattr(send, "service_of", lambda path: path == config)
+    monkeypatch.setattr(send, "listen_streams", lambda: {} if stream is None else {"public": stream})
+    assert send._listener(config, "127.0.0.1:8080") == expected
+    monkeypatch.setattr(send, "service_of", lambda path: None)  # another configuration than the service's
+    assert send._listener(config, "127.0.0.1:8080") == "http://127.0.0.1:8080"
 
 
 @contextlib.contextmanager

@@ -180,6 +180,7 @@ ANSWERS = {
         "version": "1.4.0",
         "ready": True,
         "reasons": [],
+        "addresses": {"public": "http://0.0.0.0:8080", "admin": "http://127.0.0.1:8081"},
         "uptime_seconds": 273_845,
         "sources": ["adorn", "github-enterprise-production", "whatsapp"],
         "destinations": ["crm-production-eu-west-1", "crm-production-eu-west-2", LONG, "slack", "billing"],
