@@ -3,7 +3,7 @@
 import asyncio
 import logging
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 from aiohttp import web
@@ -13,7 +13,7 @@ from relay.api.context import Context
 from relay.api.endpoints import EVENT_STREAM, endpoint
 from relay.api.query_params import NoQuery
 from relay.api.stream import Followers, LostView, frame, stream
-from relay.api.views import ABSENT
+from relay.api.views import ABSENT, Time, about
 from relay.base.clock import SECOND, rfc3339
 from relay.delivery.lane import Lane
 from relay.metrics import Reading
@@ -48,6 +48,8 @@ class TopDestination(msgspec.Struct):
     attempts_per_second: float
     delivered_per_second: float
     failed_per_second: float
+    last_error: Annotated[str | None, about("Of the latest failed attempt since the start.")]
+    last_error_at: Time | None
 
 
 class Top(msgspec.Struct):
@@ -117,7 +119,7 @@ class TopApi:
         destinations = [_destination(lane, pending.get(name, 0)) for name, lane in lanes.items()]
         destinations += [
             {"name": name, "held": ABSENT, "circuit": "closed", "pending": number,
-             "in_flight": context.dispatcher.in_flight(name)}
+             "in_flight": context.dispatcher.in_flight(name), **_last_error(None)}
             for name, number in pending.items() if name not in lanes
         ]  # fmt: skip
         return {
@@ -209,7 +211,13 @@ def _destination(lane: Lane, pending: int) -> dict[str, Any]:
         "circuit": circuit,
         "pending": pending,
         "in_flight": lane.in_flight,
+        **_last_error(lane.last_failure),
     }
+
+
+def _last_error(failure: tuple[int, str] | None) -> dict[str, str | None]:
+    at, error = failure or (None, None)
+    return {"last_error": error, "last_error_at": None if at is None else rfc3339(at)}
 
 
 def _workers(census: Mapping[tuple[str, ...], float]) -> dict[str, int]:

@@ -1,43 +1,60 @@
 """`relay top`."""
 
 import os
-import shutil
-import signal
+import queue
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+import threading
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import closing
+from datetime import datetime
+from functools import partial
 from typing import Any
 
 import click
 
-from relay.base.text import paint, wants_colour
+from relay.base.text import Colour, paint, wants_colour
 from relay.base.units import render_duration
+from relay.cli import screen
 from relay.cli.api_client import Daemon, follow_stream
+from relay.cli.destinations import held_text
 from relay.cli.endpoint import daemon_options
+from relay.cli.full_screen import FullScreen
 from relay.cli.main import INTERRUPTED, UNREACHABLE, CommandError
 from relay.cli.options import json_option
 from relay.cli.output import count, print_json, print_line, to_json
-from relay.cli.screen import cell, clip, number, table, terminal_width, text, word
+from relay.cli.screen import Column
 
 STOPPED = "the daemon stopped; waiting for it to restart (Ctrl-C to quit)"
 
 _RATES = ("events", "attempts", "delivered", "failed")
-_SOURCES = ("name", "paused", "events_per_second")
-_DESTINATIONS = (
+_PIPED_SOURCES = ("name", "paused", "events_per_second")
+_PIPED_DESTINATIONS = (
     "name", "held", "pending", "in_flight", "delivered_per_second", "failed_per_second",
     "attempts_per_second", "circuit",
 )  # fmt: skip
-"""The most important columns are on the left, because a narrow terminal cuts off the right ones."""
-
-_ENTER = "\x1b[?1049h\x1b[?25l"  # alternate screen, hidden cursor
-_LEAVE = "\x1b[?25h\x1b[?1049l"
-_HOME, _END_OF_LINE, _BELOW = "\x1b[H", "\x1b[K", "\x1b[J"
 _UNLIMITED = 10_000  # columns of a pipe
-_WORDS = ("held", "circuit", "paused")
+
+_FIGURES = (
+    ("Events", "events_per_second", "/s"), ("Delivered", "delivered_per_second", "/s"),
+    ("Failed", "failed_per_second", "/s"), ("Backlog", "backlog", ""),
+)  # fmt: skip
+"""Labels, names and units of the figures that have a history on the screen."""
+
+_BARS = "▁▂▃▄▅▆▇█"
+_GAP = "·"  # the daemon did not run
+_STEPS = (1, 2, 5, 10)  # seconds of one bar
+_STEADY = 5  # seconds of a bar from which on each bar has a snapshot while the daemon runs
+_MOST_BARS = 60
+_MOST_SAMPLES = _STEPS[-1] * _MOST_BARS
+_OF_ROW = 12  # bars in the row of a source or a destination
+_BESIDE_BARS = 44  # columns of the texts beside the history
+_LEAST_ROWS = 16  # a lower screen has no history
 
 
 @click.command()
 @click.option("--once", is_flag=True, help="Print one snapshot after a second, then exit; default in a pipe.")
+@screen.utc_option
 @json_option
 @daemon_options
 @click.pass_context
@@ -46,19 +63,29 @@ def top(ctx: click.Context, daemon: Daemon, *, once: bool, as_json: bool) -> Non
 
     Example: relay top
 
-    Runs until Ctrl-C and reconnects after a restart of the daemon. --json prints one object per line.
+    Keys: q quits, p pauses and continues, / filters sources and destinations by name, Up and Down scroll.
+    Runs until q or Ctrl-C and reconnects after a restart of the daemon. --json prints one object per line.
     """
     try:
         if once or not (as_json or _has_screen()):
-            snapshot = _snapshot(daemon)
-            print_json(snapshot) if as_json else print_line("\n".join(lines(snapshot)))
+            _print_once(_snapshot(daemon), as_json=as_json)
         elif as_json:
             _print(daemon)
         else:
-            with _screen() as screen:
-                _Dashboard(screen).follow(daemon)
+            _Dashboard().follow(daemon)
     except KeyboardInterrupt:
         ctx.exit(INTERRUPTED)
+
+
+def _print_once(snapshot: dict[str, Any], *, as_json: bool) -> None:
+    if as_json:
+        print_json(snapshot)
+    elif sys.stdout.isatty():
+        view = View()
+        view.add(snapshot)
+        print_line("\n".join(frame(view, screen.terminal_width(), None)))
+    else:
+        print_line("\n".join(lines(snapshot)))
 
 
 def _snapshot(daemon: Daemon) -> dict[str, Any]:
@@ -79,101 +106,346 @@ def _print(daemon: Daemon) -> None:
                 click.echo(to_json(snapshot))
 
 
-class _Screen:
-    """A terminal screen that is redrawn in place."""
-
-    def draw(self, lines: Callable[[int], list[str]]) -> None:
-        """Draw the lines that `lines` returns for the number of rows; cut off the excess."""
-        columns, rows = shutil.get_terminal_size()
-        shown = [clip(line, columns) + _END_OF_LINE for line in lines(rows)[:rows]]
-        click.echo(_HOME + "\n".join(shown) + _BELOW, nl=False, color=True)
-
-
-class _Dashboard:
-    """Shows the latest snapshot on a screen."""
-
-    def __init__(self, screen: _Screen) -> None:
-        self._screen = screen
-        self._latest: dict[str, Any] = {}
-
-    def follow(self, daemon: Daemon) -> None:
-        """Draw every snapshot."""
-        with closing(follow_stream(daemon, "top", self._draw_stopped, lambda: None)) as items:
-            for what, snapshot in items:
-                if what == "top":
-                    self._latest = snapshot
-                    self._screen.draw(lambda rows: lines(self._latest, rows))
-
-    def _draw_stopped(self) -> None:
-        self._screen.draw(lambda rows: [STOPPED, *(lines(self._latest, rows - 1) if self._latest else ())])
-
-
-def lines(snapshot: dict[str, Any], rows: int | None = None) -> list[str]:
-    """Return the lines of a snapshot for a screen with this number of rows, all lines for None."""
-    colour = wants_colour(sys.stdout)
-    ready = "ready" if snapshot["ready"] else f"not ready: {', '.join(snapshot['reasons'])}"
-    if colour:
-        ready = paint(ready, "green" if snapshot["ready"] else "red")
-    workers = cell(snapshot["workers"]) or "0"
-    commit = "-" if snapshot["commit_ms"] is None else f"{snapshot['commit_ms']:g} ms"
-    rates = ", ".join(f"{snapshot[f'{each}_per_second']:g} {each}" for each in _RATES)
-    head = [
-        f"hookferry {snapshot['version']}, up {render_duration(snapshot['uptime_seconds'])}, {ready}",
-        f"backlog: {count(snapshot['backlog'], 'delivery')}; per second: {rates}",
-        f"workers: {workers}; commit: {commit}; loop lag: {snapshot['loop_lag_ms']:g} ms",
-    ]
-    sources, destinations = snapshot["sources"], snapshot["destinations"]
-    room = len(sources) + len(destinations) if rows is None else max(2, rows - len(head) - 4)
-    if room < len(sources) + len(destinations):
-        sources = sorted(sources, key=lambda each: -each["events_per_second"])
-        destinations = sorted(destinations, key=lambda each: (each["held"] is None, -each["pending"]))
-    most = max(
-        room - len(destinations), room // 3
-    )  # sources; they also get rows that destinations do not need
-    shown = min(len(sources), most)
-    return [
-        *head,
-        *_table("source", _SOURCES, sources, shown, colour=colour),
-        *_table("destination", _DESTINATIONS, destinations, room - shown, colour=colour),
-    ]
-
-
-def _table(
-    noun: str, columns: Sequence[str], items: Sequence[dict[str, Any]], most: int, *, colour: bool
-) -> list[str]:
-    """Return a table after an empty line; the last line of a shortened table counts the hidden rows."""
-    if not items:
-        return []
-    shown = items if len(items) <= most else items[: max(1, most) - 1]
-    shape = [text("name", noun, least=16, long="middle")]
-    for name in columns[1:]:
-        heading = name.replace("_per_second", "/s").replace("_", " ")
-        shape.append(word(name, heading) if name in _WORDS else number(name, heading, rank=len(shape)))
-    hidden = len(items) - len(shown)
-    more = [f"… and {count(hidden, noun)} more"] if hidden else []
-    return [
-        "",
-        *table(shape, shown, width=terminal_width() if sys.stdout.isatty() else _UNLIMITED, colour=colour),
-        *more,
-    ]
-
-
 def _has_screen() -> bool:
     """Return whether stdout is a terminal that can be redrawn."""
     return sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
 
 
-@contextmanager
-def _screen() -> Iterator[_Screen]:
-    """Take over the terminal, and restore it at the end of the block, also on SIGTERM."""
-    before = signal.signal(signal.SIGTERM, _exit)
-    try:
-        click.echo(_ENTER, nl=False, color=True)
-        yield _Screen()
-    finally:
-        click.echo(_LEAVE, nl=False, color=True)
-        signal.signal(signal.SIGTERM, before)
+class History:
+    """Figures of the last minutes, by name."""
+
+    def __init__(self) -> None:
+        self._samples: dict[str, deque[tuple[float, float]]] = {}
+
+    def add(self, name: str, at: float, value: float) -> None:
+        """Add a figure; `at` is seconds since the epoch."""
+        self._samples.setdefault(name, deque(maxlen=_MOST_SAMPLES)).append((at, value))
+
+    def keep(self, names: Iterable[str]) -> None:
+        """Drop all other names."""
+        self._samples = {name: self._samples[name] for name in names if name in self._samples}
+
+    def bars(self, name: str, width: int) -> tuple[str, float, int]:
+        """Return a sparkline that ends now, its maximum, and the seconds that it covers.
+
+        A bar is the mean of its seconds; "·" has no sample. The lowest bar is 0.
+        """
+        samples = self._samples.get(name)
+        if not samples or width < 1:
+            return "", 0.0, 0
+        began, ended = samples[0][0], samples[-1][0]
+        step = next((step for step in _STEPS if ended - began < step * (width - 1)), _STEPS[-1])
+        sums: dict[int, tuple[float, int]] = {}
+        for at, value in samples:
+            total, number = sums.get(int(at // step), (0.0, 0))
+            sums[int(at // step)] = (total + value, number + 1)
+        last = int(ended // step)
+        means: list[float | None] = []
+        for at in range(max(last - width + 1, int(began // step)), last + 1):
+            total, number = sums.get(at, (0.0, 0))
+            if not number and step < _STEADY and at - 1 in sums:  # snapshots are not exactly a second apart
+                means.append(means[-1] if means else None)
+            else:
+                means.append(total / number if number else None)
+        most = max((mean for mean in means if mean is not None), default=0.0)
+        bars = "".join(_bar(mean, most) for mean in means).rjust(width)
+        return bars, most, step * width
 
 
-def _exit(number: int, _frame: object) -> None:
-    raise SystemExit(128 + number)  # the code that shells use
+def _bar(value: float | None, most: float) -> str:
+    """Return the bar of a value; a value above 0 is never as low as 0."""
+    if value is None:
+        return _GAP
+    return _BARS[0] if value <= 0 or most <= 0 else _BARS[max(1, round(value / most * (len(_BARS) - 1)))]
+
+
+class View:
+    """What the screen shows: the latest snapshot, the history, and what the operator typed."""
+
+    def __init__(self) -> None:
+        self.snapshot: dict[str, Any] = {}
+        self.history = History()
+        self.filter = ""
+        self.is_typing = False  # the filter
+        self.is_paused = False
+        self.is_stopped = False  # the daemon
+        self.has_keys = False
+        self.offset = 0  # rows of the table of destinations above the screen
+        self._waiting: deque[dict[str, Any]] = deque(maxlen=_MOST_SAMPLES)  # snapshots during a pause
+
+    def add(self, snapshot: dict[str, Any]) -> None:
+        """Take a snapshot; while paused, keep it for later."""
+        self.is_stopped = False
+        self._waiting.append(snapshot)
+        if not self.is_paused:
+            self._apply()
+
+    def _apply(self) -> None:
+        while self._waiting:
+            self.snapshot = self._waiting.popleft()
+            at = datetime.fromisoformat(self.snapshot["at"]).timestamp()
+            figures = {name: self.snapshot[name] for _, name, _ in _FIGURES}
+            for source in self.snapshot["sources"]:
+                figures[f"source {source['name']}"] = source["events_per_second"]
+            for destination in self.snapshot["destinations"]:
+                figures[f"destination {destination['name']}"] = destination["delivered_per_second"]
+            self.history.keep(figures)
+            for name, value in figures.items():
+                self.history.add(name, at, value)
+
+    def press(self, key: str) -> bool:
+        """React to a key; return False if it quits."""
+        if self.is_typing:
+            self._type(key)
+        elif key == "q":
+            return False
+        elif key == "p":
+            self.is_paused = not self.is_paused
+            self._apply()
+        elif key == "/":
+            self.is_typing = True
+        elif key == "\x1b":
+            self.filter, self.offset = "", 0
+        elif key in _MOVES:
+            self.offset = max(0, self.offset + _MOVES[key])
+        return True
+
+    def _type(self, key: str) -> None:
+        if key in ("\r", "\n"):
+            self.is_typing = False
+        elif key == "\x1b":
+            self.filter, self.is_typing = "", False
+        elif key in ("\x7f", "\b"):
+            self.filter = self.filter[:-1]
+        elif key == "\x15":  # Ctrl-U
+            self.filter = ""
+        elif len(key) == 1 and key.isprintable():
+            self.filter += key
+        self.offset = 0
+
+    def matching(self, items: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+        """Return the items whose names contain the filter."""
+        return [each for each in items if self.filter.lower() in each["name"].lower()]
+
+
+_MOVES = {"up": -1, "down": 1, "page up": -10, "page down": 10}
+
+
+class _Dashboard:
+    """Draws the view after each snapshot and each key. A thread reads the stream."""
+
+    def __init__(self) -> None:
+        self._view = View()
+        self._news: queue.SimpleQueue[dict[str, Any] | BaseException | None] = queue.SimpleQueue()
+
+    def follow(self, daemon: Daemon) -> None:
+        """Draw until the operator quits; raise the error that ends the stream."""
+        with FullScreen() as full_screen:
+            self._view.has_keys = full_screen.has_keys
+            read = partial(self._read, daemon, full_screen.wake)
+            threading.Thread(target=read, daemon=True).start()
+            while True:
+                for key in full_screen.wait():
+                    if not self._view.press(key):
+                        return
+                self._take_news()
+                full_screen.draw(partial(frame, self._view))
+
+    def _take_news(self) -> None:
+        while not self._news.empty():
+            news = self._news.get()
+            if isinstance(news, BaseException):
+                raise news
+            if news is None:
+                self._view.is_stopped = True
+            else:
+                self._view.add(news)
+
+    def _read(self, daemon: Daemon, wake: Any) -> None:
+        def report_stop() -> None:
+            self._news.put(None)
+            wake()
+
+        try:
+            with closing(follow_stream(daemon, "top", report_stop, lambda: None)) as items:
+                for what, snapshot in items:
+                    if what == "top":
+                        self._news.put(snapshot)
+                        wake()
+        except BaseException as error:  # noqa: BLE001 - the main thread raises it
+            self._news.put(error)
+            wake()
+
+
+# --- what the screen shows ------------------------------------------------------------------------------
+
+
+def frame(view: View, columns: int, rows: int | None) -> list[str]:
+    """Return the lines of the screen; `rows` is None for all lines, without the line of keys."""
+    colour = wants_colour(sys.stdout)
+    stopped = [paint(STOPPED, "red" if colour else None)] if view.is_stopped else []
+    if not view.snapshot:
+        return stopped or ["connecting…"]
+    head = [*stopped, *_head(view, columns, colour=colour, graphs=rows is None or rows >= _LEAST_ROWS)]
+    sources = _rows(view, "source", view.snapshot["sources"])
+    destinations = _rows(view, "destination", view.snapshot["destinations"])
+    room = None if rows is None else max(4, rows - len(head) - 1 - (4 if sources and destinations else 2))
+    if room is None:
+        of_sources, offset = len(sources), 0
+    else:
+        if len(sources) + len(destinations) > room:  # trouble comes first; the order is stable otherwise
+            destinations.sort(key=lambda each: each["held"] is None and not each["failed_per_second"])
+        # Sources get a third of the room, and what destinations leave.
+        of_sources = min(len(sources), max(room - len(destinations), room // 3, 2))
+        offset = min(view.offset, max(0, len(destinations) - (room - of_sources) + 1))
+        view.offset = offset
+    left = None if room is None else room - of_sources
+    body = [
+        *_table("source", _SOURCES, sources, columns, most=of_sources, colour=colour),
+        *_table("destination", _DESTINATIONS, destinations, columns, most=left, offset=offset, colour=colour),
+    ]
+    if view.filter and not sources and not destinations:
+        body = ["", f'no source or destination contains "{screen.one_line(view.filter)}"']
+    if rows is None:
+        return [*head, *body]
+    body = body[: rows - len(head) - 1]
+    blank = [""] * (rows - len(head) - len(body) - 1)
+    return [*head, *body, *blank, _keys(view, colour=colour)]
+
+
+def _head(view: View, columns: int, *, colour: bool, graphs: bool) -> list[str]:
+    snapshot = view.snapshot
+    ready = "ready" if snapshot["ready"] else f"not ready: {', '.join(snapshot['reasons'])}"
+    state = paint(ready, ("green" if snapshot["ready"] else "red") if colour else None)
+    [clock] = screen.clock_times([snapshot["at"]])
+    title = f"hookferry {snapshot['version']}  up {screen.rough(snapshot['uptime_seconds'])}  "
+    gap = columns - screen.width_of(title + ready + clock)
+    lines_ = [f"{title}{state}{' ' * gap}{clock}" if gap > 1 else title + state]
+    if not graphs:
+        figures = [f"{label} {_figure(snapshot[name])}{unit}" for label, name, unit in _FIGURES]
+        lines_.append("   ".join(figures))
+    for label, name, unit in _FIGURES if graphs else ():
+        value = snapshot[name]
+        painted: Colour | None = "red" if name == "failed_per_second" and value and colour else None
+        line = f"{label:<10}{_figure(value) + unit:>10}"
+        bars, most, seconds = view.history.bars(name, _bars_for(columns))
+        if bars:
+            line += f"  {bars}  max {_figure(most)} in {render_duration(seconds)}"
+        lines_.append(paint(line, painted))
+    commit = "-" if snapshot["commit_ms"] is None else f"{snapshot['commit_ms']:g} ms"
+    workers = screen.cell(snapshot["workers"]) or "0"
+    last = f"Workers {workers}   Commit {commit}   Loop lag {snapshot['loop_lag_ms']:g} ms"
+    return [*lines_, last]
+
+
+def _bars_for(columns: int) -> int:
+    """Return the number of bars for a terminal of this width, a multiple of 6: then 6 bars are a minute."""
+    return min(_MOST_BARS, max(0, columns - _BESIDE_BARS) // 6 * 6)
+
+
+def _rows(view: View, noun: str, items: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return the matching sources or destinations with their history."""
+    return [
+        {**each, "history": view.history.bars(f"{noun} {each['name']}", _OF_ROW)[0]}
+        for each in view.matching(items)
+    ]
+
+
+def _figure(value: float) -> str:
+    return screen.number_text(round(value, 1) if value % 1 else int(value))
+
+
+def _rate(name: str, heading: str, *, rank: int = 0) -> Column:
+    return Column(name, heading, screen.each(_figure), right=True, rank=rank)
+
+
+def _last_error(destination: Mapping[str, Any]) -> str:
+    if destination["last_error"] is None:
+        return ""
+    error = destination["last_error"].removeprefix("HTTP ")
+    return f"{screen.ago(destination['last_error_at'])}: {error}"
+
+
+_HISTORY = Column("history", "history", screen.each(str), right=True, rank=4)
+_SOURCES = (
+    screen.text("name", "source", least=20, long="middle"),
+    Column("held", "state", screen.each(str), of=lambda each: "paused" if each["paused"] else "accepting"),
+    _rate("events_per_second", "events/s"), _HISTORY._replace(rank=1),
+)  # fmt: skip
+_DESTINATIONS = (
+    screen.text("name", "destination", least=20, long="middle"),
+    Column("held", "state", screen.each(held_text)), screen.number("pending"),
+    _rate("delivered_per_second", "ok/s"), _rate("failed_per_second", "failed/s"),
+    Column("last_error", "last error", screen.each(str), least=16, rank=1, of=_last_error),
+    screen.number("in_flight", "in flight", rank=2), _HISTORY,
+    _rate("attempts_per_second", "attempts/s", rank=3),
+)  # fmt: skip
+
+
+def _table(
+    noun: str,
+    shape: Sequence[Column],
+    items: Sequence[Mapping[str, Any]],
+    columns: int,
+    *,
+    most: int | None,
+    offset: int = 0,
+    colour: bool,
+) -> list[str]:
+    """Return a table after an empty line; the last line of a shortened table counts the hidden rows."""
+    if not items:
+        return []
+    shown = items
+    if most is not None and len(items) > most:
+        shown = items[offset : offset + max(1, most - 1)]
+    hidden = len(items) - len(shown)
+    more = [f"… {count(hidden, noun)} more"] if hidden else []
+    return ["", *screen.table(shape, shown, width=columns, colour=colour), *more]
+
+
+def _keys(view: View, *, colour: bool) -> str:
+    """Return the last line of the screen."""
+    if view.is_typing:
+        return f"/{screen.one_line(view.filter)}█  Enter keeps the filter, Esc clears it"
+    if not view.has_keys:
+        return paint("Ctrl-C quits", "dim" if colour else None)
+    notes = ["PAUSED"] if view.is_paused else []
+    notes += [f"filter: {screen.one_line(view.filter)} (Esc clears it)"] if view.filter else []
+    keys = ["q quit", "p continue" if view.is_paused else "p pause", "/ filter", "↑↓ scroll"]
+    painted = [*(paint(note, "yellow" if colour else None) for note in notes)]
+    return "   ".join([*painted, paint("   ".join(keys), "dim" if colour else None)])
+
+
+# --- in a pipe ------------------------------------------------------------------------------------------
+
+
+def lines(snapshot: dict[str, Any]) -> list[str]:
+    """Return the lines of a snapshot for a pipe."""
+    colour = wants_colour(sys.stdout)
+    ready = "ready" if snapshot["ready"] else f"not ready: {', '.join(snapshot['reasons'])}"
+    if colour:
+        ready = paint(ready, "green" if snapshot["ready"] else "red")
+    workers = screen.cell(snapshot["workers"]) or "0"
+    commit = "-" if snapshot["commit_ms"] is None else f"{snapshot['commit_ms']:g} ms"
+    rates = ", ".join(f"{snapshot[f'{each}_per_second']:g} {each}" for each in _RATES)
+    return [
+        f"hookferry {snapshot['version']}, up {render_duration(snapshot['uptime_seconds'])}, {ready}",
+        f"backlog: {count(snapshot['backlog'], 'delivery')}; per second: {rates}",
+        f"workers: {workers}; commit: {commit}; loop lag: {snapshot['loop_lag_ms']:g} ms",
+        *_piped("source", _PIPED_SOURCES, snapshot["sources"], colour=colour),
+        *_piped("destination", _PIPED_DESTINATIONS, snapshot["destinations"], colour=colour),
+    ]
+
+
+def _piped(noun: str, names: Sequence[str], items: Sequence[Mapping[str, Any]], *, colour: bool) -> list[str]:
+    if not items:
+        return []
+    shape = [Column(names[0], noun, screen.each(str))]
+    for name in names[1:]:
+        heading = name.replace("_per_second", "/s").replace("_", " ")
+        shape.append(Column(name, heading, screen.each(_piped_cell)))
+    return ["", *screen.table(shape, items, width=_UNLIMITED, colour=colour)]
+
+
+def _piped_cell(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else screen.cell(value)

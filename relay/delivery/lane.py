@@ -74,6 +74,7 @@ class Lane:
         self.health = DestinationHealth(config, state, store=store, clock=clock, metrics=metrics)
         self.in_flight = 0  # attempts
         self.last_success: int | None = None  # time of the latest 2xx since the start, wall clock
+        self.last_failure: tuple[int, str] | None = None  # wall clock, error; the latest since the start
         self._runner = runner
         self._replaced: set[AttemptRunner] = set()  # by a reload, with attempts still in flight
         self._store = store
@@ -494,6 +495,7 @@ class Lane:
             attempt = outcome.attempt
             assert attempt is not None  # noqa: S101 - every outcome of a runner has one
             reason = attempt.error or attempt.result
+            self.last_failure = (self._clock.wall(), reason)
             if verdict.kind == "hold":
                 log.error("%s: held: %s", self.name, reason, extra=fields(destination=self.name))
                 self.health.rest(BLOCKED_REST)

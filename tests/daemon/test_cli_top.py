@@ -2,6 +2,7 @@
 
 import json
 import re
+import termios
 
 import pytest
 from commands import Commands, Terminal, run
@@ -10,21 +11,22 @@ from support import until
 from wire import request
 
 from relay.cli.screen import clip
-from relay.cli.top import lines
+from relay.cli.top import History, View, frame, lines
 
 
 def snapshot(sources=1, destinations=1, **more):
     """Return a snapshot."""
     rates = {"attempts_per_second": 0.0, "delivered_per_second": 0.0, "failed_per_second": 0.0}
     return {
-        "version": "1", "uptime_seconds": 60, "ready": True, "reasons": [], "backlog": 1204,
+        "at": "2026-01-31T12:00:00.000Z", "version": "1", "uptime_seconds": 60,
+        "ready": True, "reasons": [], "backlog": 1204,
         "commit_ms": None, "loop_lag_ms": 0.5, "workers": {"ONLINE": 2}, "events_per_second": 12.5, **rates,
         "sources": [
             {"name": f"s{n}", "paused": n == 1, "events_per_second": n * 1.0} for n in range(sources)
         ],
         "destinations": [
             {"name": f"d{n}", "held": "paused" if n == 7 else None, "circuit": "closed", "pending": n,
-             "in_flight": 0, **rates} for n in range(destinations)
+             "in_flight": 0, "last_error": None, "last_error_at": None, **rates} for n in range(destinations)
         ],
         **more,
     }  # fmt: skip
@@ -58,6 +60,48 @@ def test_a_daemon_that_never_ran_exits_with_3(tmp_path):
     run("top", "--socket", tmp_path / "none", code=3)
 
 
+def drawn(out):
+    """Return all lines that were drawn, without colours."""
+    return [
+        re.sub(r"\x1b\[[?0-9;]*[a-zA-Z]", "", line)
+        for text in out.split("\x1b[H")[1:] for line in text.splitlines()
+    ]  # fmt: skip
+
+
+async def test_keys_filter_pause_and_quit(relay):
+    socket = relay.addresses.socket
+    async with Terminal("top", "--socket", socket, rows=24, columns=80, keys=True) as terminal:
+        await terminal.shows("q quit   p pause   / filter")
+        terminal.press("/adrn\x7f\x7fo")
+        await terminal.shows("/ado█")
+        terminal.press("\r")
+        await terminal.shows("filter: ado")
+        latest = terminal.out.rpartition("\x1b[H")[2]
+        assert "\nadorn " in latest.replace("\r", "")
+        assert "\ncompozy " not in latest.replace("\r", "")
+        terminal.press("p")
+        await terminal.shows("PAUSED")
+        end = len(terminal.out)
+        terminal.resize(20, 60)
+        await until(lambda: "PAUSED" in terminal.out[end:])
+        assert max(map(len, drawn(terminal.out[end:]))) <= 60
+        terminal.press("p\x1b")
+        await until(lambda: "\ncompozy " in terminal.out[end:].replace("\r", ""))
+        terminal.press("q")
+        assert await terminal.exit() == 0
+        assert termios.tcgetattr(terminal._ours) == terminal.mode
+    assert terminal.out.endswith("\x1b[?25h\x1b[?1049l")
+    assert terminal.err == ""
+
+
+async def test_ctrl_c_in_the_terminal_restores_it(relay):
+    async with Terminal("top", "--socket", relay.addresses.socket, keys=True) as terminal:
+        await terminal.shows("q quit")
+        assert await terminal.interrupt() == 130
+        assert termios.tcgetattr(terminal._ours) == terminal.mode
+    assert terminal.out.endswith("\x1b[?25h\x1b[?1049l")
+
+
 async def test_the_screen_is_redrawn_in_place_and_restored(relay):
     socket = relay.addresses.socket
     async with Terminal("top", "--socket", socket, rows=30, columns=60) as terminal:
@@ -67,9 +111,7 @@ async def test_the_screen_is_redrawn_in_place_and_restored(relay):
     assert terminal.out.endswith("\x1b[?25h\x1b[?1049l")
     assert terminal.err == ""
     assert "\x1b[32mready\x1b[0m" in terminal.out
-    [_, *screens] = terminal.out.split("\x1b[H")
-    drawn = [re.sub(r"\x1b\[[?0-9;]*[a-zA-Z]", "", line) for text in screens for line in text.splitlines()]
-    assert max(map(len, drawn)) == 60
+    assert max(map(len, drawn(terminal.out))) == 60
     await until(lambda: not relay.app.api._top._followers)
 
 
@@ -94,30 +136,75 @@ async def test_the_screen_reports_a_stopped_daemon_and_continues_after_its_resta
         await terminal.shows("ready")
         assert await daemon.stop() == 0
         await terminal.shows("the daemon stopped; waiting for it to restart")
-        drawn = terminal.out.count("per second")
+        before = terminal.out.count("Delivered")
         async with Daemon(config):
-            await until(lambda: terminal.out.count("per second") > drawn + 1, 20)
+            await until(lambda: terminal.out.count("Delivered") > before + 1, 20)
             assert await terminal.interrupt() == 130
 
 
-@pytest.mark.parametrize("rows", [8, 12, 24, 100])
+def viewed(found):
+    view = View()
+    view.add(found)
+    return view
+
+
+@pytest.mark.parametrize("rows", [12, 16, 24, 100])
 def test_the_tables_fit_the_screen(monkeypatch, rows):
     monkeypatch.setenv("NO_COLOR", "1")
-    drawn = lines(snapshot(sources=9, destinations=40), rows)
-    assert len(drawn) <= rows or rows == 8
+    shown = frame(viewed(snapshot(sources=9, destinations=40)), 80, rows)
+    assert len(shown) == rows
     if rows < 60:
-        assert any(re.fullmatch(r"… and \d+ destinations more", line) for line in drawn)
-        assert any(line.startswith("d7 ") for line in drawn), "what is held comes first where not all fit"
+        assert any(re.fullmatch(r"… \d+ destinations more", line) for line in shown)
+        assert any(line.startswith("d7 ") for line in shown), "held destinations come first if not all fit"
     else:
-        assert len([line for line in drawn if re.match(r"[sd]\d", line)]) == 49
+        assert len([line for line in shown if re.match(r"[sd]\d", line)]) == 49
+
+
+def test_destinations_scroll(monkeypatch):
+    monkeypatch.setenv("NO_COLOR", "1")
+    view = viewed(snapshot(sources=0, destinations=40))
+    for _ in range(9):
+        view.press("page down")
+    shown = frame(view, 80, 24)
+    assert any(line.startswith("d39 ") for line in shown)
+    view.press("up")
+    assert not any(line.startswith("d39 ") for line in frame(view, 80, 24))
+
+
+def test_a_pause_keeps_snapshots_for_the_history():
+    view = viewed(snapshot(backlog=1))
+    view.press("p")
+    view.add(snapshot(backlog=2, at="2026-01-31T12:00:01.000Z"))
+    assert view.snapshot["backlog"] == 1
+    view.press("p")
+    assert view.snapshot["backlog"] == 2
+    assert view.history.bars("backlog", 3)[0] == " ▅█"
+
+
+@pytest.mark.parametrize(
+    ("samples", "bars", "seconds"),
+    [
+        ([], "", 0),
+        ([(0, 0)], "   ▁", 4),
+        ([(0, 1), (1, 8), (2, 4)], " ▂█▅", 4),
+        ([(0, 1), (1.9, 1), (4, 1)], " ███", 8),  # 2 s each; snapshots are not exactly a second apart
+        ([(at, 1) for at in range(40)] + [(55, 1)], "██·█", 40),
+    ],
+)
+def test_a_history_covers_the_time_since_the_start(samples, bars, seconds):
+    history = History()
+    for at, value in samples:
+        history.add("x", at, value)
+    shown, _, covered = history.bars("x", 4)
+    assert (shown, covered) == (bars, seconds)
 
 
 def test_a_daemon_that_is_not_ready_has_its_reasons(monkeypatch):
     monkeypatch.setenv("NO_COLOR", "1")
-    drawn = lines(snapshot(ready=False, reasons=["draining"]))
-    assert drawn[0] == "hookferry 1, up 1m, not ready: draining"
-    assert drawn[1].startswith("backlog: 1 204 deliveries; per second: 12.5 events, 0 attempts")
-    assert drawn[2] == "workers: 2 ONLINE; commit: -; loop lag: 0.5 ms"
+    piped = lines(snapshot(ready=False, reasons=["draining"]))
+    assert piped[0] == "hookferry 1, up 1m, not ready: draining"
+    assert piped[1].startswith("backlog: 1 204 deliveries; per second: 12.5 events, 0 attempts")
+    assert piped[2] == "workers: 2 ONLINE; commit: -; loop lag: 0.5 ms"
 
 
 def test_a_coloured_line_is_cut_by_its_visible_width():

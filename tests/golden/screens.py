@@ -6,13 +6,14 @@ files in `screens/`; look at each difference before you commit it.
 
 import copy
 import io
+import math
 import os
 import time
 from contextlib import contextmanager
 from pathlib import Path
 from unittest.mock import patch
 
-from relay.cli import endpoint, main, screen
+from relay.cli import endpoint, main, screen, top
 
 FOLDER = Path(__file__).parent / "screens"
 WIDTHS = (80, 200)
@@ -426,6 +427,69 @@ def fixed(width, **environment):
     time.tzset()
 
 
+def top_snapshot(ago):
+    """Return a snapshot of `relay top`, of so many seconds ago: load varies, one destination fails."""
+    wave = 40 * (1 + math.sin(ago / 40))
+    failed = 2.0 if ago < 90 else 0.0
+    rates = {"attempts_per_second": wave, "delivered_per_second": wave - failed, "failed_per_second": failed}
+
+    def destination(name, held=None, *, pending=0, error=None, share=0.5):
+        return {
+            "name": name, "held": held, "circuit": "open" if held == "circuit open" else "closed",
+            "pending": pending, "in_flight": round(8 * share),
+            "attempts_per_second": round(wave * share, 1),
+            "delivered_per_second": 0.0 if error else round(wave * share, 1),
+            "failed_per_second": failed if error else 0.0,
+            "last_error": error, "last_error_at": None if error is None else at(-ago - 3),
+        }  # fmt: skip
+
+    return {
+        "at": at(-ago), "version": "1.4.0", "uptime_seconds": 273_845 - ago, "ready": True, "reasons": [],
+        "backlog": 1204 if ago < 90 else 3, "events_per_second": round(wave, 1),
+        **{name: round(rate, 1) for name, rate in rates.items()},
+        "commit_ms": 1.76, "loop_lag_ms": 0.4, "workers": {"ONLINE": 12, "OFFLINE": 1},
+        "sources": [
+            {"name": name, "paused": name == "whatsapp", "events_per_second": round(wave * share, 1)}
+            for name, share in (("adorn", 0.75), ("github-enterprise-production", 0.25), ("whatsapp", 0))
+        ],
+        "destinations": [
+            destination("crm-production-eu-west-1"),
+            destination(
+                "crm-production-eu-west-2", "circuit open" if ago < 90 else None, pending=1190, share=0.05,
+                error="cannot connect to hooks.example.com:443: Connection refused",
+            ),
+            destination(LONG, pending=14), destination("slack", "paused", share=0),
+            *(destination(f"team-{number:02}", share=0.01) for number in range(20)),
+        ],
+    }  # fmt: skip
+
+
+def top_view(*, seconds=400):
+    """Return what `relay top` knows after so many seconds."""
+    view = top.View()
+    view.has_keys = True
+    for ago in range(seconds, -1, -1):
+        view.add(top_snapshot(ago))
+    return view
+
+
+def top_frame(width):
+    """Return the screen of `relay top`."""
+    return "".join(f"{line}\n" for line in top.frame(top_view(), width, ROWS))
+
+
+def draw_any(name, width):
+    """Return a screen by the name of its file."""
+    if name in SCREENS:
+        return draw(SCREENS[name], width)
+    with fixed(width):
+        return FRAMES[name](width)
+
+
+FRAMES = {"top": top_frame}
+"""Full screens, by the names of their files."""
+
+
 def draw(words, width, **environment):
     """Run a command and return the screen."""
     with fixed(width, **environment) as terminal:
@@ -440,7 +504,7 @@ def file_of(name, width):
 
 def write():
     """Rewrite the screens."""
-    drawn = {file_of(name, width): draw(words, width) for name, words in SCREENS.items() for width in WIDTHS}
+    drawn = {file_of(name, width): draw_any(name, width) for name in (*SCREENS, *FRAMES) for width in WIDTHS}
     for file in FOLDER.iterdir():
         file.unlink()
     for file, text in drawn.items():

@@ -184,9 +184,13 @@ _UNSET = (
 
 
 class Terminal:
-    """A running `relay` command with stdout on a pseudo-terminal and stderr on a pipe."""
+    """A running `relay` command with stdout on a pseudo-terminal and stderr on a pipe.
 
-    def __init__(self, *args, rows=24, columns=200, **environment) -> None:
+    With `keys`, stdin is the pseudo-terminal, too.
+    """
+
+    def __init__(self, *args, rows=24, columns=200, keys=False, **environment) -> None:
+        self._has_keys = keys
         self._args = [str(arg) for arg in args]
         self._size = (rows, columns)
         inherited = {name: value for name, value in os.environ.items() if name not in _UNSET}
@@ -196,11 +200,12 @@ class Terminal:
 
     async def __aenter__(self) -> Self:
         self._ours, theirs = os.openpty()
-        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", *self._size, 0, 0))
+        self.resize(*self._size)
+        self.mode = termios.tcgetattr(self._ours)
         self.process = await asyncio.create_subprocess_exec(
             *RELAY,
             *self._args,
-            stdin=asyncio.subprocess.DEVNULL,
+            stdin=theirs if self._has_keys else asyncio.subprocess.DEVNULL,
             stdout=theirs,
             stderr=asyncio.subprocess.PIPE,
             env=self._environment,
@@ -225,6 +230,14 @@ class Terminal:
     async def reports(self, text, seconds=30.0):
         """Wait until stderr contains the text."""
         await until(lambda: text in self.err, seconds)
+
+    def press(self, keys):
+        """Type keys."""
+        os.write(self._ours, keys.encode())
+
+    def resize(self, rows, columns):
+        """Change the size of the terminal, as its window does."""
+        fcntl.ioctl(self._ours, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
 
     async def interrupt(self):
         """Press Ctrl-C, and return the exit code."""

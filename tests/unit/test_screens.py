@@ -10,17 +10,18 @@ import pytest
 from relay.api.app import RESOURCES
 from relay.api.endpoints import endpoints_of
 from relay.api.tail import TailAttempt, TailEvent
+from relay.api.top import Top
 from relay.base.text import paint
 from relay.cli import screen
 from relay.cli.screen import Column, cut, table, text, width_of, wrap
 from tests.golden import screens
 
-DRAWN = [(name, width) for name in screens.SCREENS for width in screens.WIDTHS]
+DRAWN = [(name, width) for name in (*screens.SCREENS, *screens.FRAMES) for width in screens.WIDTHS]
 
 
 @pytest.mark.parametrize(("name", "width"), DRAWN)
 def test_a_screen_equals_its_file_and_fits_the_terminal(name, width):
-    drawn = screens.draw(screens.SCREENS[name], width)
+    drawn = screens.draw_any(name, width)
     assert drawn == screens.file_of(name, width).read_text(), "run `python -m tests.golden`"
     fits = drawn.partition("\nPayload\n")[0]
     assert max(map(width_of, fits.splitlines())) <= width
@@ -54,6 +55,8 @@ def test_the_streams_of_the_screens_have_the_types_of_the_api():
     kinds = {"event": TailEvent, "attempt": TailAttempt}
     for what, item in screens.STREAMS["tail"]:
         assert json.loads(msgspec.json.encode(msgspec.convert(item, kinds[what]))) == item
+    snapshot = screens.top_snapshot(7)
+    assert json.loads(msgspec.json.encode(msgspec.convert(snapshot, Top))) == snapshot
 
 
 @pytest.mark.parametrize(
