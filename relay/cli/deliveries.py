@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 COLUMNS = ("id", "created_at", "type", "destination", "state", "attempts", "last_status", "last_error")
 SHAPE = (
     screen.moment("created_at", "created"), screen.short_id("id", least=screen.UNIQUE_DIGITS),
-    screen.text("destination", least=14, long="middle"), screen.word("state"),
+    screen.text("destination", least=14, wish=26, long="middle"), screen.word("state"),
     screen.number("attempts", "tries"),
     screen.last_result(rank=1),
     screen.text("type", least=16, rank=2, long="middle"),

@@ -44,7 +44,7 @@ STATE = screen.Column("held", "state", screen.each(str), of=_state_text)
 """The column that says whether deliveries are sent, and if not, why."""
 
 _SHAPE = (
-    screen.text("name", least=24, long="middle"), STATE, screen.number("pending"),
+    screen.text("name", least=24, wish=40, long="middle"), STATE, screen.number("pending"),
     screen.number("in_flight", "in flight", rank=1), screen.number("delivered"), screen.number("dead"),
     screen.number("expired", rank=4), screen.number("cancelled", rank=5),
     screen.Column("last_success", "last success", screen.each(screen.ago), right=True, rank=2),

@@ -325,6 +325,8 @@ class Column(NamedTuple):
     right: bool = False
     least: int = 0
     """Width to which the column may shrink; 0: it does not shrink."""
+    wish: int = 0
+    """Width below which the column shrinks only after all columns of rank 2 and more have gone."""
     rank: int = 0
     """A table that is too wide loses the column with the highest rank; 0: it stays."""
     long: Literal["end", "middle", "wrap"] = "end"
@@ -338,11 +340,11 @@ class Column(NamedTuple):
 
 
 def text(
-    name: str, heading: str = "", *, least: int = 10, rank: int = 0,
+    name: str, heading: str = "", *, least: int = 10, wish: int = 0, rank: int = 0,
     long: Literal["end", "middle", "wrap"] = "end",
 ) -> Column:  # fmt: skip
     """Return a column of texts that may be cut."""
-    return Column(name, heading or name, each(cell), least=least, rank=rank, long=long)
+    return Column(name, heading or name, each(cell), least=least, wish=wish, rank=rank, long=long)
 
 
 def word(name: str, heading: str = "", *, rank: int = 0) -> Column:
@@ -461,11 +463,18 @@ def _fit(
         min(wide, max(column.least, width_of(column.heading)) if column.least else wide)
         for column, wide in zip(shape, natural, strict=True)
     ]
+    wished = [
+        min(wide, max(column.wish, low)) for column, wide, low in zip(shape, natural, least, strict=True)
+    ]
     shown = list(range(len(shape)))
 
     def excess(widths: Iterable[int]) -> int:
         return sum(widths) + len(GAP) * (len(shown) - 1) - width
 
+    spare = [(shape[at].rank, at) for at in shown if shape[at].rank > 1]
+    while spare and excess(wished[at] for at in shown) > 0:
+        spare.remove(last := max(spare))
+        shown.remove(last[1])
     while excess(least[at] for at in shown) > 0:
         # An empty column goes first.
         droppable = [(not filled[at], shape[at].rank, at) for at in shown if shape[at].rank]
@@ -473,13 +482,12 @@ def _fit(
             break
         shown.remove(max(droppable)[-1])
     widths = {at: natural[at] for at in shown}
-    over = excess(widths.values())
-    while over > 0:
-        widest = max(shown, key=lambda at: widths[at] - least[at])
-        if widths[widest] <= least[widest]:
+    floor = wished if excess(wished[at] for at in shown) <= 0 else least
+    for _ in range(excess(widths.values())):
+        widest = max(shown, key=lambda at: widths[at] - floor[at])
+        if widths[widest] <= floor[widest]:
             break
         widths[widest] -= 1
-        over -= 1
     return widths
 
 

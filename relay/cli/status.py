@@ -23,7 +23,7 @@ _SOURCES = (
     screen.Column("last_event", "last event", screen.each(screen.ago), right=True),
 )  # fmt: skip
 _DESTINATIONS = (
-    screen.text("name", "destination", least=24, long="middle"), DESTINATION_STATE,
+    screen.text("name", "destination", least=24, wish=40, long="middle"), DESTINATION_STATE,
     screen.number("pending"), screen.number("dead"),
     screen.Column("last_success", "last success", screen.each(screen.ago), right=True, rank=1),
     screen.number("in_flight", "in flight", rank=2), screen.number("delivered", rank=3),

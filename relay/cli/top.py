@@ -373,10 +373,10 @@ _SOURCES = (
     _rate("events_per_second", "events/s"), _HISTORY._replace(rank=1),
 )  # fmt: skip
 _DESTINATIONS = (
-    screen.text("name", "destination", least=20, long="middle"),
+    screen.text("name", "destination", least=20, wish=32, long="middle"),
     Column("held", "state", screen.each(held_text)), screen.number("pending"),
     _rate("delivered_per_second", "ok/s"), _rate("failed_per_second", "failed/s"),
-    Column("last_error", "last error", screen.each(str), least=16, rank=1, of=_last_error),
+    Column("last_error", "last error", screen.each(str), least=16, wish=44, rank=1, of=_last_error),
     screen.number("in_flight", "in flight", rank=2), _HISTORY,
     _rate("attempts_per_second", "attempts/s", rank=3),
 )  # fmt: skip
