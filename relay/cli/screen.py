@@ -471,16 +471,12 @@ def _fit(
     def excess(widths: Iterable[int]) -> int:
         return sum(widths) + len(GAP) * (len(shown) - 1) - width
 
-    spare = [(shape[at].rank, at) for at in shown if shape[at].rank > 1]
-    while spare and excess(wished[at] for at in shown) > 0:
-        spare.remove(last := max(spare))
-        shown.remove(last[1])
-    while excess(least[at] for at in shown) > 0:
-        # An empty column goes first.
-        droppable = [(not filled[at], shape[at].rank, at) for at in shown if shape[at].rank]
-        if not droppable:
+    droppable = sorted((not filled[at], shape[at].rank, at) for at in shown if shape[at].rank)
+    while droppable and excess(wished[at] for at in shown) > 0:
+        is_empty, rank, at = droppable.pop()  # an empty column goes first
+        if rank == 1 and not is_empty and excess(least[at] for at in shown) <= 0:
             break
-        shown.remove(max(droppable)[-1])
+        shown.remove(at)
     widths = {at: natural[at] for at in shown}
     floor = wished if excess(wished[at] for at in shown) <= 0 else least
     for _ in range(excess(widths.values())):
