@@ -202,7 +202,7 @@ class Metrics:
     )
     certificate_lifetime = _gauge(
         "relay_destination_certificate_lifetime_seconds",
-        "Time for which this certificate is valid in total; 0 if unknown.",
+        "Total period of validity of the TLS certificate of a destination; 0 if unknown.",
         destination=NAMES,
     )
     job_success = _gauge(

@@ -244,7 +244,7 @@ class WorkersApi:
         ]
         if not keys:
             of = "" if body.source is None else f' of source "{body.source}"'
-            hint = "list them: relay workers list; workers that come later join those that match now"
+            hint = "list workers: relay workers list; later ones are included only if one matches now"
             raise UnknownError(f'no worker{of} matches "{body.pattern}"', hint=hint)
         for first in range(0, len(keys), AT_ONCE):
             some = keys[first : first + AT_ONCE]

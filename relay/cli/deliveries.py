@@ -113,7 +113,7 @@ def request_(answer: Any, *, curl: bool, **_: str) -> None:
 
     Example: relay deliveries request 01a201eb
 
-    The request is built by the present configuration, for this delivery alone; nothing is sent. Secrets and
+    The request is built with the current configuration, for this delivery alone; nothing is sent. Secrets and
     signatures are masked. To send a signed test request: relay destinations test NAME
     """
     body = answer["body"] if answer["body_base64"] is None else None

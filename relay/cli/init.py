@@ -149,15 +149,13 @@ def init(
     Example: relay init --source github --to https://crm.example.com/hooks
 
     FOLDER is the current folder, or for a service the folder of its configuration. On a terminal, the command
-    asks for what no option says. Without a terminal, it needs --yes. Secrets are generated into files that
-    only their reader can read; an existing secret is kept. Afterwards the command prints the steps at the
-    senders' side and the commands to try.
+    asks for missing values. Without a terminal, it needs --yes. It writes new secrets to files that only the
+    user of the relay can read, and keeps an existing secret. Then it prints the steps at the senders' side
+    and commands to try.
     """
     asks = not yes
     if asks and not is_terminal():
-        raise click.UsageError(
-            "standard input is not a terminal: add --yes, and say with options what you want"
-        )
+        raise click.UsageError("standard input is not a terminal: add --yes, and set values with options")
     service = _service(run, asks=asks)
     folder = folder or (service.config.parent if service else Path())
     known = offered(())

@@ -41,7 +41,7 @@ def status(ctx: click.Context, daemon: Daemon, *, as_json: bool) -> None:
 
     Example: relay status
 
-    On a terminal, each problem comes first, with the next command.
+    On a terminal, the output begins with the problems, each with the next command.
     While the daemon is not ready, the output has the reasons and the exit code is 1.
     """
     answer = _gathered(daemon)

@@ -151,7 +151,9 @@ _SWITCH = ("on", "off")
 @click.argument("source", required=False, shell_complete=complete("source"))
 @click.argument("worker", required=False, shell_complete=complete("worker"))
 @click.argument("state", metavar="[on|off]", required=False, type=OneOf(_SWITCH))
-@click.option("--pattern", help='All workers whose ids match, such as "batch-*", also those that come later.')
+@click.option(
+    "--pattern", help='All workers whose ids match, such as "batch-*", also those that register later.'
+)
 @click.option(
     "--for", "for_", metavar="DURATION", callback=checked(parse_time_span),
     help='End the maintenance after this time, such as "2h".  [default: with `off`]',
@@ -172,7 +174,7 @@ def maintenance(
 
     Example: relay workers maintenance --pattern "batch-*" --for 2h
 
-    Name one worker by SOURCE and WORKER, or several with --pattern, if you like of one SOURCE. With
+    Name one worker by SOURCE and WORKER, or several with --pattern, optionally of one SOURCE. With
     --pattern or --for, `on` may be left out. Maintenance survives restarts of workers and of the daemon.
     Planned windows are in config.toml: `maintenance` of `[workers]`.
     """

@@ -141,8 +141,8 @@ class Admin(msgspec.Struct, frozen=True, kw_only=True):
     hosts: Annotated[
         tuple[Annotated[str, _check(validators.host_name)], ...],
         _help(
-            "names under which a reverse proxy serves the listener; the API refuses requests to other names "
-            "than these, `localhost` and the listener's own address"
+            "names under which a reverse proxy serves the listener; the API refuses requests to all names "
+            "except these, `localhost` and the listener's own address"
         ),
     ] = ()
 

@@ -205,7 +205,7 @@ class Activity:
         return None if lane is None or lane.certificate is None else lane.certificate.ends
 
     def certificate_lifetime(self, destination: str) -> int | None:
-        """Return for how many microseconds this certificate is valid in total."""
+        """Return the total period of validity of that certificate, in microseconds."""
         lane = self._dispatcher.lanes.get(destination)
         if lane is None or lane.certificate is None:
             return None

@@ -224,7 +224,7 @@ def maintain(row: Worker, now: Now, rules: WorkerRules, *, on: bool, plan: Plan 
 def patterns_of(rows: Iterable[Worker], now: Now) -> dict[str, int | None]:
     """Return the patterns of operators that are in force, each with its end (steady clock, None: no end).
 
-    Workers that an operator's pattern put into maintenance remember it, also for workers that come later.
+    Workers that an operator's pattern put into maintenance remember it, also for workers that register later.
     """
     return {
         row.maintained_as: row.maintenance_until
