@@ -11,7 +11,8 @@ from relay.api.context import Context
 from relay.api.endpoints import Lines, Page, endpoint
 from relay.api.query_params import EventsQuery, ExportQuery, Filter, ImportQuery, StatsQuery
 from relay.api.responses import LINES, CountView, check_selected_once, respond, stream_lines
-from relay.api.views import EventShown, EventView, StatView, list_items, list_stats, show_event
+from relay.api.views import EventShown, EventView, StatView, about, list_items, list_stats, show_event
+from relay.base.clock import rfc3339
 from relay.errors import RelayError, UnknownError
 from relay.model import Expunged, Imported, StoredEvent
 from relay.routing.router import explained
@@ -32,6 +33,12 @@ class MatchView(msgspec.Struct):
     lines: Annotated[
         tuple[str, ...],
         msgspec.Meta(description="The reason in words; for a failed condition, with the event's value."),
+    ]
+    held: Annotated[
+        str | None, about("Why its deliveries wait now; null if they do not, or it does not match.")
+    ]
+    options: Annotated[
+        tuple[str, ...], about("What grouping, order, expiry and `on_dead` mean for this event, in words.")
     ]
     retries: Annotated[
         str | None,
@@ -127,6 +134,10 @@ class EventsApi:
     async def _explain(self, request: web.Request) -> dict[str, Any]:
         event = await load_event(self._store, request.match_info["id"])
         matches = explained(self._state.router, event, self._state.config.destinations)
+        for each in matches:
+            if each["matches"] and (lane := self._dispatcher.lanes.get(each["name"])) is not None:
+                until = lane.health.paused_until
+                each["held"] = lane.held if until is None else f"{lane.held} until {rfc3339(until)}"
         return {"id": event.public_id, "type": event.type, "destinations": matches}
 
     @endpoint(

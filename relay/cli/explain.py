@@ -56,10 +56,10 @@ def explain(
     Example: relay explain --source adorn --data @body.json
 
     For each destination that does not get the event, the output shows the condition that failed and the
-    event's value. For each other destination, it shows which responses are retried. EVENT is the id of a
-    stored event (any unique prefix works); the daemon evaluates its running configuration. With --source,
-    this command evaluates config.toml and the source's plugin; it checks no token, sends nothing and stores
-    nothing.
+    event's value. For each other destination, it shows what happens then: whether deliveries wait now,
+    grouping, order and expiry, and which responses are retried. EVENT is the id of a stored event (any
+    unique prefix works); the daemon evaluates its running configuration. With --source, this command
+    evaluates config.toml and the source's plugin; it checks no token, sends nothing and stores nothing.
     """
     if (event is None) == (source is None):
         raise click.UsageError("give either the id of a stored EVENT or --source")
@@ -83,8 +83,10 @@ def explain(
     rows = [(each["name"], line) for each in answer["destinations"] for line in each["lines"]]
     print_table(("destination", "why"), rows)
     for each in answer["destinations"]:
-        if each["retries"] is not None:
-            click.echo(f"{each['name']}: {each['retries']}", err=True)
+        if each["held"] is not None:
+            click.echo(f"{each['name']}: held now ({each['held']}); sent when the hold has ended", err=True)
+        for line in (*each["options"], *([] if each["retries"] is None else [each["retries"]])):
+            click.echo(f"{each['name']}: {line}", err=True)
     if more := answer.get("more"):
         click.echo(f"the request has {count(more, 'more event')}; only the first one is explained", err=True)
 

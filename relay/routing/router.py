@@ -1,11 +1,12 @@
 """The router: finds the destinations of an event by the subscriptions in `[destinations]`."""
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from relay.base.units import render_duration
 from relay.config.schema import DestinationConfig
-from relay.model import StoredEvent, Target
+from relay.model import PAUSED_IN_CONFIG, StoredEvent, Target
 from relay.routing.envelope import EnvelopeView
 from relay.routing.subscription import Explanation, Subscription, SubscriptionOptions
 
@@ -107,16 +108,49 @@ def explained(
     router: Router, event: StoredEvent, destinations: Mapping[str, DestinationConfig]
 ) -> list[dict[str, Any]]:
     """Return for each destination whether it gets an event, or which condition fails on which value."""
-    return [
-        {
-            "name": name,
-            "matches": each.matches,
-            "reason": each.reason,
-            "lines": each.lines(),
-            "retries": retries(destinations[name]) if each.matches and name in destinations else None,
-        }
-        for name, each in router.explain(event).items()
-    ]
+    found = []
+    for name, each in router.explain(event).items():
+        config = destinations.get(name) if each.matches else None
+        target = None if config is None else router.resolve(name, event)
+        found.append(
+            {
+                "name": name,
+                "matches": each.matches,
+                "reason": each.reason,
+                "lines": each.lines(),
+                "held": PAUSED_IN_CONFIG if config is not None and config.paused else None,
+                "options": () if config is None or target is None else tuple(consequences(config, target)),
+                "retries": None if config is None else retries(config),
+            }
+        )
+    return found
+
+
+def consequences(config: DestinationConfig, target: Target) -> Iterator[str]:
+    """Yield what the options of a destination mean for the delivery of an event."""
+    if (grouping := target.grouping) is not None:
+        paths = (config.group_by,) if isinstance(config.group_by, str) else config.group_by or ()
+        values = _value(grouping.key) if len(paths) == 1 else grouping.key  # of several: a list as JSON
+        which = f" with the same {', '.join(paths)} ({values})" if paths else ""
+        yield (
+            f"grouped: waits up to {render_duration(config.group_wait)} for other events{which};"
+            f" one message reports up to {config.group_max} of them"
+        )
+    if config.order_by is not None and target.order_key is not None:
+        value = _value(target.order_key)
+        yield f"ordered: waits until the earlier deliveries with {config.order_by} {value} have ended"
+    if config.latest_by is not None and target.latest_key is not None:
+        value = _value(target.latest_key.partition(" ")[2])
+        yield f"a newer event of this type with {config.latest_by} {value} replaces it while it waits"
+    if config.ttl is not None:
+        yield f"expires if it is not delivered within {render_duration(config.ttl)}"
+    if config.on_dead is not None:
+        yield f"if the delivery is dead, {config.on_dead} gets the event"
+
+
+def _value(key: str) -> str:
+    """Return the value of an option's path for a sentence; long values are stored as digests."""
+    return json.dumps(key, ensure_ascii=False) if key else "not present"
 
 
 def retries(destination: DestinationConfig) -> str:
@@ -129,4 +163,5 @@ def retries(destination: DestinationConfig) -> str:
         parts = [f"any response but a 2xx is retried: {len(schedule) + 1} attempts in {within}"]
     if final:
         parts.append(f"{' and '.join(map(str, final))} end the delivery at once")
-    return "; ".join((*parts, "410 disables the destination"))
+    enable = f"`relay destinations enable {destination.name}`"
+    return "; ".join((*parts, f"410 disables the destination, and its deliveries wait until {enable}"))

@@ -30,7 +30,10 @@ def config(tmp_path):
     return write_config(tmp_path, SOURCES, ROUTES)
 
 
-USUAL = "any response but a 2xx is retried: 11 attempts in about 76 hours; 410 disables the destination"
+USUAL = (
+    "any response but a 2xx is retried: 11 attempts in about 76 hours; 410 disables the destination, and its"
+    " deliveries wait until `relay destinations enable {}`"
+)
 
 
 def explain(config, *args, code=0, stdin=None):
@@ -56,7 +59,9 @@ def test_a_body_from_standard_input_is_explained_as_json(config):
         "matches": True,
         "reason": "matched",
         "lines": ['yes: "shop.sale.*" matches'],
-        "retries": USUAL,
+        "held": None,
+        "options": [],
+        "retries": USUAL.format("sales"),
     }
     assert result["destinations"][2]["retries"] is None
 
@@ -73,11 +78,47 @@ retry = { schedule = ["1m", "1h"] }
     )
     result = explain(config, "--source", "shop", "--data", f"@{config.parent / 'body.json'}")
     usual, strict = (line for line in result.err.splitlines() if "retried" in line)
-    assert usual == f"all: {USUAL}"
+    assert usual == f"all: {USUAL.format('all')}"
     assert strict == (
         "strict: any response but a 2xx is retried: 3 attempts in 1h1m;"
-        " 400 and 413 end the delivery at once; 410 disables the destination"
+        " 400 and 413 end the delivery at once; 410 disables the destination, and its deliveries wait until"
+        " `relay destinations enable strict`"
     )
+
+
+OPTIONS = """
+[destinations.chat]
+url = "https://chat.example/hook"
+format = "slack"
+paused = true
+group_by = ["subject", "data.none"]
+ttl = "1h"
+on_dead = "all"
+[destinations.digest]
+url = "https://digest.example/hook"
+format = "slack"
+group_by = []
+[destinations.ordered]
+url = "https://ordered.example/hook"
+order_by = "data.total"
+latest_by = "subject"
+"""
+
+
+def test_the_explanation_has_the_options_of_the_destination(config):
+    config.write_text(config.read_text() + OPTIONS)
+    result = explain(config, "--source", "shop", "--data", f"@{config.parent / 'body.json'}")
+    said = [line for line in result.err.splitlines() if "retried" not in line and "unsigned" not in line]
+    grouped, most = "grouped: waits up to 30s for other events", "one message reports up to 100 of them"
+    assert said == [
+        "chat: held now (paused in config.toml); sent when the hold has ended",
+        f'chat: {grouped} with the same subject, data.none (["s-1",""]); {most}',
+        "chat: expires if it is not delivered within 1h",
+        "chat: if the delivery is dead, all gets the event",
+        f"digest: {grouped}; {most}",
+        'ordered: ordered: waits until the earlier deliveries with data.total "99" have ended',
+        'ordered: a newer event of this type with subject "s-1" replaces it while it waits',
+    ]
 
 
 def test_without_a_body_a_sample_is_explained(config):
