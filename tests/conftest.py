@@ -151,14 +151,20 @@ def tmp_path(request, tmp_path_factory):
     return tmp_path_factory.mktemp(name[:12])
 
 
-@pytest.fixture(autouse="postgres" in KINDS)
-def emptied_databases():
-    """Empty a test's databases of PostgreSQL at its end."""
-    yield
-    if "postgres" in KINDS:
-        from postgres_stores import give_back  # noqa: PLC0415 - needs asyncpg
+if "postgres" in KINDS:
+    from postgres_stores import emptied
 
-        give_back()
+    @pytest.fixture(autouse=True, scope="module")
+    def emptied_after_a_module():
+        """Empty the databases of the module's fixtures."""
+        with emptied():
+            yield
+
+    @pytest.fixture(autouse=True)
+    def emptied_after_a_test(emptied_after_a_module):
+        """Empty the databases of a test."""
+        with emptied():
+            yield
 
 
 @pytest.fixture

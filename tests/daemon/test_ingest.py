@@ -2,11 +2,11 @@
 
 import asyncio
 import json
-import sqlite3
 
 import pytest
 import pytest_asyncio
 from daemons import SOURCES, Relay, adorn, running, write_config
+from stores import rows
 from support import until
 from wire import Wire, request
 
@@ -157,13 +157,8 @@ async def test_a_key_belongs_to_its_source(relay: Relay):
 async def is_stored_when_answered(relay: Relay) -> bool:
     """Send an event and, as soon as its answer is there, look for it through another connection."""
     answer = await relay.exchange(request("POST", ADORN, adorn("durable")))
-    path = relay.app.store.path
-    with sqlite3.connect(f"file:{path}?mode=ro", uri=True) as reader:
-        found = reader.execute(
-            "SELECT 1 FROM events WHERE public_id = ?", (answer.json["event_id"],)
-        ).fetchone()
-    reader.close()
-    return found is not None
+    sql = "SELECT 1 FROM events WHERE public_id = ?"
+    return bool(await rows(relay.app.store, sql, (answer.json["event_id"],)))
 
 
 async def test_the_reply_is_sent_after_the_commit(relay: Relay):

@@ -21,6 +21,7 @@ import listeners
 import msgspec
 from aiohttp import web
 from forking import Forked
+from stores import KINDS
 from wire import Answer, exchange, request
 
 from relay import app as app_module
@@ -103,6 +104,10 @@ def write_config(folder: Path, *parts: str, port: int = 0) -> Path:
     """Write a config.toml of `HEAD` and these parts; with port 0, the kernel chooses a free port."""
     path = folder / "config.toml"
     text = "\n".join([HEAD.format(port=port), *parts])
+    if KINDS[0] == "postgres":
+        from postgres_stores import url_of  # noqa: PLC0415 - needs asyncpg
+
+        text = text.replace("[storage]", f'[storage]\nurl = "{url_of(folder)}"', 1)
     if listeners.current != "fast":
         text = text.replace("[server]", f'[server]\nimplementation = "{listeners.current}"', 1)
     path.write_text(text)

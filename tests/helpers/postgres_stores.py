@@ -4,13 +4,17 @@ Tests read rows by SQL that SQLite's tables need as well. So the schema `seen` h
 a delivery with its state, a ledger without nodes, public ids with their prefixes.
 """
 
+import asyncio
 import re
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from decimal import Decimal
 from uuid import UUID
 
 import asyncpg
 from postgres import database_of, server
 
+from relay.base.clock import SystemClock
 from relay.store.postgres import partitions
 from relay.store.postgres.schema import META, MIGRATIONS, PARTITIONED
 
@@ -57,26 +61,29 @@ EMPTY_SQL = "".join(
 
 # A delivery is either pending or has ended, and belongs to an event; nothing else is left.
 FAULTS_SQL = """
-    SELECT 'delivery', d.id FROM deliveries AS d
-     WHERE (SELECT count(*) FROM owed AS o WHERE o.id = d.id)
-         + (SELECT count(*) FROM ends AS e WHERE e.delivery_id = d.id) <> 1
-        OR NOT EXISTS (SELECT 1 FROM events AS e WHERE e.id = d.event_id)
+    SELECT 'delivery', d.id FROM public.deliveries AS d
+     WHERE (SELECT count(*) FROM public.owed AS o WHERE o.id = d.id)
+         + (SELECT count(*) FROM public.ends AS e WHERE e.delivery_id = d.id) <> 1
+        OR NOT EXISTS (SELECT 1 FROM public.events AS e WHERE e.id = d.event_id)
      UNION ALL
-    SELECT 'pending', id FROM owed WHERE NOT EXISTS (SELECT 1 FROM deliveries AS d WHERE d.id = owed.id)
+    SELECT 'pending', o.id FROM public.owed AS o
+     WHERE NOT EXISTS (SELECT 1 FROM public.deliveries AS d WHERE d.id = o.id)
      UNION ALL
-    SELECT 'end', delivery_id FROM ends
-     WHERE NOT EXISTS (SELECT 1 FROM deliveries AS d WHERE d.id = ends.delivery_id)
+    SELECT 'end', delivery_id FROM public.ends AS n
+     WHERE NOT EXISTS (SELECT 1 FROM public.deliveries AS d WHERE d.id = n.delivery_id)
      UNION ALL
-    SELECT 'attempt', id FROM attempts AS a
-     WHERE NOT EXISTS (SELECT 1 FROM deliveries AS d WHERE d.id = a.delivery_id)
+    SELECT 'attempt', id FROM public.attempts AS a
+     WHERE NOT EXISTS (SELECT 1 FROM public.deliveries AS d WHERE d.id = a.delivery_id)
 """
+
+CLOCK = SystemClock()
 
 _free = []  # DSNs of empty databases
 _used = {}  # DSN by path
 _made = []
 
 
-def url_of(path, clock):
+def url_of(path, clock=CLOCK):
     """Return the DSN of the database with a name, which is empty at the first call of a test."""
     if path not in _used:
         _used[path] = _free.pop() if _free else _make(clock)
@@ -93,10 +100,13 @@ def _make(clock):
     return url
 
 
-def give_back():
-    """Empty the databases of a test that has ended."""
-    while _used:
-        _, url = _used.popitem()
+@contextmanager
+def emptied():
+    """Empty the databases that are taken inside, at the end."""
+    before = set(_used)
+    yield
+    for path in set(_used) - before:
+        url = _used.pop(path)
         server().run(EMPTY_SQL, url.rpartition("/")[2])
         _free.append(url)
 
@@ -111,6 +121,12 @@ async def run(url, sql, values=(), *, path="seen,public"):
         return [tuple(map(_plain, row)) for row in await connection.fetch(sql, *values)]
     finally:
         await connection.close()
+
+
+def read(path, sql):
+    """Run a statement in the database with a name, from a test whose event loop is running."""
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(asyncio.run, run(_used[path], sql)).result()
 
 
 def _plain(value):

@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import os
+import sqlite3
 import weakref
 from contextlib import asynccontextmanager
 
@@ -87,6 +88,28 @@ async def rows(store, sql, values=()):
 
         return await run(store.database.address.dsn, sql, values)
     return [tuple(row) for row in await store.database.reader.execute_fetchall(sql, values)]
+
+
+def rows_of(config, sql):
+    """Read rows of the daemon with a config.toml, which may be running; SQL as for `rows`."""
+    if KINDS[0] == "postgres":
+        from postgres_stores import read  # noqa: PLC0415 - needs asyncpg
+
+        return read(config.parent, sql)
+    reader = sqlite3.connect(f"file:{config.parent / 'state' / 'relay.db'}?mode=ro", uri=True)
+    try:
+        return reader.execute(sql).fetchall()
+    finally:
+        reader.close()
+
+
+def faults_of(config):
+    """Check the data of the daemon with a config.toml; returns what is wrong."""
+    if KINDS[0] == "postgres":
+        from postgres_stores import FAULTS_SQL  # noqa: PLC0415 - needs asyncpg
+
+        return rows_of(config, FAULTS_SQL)
+    return [text for (text,) in rows_of(config, "PRAGMA integrity_check") if text != "ok"]
 
 
 async def change_rows(store, sql, values=()):
