@@ -227,7 +227,7 @@ class App:
             announce = partial(self._announce, addresses, on_ready)
             if not await self._open_store(public, unix, admin, announce):
                 return
-            life.push_async_callback(self.store.close)
+            life.push_async_callback(self._close_store)
             self.observers.start()
             life.push_async_callback(self._stop_observers)
             with suppress(StorageError):  # the job repeats it; until then no worker goes offline
@@ -387,6 +387,10 @@ class App:
         await self.dispatcher.stop(self._time_left())
         await self.owner.stop()
 
+    async def _close_store(self) -> None:
+        await self.ingest.refused.flush()
+        await self.store.close()
+
     async def _stop_observers(self) -> None:
         await self.observers.stop(self._time_left())
 
@@ -404,6 +408,7 @@ class App:
         jobs.add("backup", self.backups.every, self.backups.run, cluster=True)
         jobs.add("disk", DISK_EVERY, self._check_disk)
         jobs.add(LEDGER, LEDGER_EVERY, self.ledger_check.check)
+        jobs.add("refused", self.ingest.refused.every, self.ingest.refused.run)
         jobs.add("history", self.history.every, self.history.run)
         jobs.add("activity", self.activity.every, self.activity.run)
         jobs.add("tokens", TOKENS_EVERY, self.ingest.token_uses.run)

@@ -154,6 +154,26 @@ class Named(msgspec.Struct, frozen=True):
     chosen: Chosen
 
 
+class RefusedRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A refused request as it is kept: tokens are masked."""
+
+    id: str  # ref_ + UUIDv7
+    at: int  # wall clock
+    source: str | None = None  # None: no source owns the path
+    reason: str
+    status: int
+    problem: str  # one sentence
+    field: str = ""  # of the body
+    method: str
+    target: str  # path and query
+    headers: tuple[tuple[str, str], ...]
+    remote: str
+    size: int = 0  # bytes of the body that arrived
+    body: bytes | None = None  # None: the sender was not authenticated, or the body is too large to keep
+    retried_at: int | None = None
+    event_id: str | None = None  # public id of the event that a retry stored
+
+
 class News(msgspec.Struct, frozen=True):
     """The changes of one commit that lanes and plugins need to know."""
 

@@ -60,6 +60,7 @@ class State:
             sender_address=_sender_address_of(config),
             patience=_patience_of(config),
             token_uses=TokenUses(metrics, clock, config.admin.tokens),
+            refused=config.refused,
         )
         self.dispatcher = Dispatcher(
             config.destinations, formats=setup.formats, store=store, clock=clock, metrics=metrics
@@ -105,7 +106,7 @@ class State:
         config = draft.setup.config
         self.setup = draft.setup
         self._count(config)
-        self.ingest.mount(draft.mounts, _sender_address_of(config), _patience_of(config))
+        self.ingest.mount(draft.mounts, _sender_address_of(config), _patience_of(config), config.refused)
         self.rulebook.adopt(draft.rules)
         if draft.rules.shortest_interval != self.watch.interval:
             self.watch.change_interval(draft.rules.shortest_interval)

@@ -18,6 +18,7 @@ from relay.api.history import HistoryApi
 from relay.api.jobs import JobsApi
 from relay.api.names import NamesApi
 from relay.api.nodes import NodesApi
+from relay.api.refused import RefusedApi
 from relay.api.replays import ReplaysApi
 from relay.api.responses import errors, respond
 from relay.api.scrape import Scrape
@@ -132,7 +133,7 @@ class DaemonApi:
 
 RESOURCES = (
     DaemonApi, EventsApi, DeliveriesApi, ReplaysApi, DestinationsApi, SourcesApi, WorkersApi, JobsApi,
-    DatabaseApi, NamesApi, HistoryApi, NodesApi,
+    DatabaseApi, NamesApi, HistoryApi, NodesApi, RefusedApi,
 )  # fmt: skip
 
 

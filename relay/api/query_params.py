@@ -14,7 +14,7 @@ import msgspec
 
 from relay.base.clock import Clock, moment
 from relay.config.problems import guess
-from relay.errors import RelayError
+from relay.errors import REASONS, RelayError
 from relay.model import AttemptResult, DeliveryState, Selection, WorkerStatus
 from relay.routing.conditions import compile_conditions
 from relay.routing.subscription import Patterns
@@ -217,6 +217,25 @@ class NamesQuery(msgspec.Struct, kw_only=True):
     source: Annotated[str, _about("For workers: name of the source.")] | None = None
 
 
+class RefusedQuery(msgspec.Struct, kw_only=True):
+    """`GET /api/refused`."""
+
+    source: Source | None = None
+    reason: Annotated[str, _about("Reason of the refusal.", choices=(*REASONS, "path"))] | None = None
+    since: (
+        Annotated[
+            str, _about('Refused at this time or later: an age such as "2h", or RFC 3339.', read=moment)
+        ]
+        | None
+    ) = None
+    until: (
+        Annotated[str, _about('Refused before this time: an age such as "2h", or RFC 3339.', read=moment)]
+        | None
+    ) = None
+    limit: Limit = 50
+    cursor: Cursor | None = None
+
+
 class StatsQuery(msgspec.Struct, kw_only=True):
     """`GET /api/stats`."""
 
@@ -270,6 +289,7 @@ LISTS: Mapping[str, type[msgspec.Struct]] = {
     "attempts": AttemptsQuery,
     "workers": WorkersQuery,
     "stats": StatsQuery,
+    "refused": RefusedQuery,
     "tail": TailQuery,
     "selection": Filter,
 }

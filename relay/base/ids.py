@@ -7,7 +7,7 @@ random bits. No code may rely on their order: rows are ordered by their integer 
 import os
 import re
 
-EVENT, DELIVERY, COMMAND, REPLAY, REQUEST = "evt_", "dlv_", "cmd_", "rpl_", "req_"
+EVENT, DELIVERY, COMMAND, REPLAY, REQUEST, REFUSED = "evt_", "dlv_", "cmd_", "rpl_", "req_", "ref_"
 """The prefixes of ids."""
 
 _GIVEN = re.compile(r"[A-Za-z0-9._-]{1,128}")

@@ -158,6 +158,7 @@ COMMANDS = {
         "List, inspect, pause and resume destinations.",
     ),
     "sources": ("relay.cli.sources:sources", "List, add, inspect, pause and resume sources."),
+    "refused": ("relay.cli.refused:refused", "List, inspect and retry refused requests."),
     "workers": ("relay.cli.workers:workers", "Inspect workers and send them commands."),
     "stats": ("relay.cli.stats:stats", "Count received events per hour, source and type."),
     "jobs": ("relay.cli.jobs:jobs", "List periodic jobs and run them."),

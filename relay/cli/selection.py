@@ -13,7 +13,7 @@ from relay.cli.destinations import print_holds
 from relay.cli.main import BATCH, FAILED, INTERRUPTED, NOTHING, CommandError
 from relay.cli.output import count, pace, print_json, show_progress
 
-Kind = Literal["events", "deliveries", "attempts"]
+Kind = Literal["events", "deliveries", "attempts", "refused"]
 
 NOUNS: Mapping[Kind, str] = {"events": "event", "deliveries": "delivery", "attempts": "attempt"}
 POLL_EVERY = 0.2

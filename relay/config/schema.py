@@ -375,8 +375,20 @@ class SourceConfig(msgspec.Struct, frozen=True, kw_only=True):
     workers: Annotated[
         WorkerRules, _help("rules for the source's workers; missing keys come from `[workers]`")
     ] = WorkerRules()
+    keep_refused: Annotated[
+        bool, _help("whether its refused requests are kept, see [`[refused]`](#refused)")
+    ] = True
     settings: Any = None  # the plugin's Source instance, bound by the loader
     compiled: Any = None  # `relay.schemas.Schemas` of the files in `schemas`, read by the loader
+
+
+class RefusedConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """`[refused]`: refused requests that are kept for operators."""
+
+    keep: Annotated[Interval, _help("the time to keep a refused request")] = 7 * 86_400.0
+    max_size: Annotated[
+        Size, _help('the space that they may take; the oldest are deleted first. `"0 B"` keeps none')
+    ] = 32 * 2**20
 
 
 class RetryConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -611,6 +623,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     storage: Storage = Storage()
     retention: Retention = Retention()
     cluster: Cluster = Cluster()
+    refused: RefusedConfig = RefusedConfig()
     backup: BackupConfig = BackupConfig()
     log: Log = Log()
     plugins: Plugins = Plugins()

@@ -11,6 +11,7 @@ import msgspec
 
 from relay.base.clock import SECOND, Clock
 from relay.base.ids import REQUEST, given_id, new_id
+from relay.config.schema import RefusedConfig
 from relay.errors import (
     Forbidden,
     Invalid,
@@ -33,7 +34,9 @@ from relay.ingest.compression import decompress, encoding_of
 from relay.ingest.dedupe import UnheardReplies, fingerprint, fingerprint_all
 from relay.ingest.event import make_event
 from relay.ingest.refusals import LONGEST_SHOWN, Refusals, request_id_of
+from relay.ingest.refused import RefusedRequests, incoming_of
 from relay.ingest.replies import (
+    REFUSING,
     OnHeard,
     Response,
     allow_origin,
@@ -52,6 +55,7 @@ from relay.metrics import Metrics
 from relay.model import (
     Heartbeat,
     Receipt,
+    RefusedRequest,
     Register,
 )
 from relay.process.logs import RateLimitedLog, fields
@@ -71,10 +75,11 @@ TURN = 0.001  # seconds of one turn of the event loop that such a request may us
 class _Call(msgspec.Struct):
     """The state of one request in the handler."""
 
-    request: Request
+    request: Request | None  # None: a kept request, which an operator retries
     began: int  # steady clock
     match: Match
     incoming: Incoming
+    verified: bool = False  # whether the source has verified the sender
 
 
 class Ingest:
@@ -90,6 +95,7 @@ class Ingest:
         sender_address: SenderAddress,
         patience: Patience,
         token_uses: TokenUses | None = None,
+        refused: RefusedConfig | None = None,
         most_bytes: int = MOST_BYTES,
     ) -> None:
         self.mounts: dict[str, Mount] = {}
@@ -105,9 +111,16 @@ class Ingest:
         self._log = RateLimitedLog(log, clock, most=LONGEST_QUIET)
         self._refusals = Refusals(clock, metrics, self._log)
         self._workers = WorkerRequests(store, self._log)
-        self.mount(mounts, sender_address, patience)
+        self.refused = RefusedRequests(store.refused, clock, is_full=lambda: self.admission.disk_full)
+        self.mount(mounts, sender_address, patience, refused)
 
-    def mount(self, mounts: Iterable[Mount], sender_address: SenderAddress, patience: Patience) -> None:
+    def mount(
+        self,
+        mounts: Iterable[Mount],
+        sender_address: SenderAddress,
+        patience: Patience,
+        refused: RefusedConfig | None = None,
+    ) -> None:
         """Replace the sources in one step; requests under way keep the sources that they began with.
 
         A source that exists before and after stays paused if it is paused, and keeps its rate buckets.
@@ -126,6 +139,7 @@ class Ingest:
         self._budget.resize(max(self._most_bytes, 2 * largest))
         self.admission.keep(self.mounts)
         self.token_uses.adopt(self.mounts.values())
+        self.refused.mount(self.mounts.values(), refused or RefusedConfig())
 
     async def handle(self, request: Request) -> Response:
         """Answer one request; the source renders every error in its envelope."""
@@ -146,14 +160,14 @@ class Ingest:
                 find_remote=lambda: self._sender_address.of(request.remote, request.headers),
             )
             call = _Call(request, began, match, incoming)
-            response = await self._serve(call)
+            response = await self._serve(call, request)
             exemplar = {"event_id": response.event_id} if response.event_id else None
             self.counters[mount.name].seconds.observe((self._clock.steady() - began) / SECOND, exemplar)
         except Refusal as refusal:
             if call is None:
                 owner = self._routes.owner(path)
                 if owner is None:
-                    return self._refusals.answer_unowned(request, path, refusal)
+                    return self._answer_unowned(request, path, refusal)
                 mount = owner
                 if isinstance(refusal, NotFound):
                     self._metrics.unroutable.labels("path").inc()
@@ -164,6 +178,15 @@ class Ingest:
                 if not isinstance(refusal, Unauthenticated | Forbidden):
                     await self._workers.note_sign_of_life(call.match, incoming, refusal)
             response = self._refusals.answer(mount, refusal, incoming, request.remote)
+            self.refused.note(
+                mount,
+                request,
+                refusal,
+                response.status,
+                remote=self._sender_address.of(request.remote, request.headers),
+                incoming=incoming,
+                verified=call is not None and call.verified,
+            )
         if mount.config.cors_origins:
             allow_origin(mount.config.cors_origins, request.headers.get("Origin"), response)
         return response
@@ -178,9 +201,31 @@ class Ingest:
         """Count and log a sender that was turned away before the relay could read a request."""
         self._refusals.note_unroutable(reason, peer, problem)
 
-    async def _serve(self, call: _Call) -> Response:
+    async def retry(self, kept: RefusedRequest) -> Response:
+        """Handle a kept request as if its sender had just been verified, and return the source's reply.
+
+        Raises:
+            Refusal: it is refused again.
+            RelayError: it cannot be handled again.
+        """
+        match = self._routes.find(kept.target.partition("?")[0], kept.method)
+        mount, handler = match.mount, match.handlers.get(kept.method)
+        if mount.name != kept.source or handler is None:
+            raise NotFound(f"{kept.source} has no route for {kept.method} of this path any more")
+        incoming = incoming_of(kept, mount.config.prefix, match.params)
+        return await self._accept(_Call(None, self._clock.steady(), match, incoming), handler)
+
+    def _answer_unowned(self, request: Request, path: str, refusal: Refusal) -> Response:
+        """Answer and keep a request on a path that no source owns."""
+        response = self._refusals.answer_unowned(request, path, refusal)
+        if response.status in REFUSING:
+            remote = self._sender_address.of(request.remote, request.headers)
+            self.refused.note(None, request, refusal, response.status, remote=remote)
+        return response
+
+    async def _serve(self, call: _Call, request: Request) -> Response:
         """Verify the sender, read the body, and let the source handle the request."""
-        request, match, incoming = call.request, call.match, call.incoming
+        match, incoming = call.match, call.incoming
         mount, admission, budget = match.mount, self.admission, self._budget
         config = mount.config
         handler = match.handlers.get(incoming.method)
@@ -190,7 +235,7 @@ class Ingest:
             _screen(mount, incoming)
         is_late = admission.draining  # a body that began to arrive before the drain may still end
         # Before the body, if the head is enough: a stranger's body takes no memory.
-        if not mount.needs_body and (response := _verify(mount, incoming)) is not None:
+        if not mount.needs_body and (response := _verify(call)) is not None:
             return self._log_answered(call, response)
         hold: Hold | None = None
         body = _read_whole(request, config.max_body, budget)
@@ -201,7 +246,7 @@ class Ingest:
             else:
                 incoming = msgspec.structs.replace(incoming, body=body, received_at=self._clock.wall())
             call.incoming = incoming
-            if mount.needs_body and (response := _verify(mount, incoming)) is not None:
+            if mount.needs_body and (response := _verify(call)) is not None:
                 return self._log_answered(call, response)
             if is_late or admission.disk_full or mount.paused or config.rate_limit is not None:
                 admission.check(mount, incoming, late=is_late)
@@ -465,8 +510,9 @@ def _screen(mount: Mount, incoming: Incoming) -> None:
     ask(mount.source.screen, incoming)
 
 
-def _verify(mount: Mount, incoming: Incoming) -> Response | None:
+def _verify(call: _Call) -> Response | None:
     """Check the sender; returns the response to a handshake, which needs no verified sender."""
+    mount, incoming = call.match.mount, call.incoming
     if mount.has_handshake:
         reply = ask(mount.source.handshake, incoming)
         if isinstance(reply, Reply):
@@ -474,6 +520,7 @@ def _verify(mount: Mount, incoming: Incoming) -> Response | None:
         if reply is not None:
             raise PluginFailed from TypeError(f"a handshake returned {type(reply).__name__}")
     ask(mount.source.verify, incoming)
+    call.verified = True
     return None
 
 

@@ -38,7 +38,7 @@ BROWSER_HEADERS = (
 """Request headers that a web page of a listed origin may set."""
 
 _LEAST, _MOST = 200, 599  # statuses of a final answer; 1xx announce another one (RFC 9110, 15.2)
-_REFUSING = range(400, _MOST + 1)
+REFUSING = range(400, _MOST + 1)
 _OURS = ("connection", "content-length", "transfer-encoding")  # they frame the answer
 
 
@@ -188,7 +188,7 @@ def refuse(mount: Mount, refusal: Refusal, incoming: Incoming) -> Response:
 def plain(refusal: Refusal) -> Response:
     """Render a refusal in the relay's own envelope."""
     error = {"code": refusal.code, "message": refusal.message}
-    status = refusal.status if refusal.status in _REFUSING else PluginFailed.status  # a plugin's own class
+    status = refusal.status if refusal.status in REFUSING else PluginFailed.status  # a plugin's own class
     return _annotate(render(Reply(status=status, body={"error": error})), refusal)
 
 

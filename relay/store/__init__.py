@@ -37,6 +37,7 @@ from relay.model import (
     Outcome,
     Pruned,
     Receipt,
+    RefusedRequest,
     Selection,
     Stat,
     StoredEvent,
@@ -412,6 +413,51 @@ class LedgerReads(Protocol):
         ...
 
 
+class Refused(Protocol):
+    """Refused requests, so that an operator can see what a sender sent, and retry it."""
+
+    async def add(self, requests: Sequence[RefusedRequest]) -> None:
+        """Store requests in one transaction."""
+        ...
+
+    async def page(
+        self,
+        *,
+        limit: int,
+        cursor: str | None = None,
+        source: str | None = None,
+        reason: str | None = None,
+        since: int | None = None,
+        until: int | None = None,
+    ) -> tuple[tuple[RefusedRequest, ...], str | None]:
+        """List requests without their bodies, newest first; also returns the cursor of the next page.
+
+        Raises:
+            RelayError: the cursor is invalid.
+        """
+        ...
+
+    async def named(self, given: str) -> RefusedRequest:
+        """Return a request with its body, by its id or a unique prefix of it.
+
+        Raises:
+            UnknownError: no request has that id.
+            RelayError: the id is malformed or ambiguous.
+        """
+        ...
+
+    async def note_retry(self, id_: str, at: int, event_id: str | None) -> None:
+        """Store when a request was retried (wall clock), and the event that it became."""
+        ...
+
+    async def prune(self, before: int, most_bytes: int) -> int:
+        """Delete requests from before `before` (wall), and the oldest beyond `most_bytes` in total.
+
+        Returns their number.
+        """
+        ...
+
+
 class Ledger(LedgerReads, Protocol):
     """The ledger of the open store."""
 
@@ -651,6 +697,11 @@ class Store(Protocol):
     @property
     def ledger(self) -> Ledger:
         """Counts of deliveries."""
+        ...
+
+    @property
+    def refused(self) -> Refused:
+        """Refused requests."""
         ...
 
     @property

@@ -31,6 +31,7 @@ async def test_jobs_are_listed_with_their_results(relay, commands):
         "forget",
         "history",
         "ledger",
+        "refused",
         "retention",
         "sweep",
         "tokens",

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import click
+import msgspec
 import pytest
 import pytest_asyncio
 from click.testing import CliRunner
@@ -176,9 +177,21 @@ async def relay(folder):
                 path = f"/api/v1/workers/{worker}/heartbeat"
                 answer = await relay.exchange(request("PUT", path, b"{}", **WORKER))
                 assert answer.status == 200
+            wrong = request("POST", "/api/v1/events", b"{}", authorization="Bearer test-token")
+            assert (await relay.exchange(wrong)).status == 400
+            await keep_valid(relay)
             done = {"destination": "crm", "outcome": "delivered"}
             await until(lambda: relay.counted("relay_deliveries_finished_total", **done) >= 2)
             yield relay
+
+
+async def keep_valid(relay):
+    """Make the refused request valid, as if a plugin had been corrected."""
+    refused = relay.app.store.refused
+    await relay.app.ingest.refused.flush()
+    [[kept], _] = await refused.page(limit=1)
+    await refused.prune(kept.at + 1, 0)
+    await refused.add([msgspec.structs.replace(kept, body=b'{"name": "a", "payload": {}}')])
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -194,6 +207,7 @@ async def values(relay, folder):
         "doomed": doomed,
         "delivery": of[first, "crm"],
         "held": of[first, "slow"],
+        "refused": (await relay.app.store.refused.page(limit=1))[0][0].id,
         "worker": "worker-1",
         "leaving": "worker-2",
         "config": str(folder / "config.toml"),
@@ -278,7 +292,7 @@ def dead(folder, tmp_path):
     (tmp_path / "token").write_text("token")
     config = tmp_path / "config.toml"
     config.write_text('state_dir = "state"\n[sources.adorn]\nplugin = "adorn"\n')
-    names = ("event", "delivery", "doomed", "held", "worker", "leaving")
+    names = ("event", "delivery", "doomed", "held", "refused", "worker", "leaving")
     return dict.fromkeys(names, "01a201eb") | {
         "absent": str(tmp_path / "absent.sock"),
         "token": str(tmp_path / "token"),

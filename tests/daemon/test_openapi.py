@@ -4,6 +4,7 @@ import asyncio
 import json
 import re
 
+import msgspec
 import pytest
 from daemons import SOURCES, adorn, destination, running, write_config
 from jsonschema import Draft202012Validator
@@ -214,6 +215,15 @@ async def test_every_response_matches_its_schema(relay, recorder):
     await ask("GET", f"/api/deliveries/{delivery}")
     await ask("GET", f"/api/deliveries/{delivery}/request")
     await ask("GET", "/api/history?minutes=5&periods=3")
+    await relay.exchange(request("POST", "/api/v1/events", b"{}", authorization="Bearer test-token"))
+    kept = (await ask("GET", "/api/refused?source=compozy&since=1h")).json["items"][0]["id"]
+    shown = (await ask("GET", f"/api/refused/{kept}")).json
+    await ask("POST", f"/api/refused/{kept}/retry", status=400)
+    [request_] = (await relay.app.store.refused.page(limit=1))[0]
+    valid = msgspec.structs.replace(request_, id=f"{kept[:-4]}ffff", body=b'{"name": "a", "payload": {}}')
+    await relay.app.store.refused.add([valid])
+    await ask("POST", f"/api/refused/{valid.id}/retry", status=200)
+    assert shown["can_retry"]
     await ask("GET", "/api/names?kind=event&prefix=evt_")
     assert (await ask("GET", "/api/names", status=400)).json["error"]["message"] == (
         'the parameter "kind" is missing'

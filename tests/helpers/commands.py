@@ -93,6 +93,7 @@ class Kind:
 KINDS = {
     "event": Kind("{event}", "01a201eb"),
     "delivery": Kind("{delivery}", "01a201eb"),
+    "refused request": Kind("{refused}", "01a201eb"),
     "destination": Kind("crm", "crn"),
     "source": Kind("adorn", "adron"),
     "worker": Kind("{worker}", "worker-9"),
@@ -113,6 +114,7 @@ KINDS = {
 _KIND_OF = {
     ("EVENT",): "event",
     ("DELIVERY",): "delivery",
+    ("REQUEST",): "refused request",
     ("SOURCE",): "source",
     ("WORKER",): "worker",
     ("JSON",): "object",
@@ -134,7 +136,9 @@ _KIND_OF = {
 }
 """The kind of each argument, by its word in the usage line; the words of a command before it go first."""
 
-WANTED = {("config", "init"), ("explain",), ("init",), ("sources", "add")}
+WANTED = {
+    ("config", "init"), ("explain",), ("init",), ("sources", "add"), ("workers", "maintenance")
+}  # fmt: skip
 """Commands whose optional argument the tests give; without it they ask or write elsewhere."""
 
 

@@ -259,6 +259,21 @@ CREATE TABLE requests (                        -- of operators, for the node tha
     answer      bytea,
     error       text
 );
+
+CREATE TABLE refused (                         -- requests that were refused, without tokens
+    id         bigint  GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    public_id  text    COLLATE "C" NOT NULL UNIQUE,
+    at         bigint  NOT NULL,               -- wall clock
+    source     text    COLLATE "C",            -- NULL: no source owns the path
+    reason     text    COLLATE "C" NOT NULL,
+    size       bigint  NOT NULL,               -- bytes of head and body
+    retried_at bigint,
+    event_id   text    COLLATE "C",            -- public id of the event that a retry stored
+    head       bytea   NOT NULL,               -- the request without its body, as JSON
+    body       bytea                           -- NULL: not kept
+);
+CREATE INDEX refused_source ON refused (source, id);
+CREATE INDEX refused_reason ON refused (reason, id);
 """
 
 META = """

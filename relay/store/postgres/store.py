@@ -31,6 +31,7 @@ from relay.store.postgres.ledger import TOTALS_SQL, PostgresLedger
 from relay.store.postgres.owner import RENEW_EVERY, Owner
 from relay.store.postgres.partitions import LOCK_SQL, make_partitions
 from relay.store.postgres.queries import PostgresQueries
+from relay.store.postgres.refused import PostgresRefused
 from relay.store.postgres.rows import IdSequences
 from relay.store.postgres.schema import META, MIGRATIONS
 from relay.store.postgres.upkeep import PostgresUpkeep
@@ -92,6 +93,7 @@ class PostgresStore:
         self.deliveries = PostgresDeliveries(self.database, self.claims, clock)
         self.queries = PostgresQueries(self.database)
         self.ledger = PostgresLedger(self.database)
+        self.refused = PostgresRefused(self.database)
         self.upkeep = PostgresUpkeep(self.database, clock)
         self.nodes = OneNode(clock)
         self.events = PostgresEvents(

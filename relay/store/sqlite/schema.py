@@ -223,11 +223,29 @@ PAUSES = """
 ALTER TABLE destinations ADD COLUMN paused_until INTEGER;  -- steady clock; NULL: until an operator resumes
 """
 
+REFUSED = """
+CREATE TABLE refused (                         -- requests that were refused, without tokens
+    id         INTEGER PRIMARY KEY,
+    public_id  TEXT    NOT NULL UNIQUE,        -- ref_ + UUIDv7
+    at         INTEGER NOT NULL,               -- wall clock
+    source     TEXT,                           -- NULL: no source owns the path
+    reason     TEXT    NOT NULL,
+    size       INTEGER NOT NULL,               -- bytes of head and body
+    retried_at INTEGER,
+    event_id   TEXT,                           -- public id of the event that a retry stored
+    head       BLOB    NOT NULL,               -- the request without its body, as JSON
+    body       BLOB                            -- NULL: not kept
+) STRICT;
+CREATE INDEX refused_source ON refused (source, id);
+CREATE INDEX refused_reason ON refused (reason, id);
+"""
+
 MIGRATIONS: tuple[str, ...] = (
     EVENTS + DELIVERIES + HELD + WORKERS + DEDUPE + STATS + META,
     LISTS,
     IDENTITIES,
     GROUPS,
     PAUSES,
+    REFUSED,
 )
 """Each runs in one transaction; never edit one that has been released, append another."""

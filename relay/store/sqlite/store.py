@@ -42,6 +42,7 @@ from relay.store.sqlite.ledger import TOTALS_SQL, SqliteLedger
 from relay.store.sqlite.losses import check_after_open, check_before_open
 from relay.store.sqlite.mark import HIGHEST_SQL, mark_in
 from relay.store.sqlite.queries import SqliteReader
+from relay.store.sqlite.refused import SqliteRefused
 from relay.store.sqlite.upkeep import SqliteUpkeep
 from relay.store.sqlite.wal import log_of
 from relay.store.sqlite.workers import load_roster
@@ -87,6 +88,7 @@ class SqliteStore:
         self.deliveries = SqliteDeliveries(self.database, self.claims, clock)
         self.queries = PagedQueries(SqliteReader(self.database))
         self.ledger = SqliteLedger(self.database)
+        self.refused = SqliteRefused(self.database)
         self.upkeep = SqliteUpkeep(self.database, clock, self.disk)
         self.nodes = OneNode(clock, node, digest)
         self.events = SqliteEvents(

@@ -1,0 +1,125 @@
+"""Refused requests: list, show and retry them."""
+
+from typing import Annotated, Any
+
+import msgspec
+from aiohttp import web
+
+from relay.api.context import Context
+from relay.api.endpoints import Page, endpoint
+from relay.api.query_params import RefusedQuery, read_filters
+from relay.api.views import Time, about, unknown
+from relay.base.clock import rfc3339
+from relay.errors import Refusal, RelayError
+from relay.model import RefusedRequest
+
+
+class RefusedView(msgspec.Struct):
+    """A refused request in a list."""
+
+    id: Annotated[str, about("ref_ and a UUIDv7.")]
+    at: Time
+    source: Annotated[str | None, about("null: no source owns the path.")]
+    reason: Annotated[str, about("As the label of `relay_events_rejected_total`.")]
+    status: Annotated[int, about("Status of the response.")]
+    problem: str
+    field: Annotated[str, about("The invalid field of the body, or an empty text.")]
+    method: str
+    target: Annotated[str, about("Path and query; tokens are masked.")]
+    remote: Annotated[str, about("Address of the sender.")]
+    size: Annotated[int, about("Bytes of the body.")]
+    retried_at: Time | None
+    event_id: Annotated[str | None, about("The event that a retry stored.")]
+
+
+class RefusedShown(RefusedView):
+    """A refused request with its head and body."""
+
+    headers: Annotated[list[tuple[str, str]], about("Tokens are masked.")]
+    body: Annotated[str | None, about("Invalid UTF-8 is replaced; null: the body was not kept.")]
+    can_retry: Annotated[bool, about("Whether the body was kept.")]
+
+
+class RefusedRetried(msgspec.Struct):
+    """The result of a retry."""
+
+    id: str
+    status: Annotated[int, about("Status with which the source answers.")]
+    event_id: Annotated[str | None, about("The stored event; null if the request creates none.")]
+
+
+class RefusedApi:
+    """Endpoints under `/api/refused`."""
+
+    def __init__(self, context: Context) -> None:
+        self._store = context.store
+        self._ingest = context.ingest
+        self._clock = context.clock
+
+    @endpoint(
+        "GET", "/api/refused", "listRefused", "List refused requests, newest first.",
+        query=RefusedQuery, returns=Page[RefusedView],
+    )  # fmt: skip
+    async def _list(self, _request: web.Request, query: RefusedQuery) -> dict[str, Any]:
+        filters = msgspec.structs.asdict(query)
+        limit, cursor = filters.pop("limit"), filters.pop("cursor")
+        if query.source is not None and query.source not in self._ingest.mounts:
+            raise unknown("source", query.source, self._ingest.mounts)
+        wanted = read_filters("refused", filters, self._clock.wall())
+        await self._ingest.refused.flush()
+        found, cursor = await self._store.refused.page(limit=limit, cursor=cursor, **wanted)
+        return {"items": [_view(each) for each in found], "next_cursor": cursor}
+
+    @endpoint(
+        "GET", "/api/refused/{id}", "showRefused", "Show a refused request with its head and body.",
+        returns=RefusedShown,
+    )  # fmt: skip
+    async def _show(self, request: web.Request) -> dict[str, Any]:
+        await self._ingest.refused.flush()
+        found = await self._store.refused.named(request.match_info["id"])
+        return {
+            **_view(found),
+            "headers": found.headers,
+            "body": None if found.body is None else found.body.decode("utf-8", "replace"),
+            "can_retry": found.body is not None,
+        }
+
+    @endpoint(
+        "POST", "/api/refused/{id}/retry", "retryRefused",
+        "Handle a refused request again; an accepted one becomes an event.", returns=RefusedRetried,
+    )  # fmt: skip
+    async def _retry(self, request: web.Request) -> RefusedRetried:
+        found = await self._store.refused.named(request.match_info["id"])
+        if found.event_id is not None:
+            hint = f"relay events show {found.event_id}"
+            raise RelayError(f"{found.id} was retried already and is an event", hint=hint)
+        try:
+            response = await self._ingest.retry(found)
+        except Refusal as refusal:
+            await self._store.refused.note_retry(found.id, self._clock.wall(), None)
+            note = f": {refusal.note}" if refusal.note else ""
+            raise RelayError(
+                f"refused again with {refusal.status}, {refusal.reason}: {refusal.detail}{note}",
+                hint=f"correct the plugin or the configuration; relay refused show {found.id}",
+            ) from refusal
+        event_id = response.event_id or None
+        await self._store.refused.note_retry(found.id, self._clock.wall(), event_id)
+        return RefusedRetried(id=found.id, status=response.status, event_id=event_id)
+
+
+def _view(kept: RefusedRequest) -> dict[str, Any]:
+    return {
+        "id": kept.id,
+        "at": rfc3339(kept.at),
+        "source": kept.source,
+        "reason": kept.reason,
+        "status": kept.status,
+        "problem": kept.problem,
+        "field": kept.field,
+        "method": kept.method,
+        "target": kept.target,
+        "remote": kept.remote,
+        "size": kept.size,
+        "retried_at": None if kept.retried_at is None else rfc3339(kept.retried_at),
+        "event_id": kept.event_id,
+    }

@@ -1,0 +1,95 @@
+"""`relay refused`."""
+
+from typing import Any
+
+import click
+
+from relay.base.text import printable
+from relay.cli import screen
+from relay.cli.api_client import Daemon
+from relay.cli.endpoint import daemon_options, endpoint
+from relay.cli.main import Group
+from relay.cli.options import filter_options, page_options
+from relay.cli.output import print_fields, print_page
+from relay.cli.screen import Field
+from relay.cli.selection import gather
+
+COLUMNS = ("at", "id", "source", "reason", "status", "method", "target", "problem")
+SHAPE = (
+    screen.moment("at", "refused"), screen.short_id("id", least=screen.UNIQUE_DIGITS),
+    screen.text("source", least=10, long="middle"), screen.word("reason"), screen.number("status"),
+    screen.text("problem", least=20),
+    screen.text("target", "path", least=16, rank=2, long="middle"),
+)  # fmt: skip
+
+
+@click.group(cls=Group)
+def refused() -> None:
+    """List, inspect and retry refused requests."""
+
+
+@refused.command("list")
+@filter_options("refused")
+@page_options
+@daemon_options
+def list_(daemon: Daemon, *, as_json: bool, quiet: bool, **query: Any) -> None:
+    """List refused requests, newest first.
+
+    Example: relay refused list --source moddy --since 1h
+
+    Requests that are refused with 429 or 503 are not kept, because their senders repeat them. Of each
+    source, reason and minute, some requests are kept, and all are counted.
+    """
+    page = gather(daemon, "refused", **query)
+    print_page(page, COLUMNS, SHAPE, as_json=as_json, quiet=quiet)
+
+
+@refused.command()
+@endpoint("GET refused/{request}")
+def show(answer: Any, **_: str) -> None:
+    """Show a refused request with its headers and body.
+
+    Example: relay refused show 01a201eb
+
+    REQUEST is an id, with or without ref_; any unique prefix works. Tokens are masked. The body is kept only
+    if the sender was authenticated. To find out why a signature does not match: relay verify --help
+    """
+    source = answer["source"]
+    retried = screen.full_time(answer["retried_at"])
+    print_fields(
+        answer,
+        [
+            Field("Request", answer["id"]),
+            Field("Refused", screen.full_time(answer["at"])),
+            Field("Source", "none owns this path" if source is None else source),
+            Field("Reason", answer["reason"]),
+            Field("Status", str(answer["status"])),
+            Field("Problem", answer["problem"]),
+            Field("Field", answer["field"]),
+            Field("Sender", answer["remote"]),
+            Field("Retried", retried if answer["event_id"] is None else f"{retried}: {answer['event_id']}"),
+        ],
+    )
+    click.echo(f"\n{answer['method']} {printable(answer['target'])}")
+    for name, value in answer["headers"]:
+        click.echo(f"{printable(name)}: {printable(value)}")
+    click.echo()
+    if answer["body"] is None:
+        click.echo(f"(the body of {answer['size']} bytes was not kept)")
+    else:
+        click.echo("\n".join(map(printable, answer["body"].split("\n"))))
+
+
+@refused.command()
+@endpoint("POST refused/{request}/retry")
+def retry(answer: Any, **_: str) -> None:
+    """Handle a refused request again.
+
+    Example: relay refused retry 01a201eb
+
+    Use it after you have corrected the plugin or the configuration: the source handles the kept request as
+    if it had just been sent, and an accepted request becomes an event. Its sender gets no response.
+    """
+    event = answer["event_id"]
+    stored = f"event {event}" if event is not None else "it creates no event"
+    click.echo(f"accepted with {answer['status']}: {stored}")

@@ -1,0 +1,79 @@
+"""Refused requests as rows: what both engines share."""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from relay.base.ids import REFUSED, dashed
+from relay.base.json_text import encode
+from relay.config.problems import shown
+from relay.errors import RelayError, UnknownError
+from relay.model import RefusedRequest
+
+_SHORT = re.compile(r"[0-9a-f-]{4,36}")
+_CURSOR = re.compile(r"[0-9]{1,19}", re.ASCII)
+_decoder = msgspec.json.Decoder(RefusedRequest)
+
+
+def head_of(request: RefusedRequest) -> bytes:
+    """Return a request without its body, as JSON."""
+    return encode(msgspec.structs.replace(request, body=None))
+
+
+def size_of(request: RefusedRequest, head: bytes) -> int:
+    """Return the bytes that a request takes."""
+    return len(head) + (0 if request.body is None else len(request.body))
+
+
+def request_of(
+    head: bytes, body: bytes | None, retried_at: int | None, event_id: str | None
+) -> RefusedRequest:
+    """Build a request from its row."""
+    changes = {"body": body, "retried_at": retried_at, "event_id": event_id}
+    return msgspec.structs.replace(_decoder.decode(head), **changes)
+
+
+def position_of(cursor: str | None) -> int:
+    """Return the row id that a page's rows are below.
+
+    Raises:
+        RelayError: the cursor is invalid.
+    """
+    if cursor is None:
+        return 2**63 - 1
+    if not _CURSOR.fullmatch(cursor):
+        raise RelayError("invalid cursor", hint="send the next_cursor of the previous page")
+    return int(cursor)
+
+
+def range_of(given: str) -> tuple[str, str]:
+    """Return the first id that begins with a shortened id, and the first one after all of these.
+
+    Raises:
+        RelayError: it is no id of a refused request.
+    """
+    short = given.lower().removeprefix(REFUSED)
+    if not _SHORT.fullmatch(short):
+        raise RelayError(
+            f"{shown(given)} is not a valid id of a refused request", hint=f"they look like {REFUSED}0190…"
+        )
+    first = REFUSED + dashed(short)
+    return first, f"{first}g"  # the letter after all hexadecimal digits
+
+
+def the_one(given: str, rows: Sequence[Any]) -> Any:
+    """Return the only row of a shortened id.
+
+    Raises:
+        UnknownError: there is none.
+        RelayError: there are several.
+    """
+    if not rows:
+        raise UnknownError(
+            f"unknown refused request {shown(given)}", hint="`relay refused list` lists refused requests"
+        )
+    if len(rows) > 1:
+        raise RelayError(f"ambiguous id {shown(given)} of a refused request", hint="add more characters")
+    return rows[0]

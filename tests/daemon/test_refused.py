@@ -1,0 +1,219 @@
+"""Refused requests: kept without tokens, listed, shown and retried."""
+
+import json
+
+import pytest
+from commands import Commands
+from daemons import SOURCES, destination, running, write_config
+from wire import request
+
+from relay.base.clock import SECOND
+from relay.ingest.refused import MASK
+
+SHOP = """
+[sources.shop]
+plugin = "generic"
+path = "/hooks/shop/{region}"
+secrets = ["the-token"]
+verify = "bearer"
+type = "order"
+subject = "{body:id}"
+data = "{body:order}"
+
+[sources.keyed]
+plugin = "generic"
+path = "/hooks/keyed"
+secrets = ["query-token"]
+verify = { api_key = { query = "pass" } }
+type = "{body:kind}"
+
+[sources.silent]
+plugin = "generic"
+path = "/hooks/silent"
+verify = "none"
+type = "{body:kind}"
+keep_refused = false
+"""
+SHOP_PATH = "/hooks/shop/eu?batch=1"
+INVALID = b'{"id": 7}'  # lacks `order`
+
+
+@pytest.fixture
+def config(tmp_path):
+    return write_config(tmp_path, SOURCES, SHOP, destination("crm", "http://127.0.0.1:9/x", "paused = true"))
+
+
+async def send(relay, path=SHOP_PATH, body=INVALID, token="the-token", method="POST", **headers):
+    raw = request(method, path, body, authorization=f"Bearer {token}", x_request_id="req-1", **headers)
+    return (await relay.exchange(raw)).status
+
+
+async def listed(commands, *options):
+    return (await commands("refused", "list", "--json", *options)).json["items"]
+
+
+async def shown(commands, id_):
+    return (await commands("refused", "show", id_, "--json")).json
+
+
+async def test_a_verified_request_is_kept_whole_but_its_token(relay, commands):
+    assert await send(relay, cookie="session=1", x_trace="the-token", x_shop="42") == 400
+    [item] = await listed(commands)
+    assert (item["source"], item["reason"], item["status"]) == ("shop", "invalid", 400)
+    assert (item["method"], item["target"], item["size"]) == ("POST", SHOP_PATH, len(INVALID))
+    assert "order" in item["problem"]
+    found = await shown(commands, item["id"][:20])
+    assert found["can_retry"]
+    assert found["body"].encode() == INVALID
+    headers = dict(found["headers"])
+    assert headers["X-Shop"] == "42"
+    assert {headers["Authorization"], headers["Cookie"], headers["X-Trace"]} == {MASK}
+    assert "the-token" not in json.dumps(found)
+
+
+async def test_of_a_stranger_only_the_head_is_kept(relay, commands):
+    assert await send(relay, "/hooks/shop/eu?key=close-to-the-token&empty=", token="wrong-token") == 401
+    [item] = await listed(commands)
+    assert (item["reason"], item["target"]) == ("auth", f"/hooks/shop/eu?key={MASK}&empty=")
+    found = await shown(commands, item["id"])
+    assert (found["body"], found["can_retry"]) == (None, False)
+    assert "wrong-token" not in json.dumps(found)
+    assert "close-to-the-token" not in json.dumps(found)
+    failed = await commands("refused", "retry", item["id"], code=1)
+    assert "was kept without its body" in failed.err
+    assert "not kept" in (await commands("refused", "show", item["id"])).out
+
+
+async def test_a_source_that_is_open_to_everyone_keeps_heads_only(relay, commands):
+    assert (await relay.exchange(request("POST", "/v1/events", b"{"))).status == 400
+    [item] = await listed(commands, "--source", "adorn")
+    assert (await shown(commands, item["id"]))["body"] is None
+
+
+async def test_a_token_in_the_query_is_masked(relay, commands):
+    raw = request("POST", "/hooks/keyed?pass=query-token&page=2", b"{}")
+    assert (await relay.exchange(raw)).status == 400
+    [item] = await listed(commands)
+    assert item["target"] == f"/hooks/keyed?pass={MASK}&page=2"
+
+
+async def test_a_path_without_a_source_is_kept(relay, commands):
+    assert await send(relay, "/hooks/shopp/eu") == 404
+    assert (await relay.exchange(request("GET", "/health"))).status == 200
+    [item] = await listed(commands)
+    assert (item["source"], item["reason"], item["problem"]) == (None, "path", "no source owns this path")
+    assert (await shown(commands, item["id"]))["body"] is None
+    assert "none owns this path" not in (await commands("refused", "list")).out
+
+
+async def test_requests_that_senders_repeat_are_not_kept(relay, commands):
+    await commands("sources", "pause", "shop")
+    assert await send(relay, body=b'{"id": 7, "order": {}}') == 503
+    assert await listed(commands) == []
+
+
+async def test_a_source_may_keep_none(relay, commands):
+    assert (await relay.exchange(request("POST", "/hooks/silent", b"{}"))).status == 400
+    assert await listed(commands) == []
+
+
+async def test_filters_and_pages(relay, commands):
+    for number in range(3):
+        assert await send(relay, f"/hooks/shop/{number}") == 400
+    assert await send(relay, token="wrong") == 401
+    assert [each["reason"] for each in await listed(commands)] == ["auth", "invalid", "invalid", "invalid"]
+    assert len(await listed(commands, "--reason", "invalid", "--since", "1h")) == 3
+    assert await listed(commands, "--until", "1h") == []
+    first = (await commands("refused", "list", "--json", "--limit", "3")).json
+    rest = (await commands("refused", "list", "--json", "--cursor", first["next_cursor"])).json
+    assert [each["target"] for each in rest["items"]] == ["/hooks/shop/0"]
+    assert "unknown source" in (await commands("refused", "list", "--source", "shopp", code=4)).err
+    assert (await commands("refused", "list", "-q")).out.count("ref_") == 4
+
+
+async def test_a_kept_request_becomes_an_event_once_the_configuration_is_right(relay, commands, config):
+    assert await send(relay, idempotency_key="k-1") == 400
+    [item] = await listed(commands)
+    failed = await commands("refused", "retry", item["id"], code=1)
+    assert "refused again with 400, invalid" in failed.err
+    assert (await shown(commands, item["id"]))["retried_at"] is not None
+    config.write_text(config.read_text().replace('data = "{body:order}"', 'data = "{body}"'))
+    await commands("reload")
+    done = (await commands("refused", "retry", item["id"], "--json")).json
+    assert done["status"] == 200
+    event = (await commands("events", "show", done["event_id"], "--json")).json
+    assert (event["type"], event["subject"], event["payload"]) == ("shop.order", "7", INVALID.decode())
+    assert event["owed"][0]["destination"] == "crm"
+    assert (await shown(commands, item["id"]))["event_id"] == done["event_id"]
+    again = await commands("refused", "retry", item["id"], code=1)
+    assert f"relay events show {done['event_id']}" in again.err
+    assert await send(relay, idempotency_key="k-1") == 200  # the sender's own retry is a duplicate
+    stored = (await commands("events", "list", "--source", "shop", "--json")).json["items"]
+    assert [each["id"] for each in stored] == [done["event_id"]]
+
+
+async def test_a_path_that_is_gone_cannot_be_retried(relay, commands, config):
+    assert await send(relay) == 400
+    [item] = await listed(commands)
+    config.write_text(config.read_text().replace("/hooks/shop/", "/hooks/moved/"))
+    await commands("reload")
+    failed = await commands("refused", "retry", item["id"], code=1)
+    assert "refused again with 404, not_found" in failed.err
+
+
+async def test_refused_requests_survive_a_restart(config):
+    async with running(config) as relay:
+        assert await send(relay) == 400
+    async with running(config) as relay:
+        [item] = await listed(Commands(relay.addresses.socket))
+        assert item["source"] == "shop"
+
+
+async def test_old_requests_and_those_beyond_the_limit_are_deleted(relay, commands):
+    refused = relay.app.ingest.refused
+    for number in range(4):
+        assert await send(relay, f"/hooks/shop/{number}") == 400
+    assert len(await listed(commands)) == 4
+    store, wall = relay.app.store.refused, relay.app.store._clock.wall()
+    assert await store.prune(wall - SECOND * 3600, 10**6) == 0
+    sizes = [len(json.dumps(await shown(commands, each["id"]))) for each in await listed(commands)]
+    assert await store.prune(0, sizes[0] + sizes[1]) >= 1
+    kept = [each["target"] for each in await listed(commands)]
+    assert kept[0] == "/hooks/shop/3"  # the oldest went
+    assert "/hooks/shop/0" not in kept
+    assert await store.prune(wall + 3600 * SECOND, 10**6) == len(kept)
+    assert await listed(commands) == []
+    assert refused._bytes == 0
+
+
+async def test_repeated_mistakes_are_kept_a_few_times_a_minute(relay, commands):
+    for _ in range(15):
+        assert await send(relay, token="wrong") == 401
+    assert len(await listed(commands)) == 10
+
+
+async def test_a_full_disk_keeps_none(relay, commands):
+    relay.app.ingest.admission.disk_full = True
+    assert await send(relay, token="wrong") == 401
+    relay.app.ingest.admission.disk_full = False
+    assert await listed(commands) == []
+
+
+async def test_names_of_unknown_and_ambiguous_ids(relay, commands):
+    assert "unknown refused request" in (await commands("refused", "show", "ref_0000", code=4)).err
+    assert "not a valid id" in (await commands("refused", "show", "nonsense", code=1)).err
+    for number in range(2):
+        await send(relay, f"/hooks/shop/{number}")
+    [first, _] = await listed(commands)
+    assert "ambiguous id" in (await commands("refused", "show", first["id"][:10], code=1)).err
+
+
+async def test_a_body_of_bytes_and_a_large_one(relay, commands):
+    assert await send(relay, body=b"\xff\x00") == 400
+    [item] = await listed(commands)
+    assert (await shown(commands, item["id"]))["body"] == "\ufffd\x00"
+    relay.app.ingest.refused._config = type(relay.app.ingest.refused._config)(max_size=80)
+    assert await send(relay) == 400  # an eighth of 80 bytes
+    assert (await shown(commands, (await listed(commands))[0]["id"]))["can_retry"] is True
+    assert await send(relay, body=INVALID + b" " * 8) == 400
+    assert (await shown(commands, (await listed(commands))[0]["id"]))["can_retry"] is False
