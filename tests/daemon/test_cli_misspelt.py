@@ -24,7 +24,7 @@ FILTERED = [
     (path, option)
     for path, command in LEAVES.items()
     for option in ("--source", "--destination")
-    if any(option in each.opts for each in command.params)
+    if any(option in each.opts for each in command.params) and path != ("init",)  # its sources are new
 ]
 
 
