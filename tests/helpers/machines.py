@@ -83,7 +83,16 @@ def small_disk(path: Path, size: int) -> Iterator[SmallDisk]:
 CHECKOUT = Path(__file__).parents[2]
 STATUS = Path("/var/lib/dpkg/status")
 BULK = ("/usr/share/doc/", "/usr/share/man/", "/usr/share/locale/", "/usr/share/i18n/")
-FILES = ("CHANGELOG.md", "LICENSE", "MANIFEST.in", "Makefile", "README.md", "config.toml", "pyproject.toml")
+FILES = (
+    "CHANGELOG.md",
+    "LICENSE",
+    "MANIFEST.in",
+    "Makefile",
+    "README.md",
+    "config.toml",
+    "pyproject.toml",
+    "setup.py",
+)
 DEBIAN = ("apt", "passwd", "python3-venv", "systemd")
 """The packages that docs/install.md requires, besides the essential ones."""
 

@@ -2,6 +2,7 @@
 
 import ast
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import tomllib
 import venv
 import zipfile
 from importlib import metadata
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,7 @@ import pytest
 import relay
 
 ROOT = Path(__file__).parents[2]
-SHIPPED = ("relay", "plugins", "pyproject.toml", "README.md", "LICENSE")
+SHIPPED = ("relay", "plugins", "pyproject.toml", "setup.py", "README.md", "LICENSE")
 
 
 def run(*command, cwd, timeout=60):
@@ -81,6 +83,45 @@ def test_the_wheel_has_every_module_and_only_the_name_relay(wheel):
     assert len(licences) == 1
 
 
+RELATIVE = re.compile(r"\]\((?!https?:|#)|src=\"(?!https?:)")
+
+
+def test_the_description_of_the_wheel_has_only_links_that_work_elsewhere(wheel):
+    with zipfile.ZipFile(wheel) as file:
+        [name] = [name for name in file.namelist() if name.endswith(".dist-info/METADATA")]
+        text = file.read(name).decode()
+    assert "\nDescription-Content-Type: text/markdown\n" in text
+    assert "\n# hookferry\n" in text
+    assert RELATIVE.search((ROOT / "README.md").read_text())
+    assert not RELATIVE.search(text)
+    own = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hookferry"]
+    assert ("Project-URL: " in text) is bool(own["repository"])
+
+
+@pytest.mark.parametrize("repository", ["", "https://forge.example/name/hookferry/"])
+def test_one_key_sets_the_urls_and_the_links_of_the_description(repository):
+    build = runpy.run_path(str(ROOT / "setup.py"))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    project["tool"]["hookferry"]["repository"] = repository
+    address, files, raw = build["addresses"](project)
+    urls = build["urls"](address, files)
+    text = build["readme"]((ROOT / "README.md").read_text(), files, raw)
+    assert not RELATIVE.search(text)
+    assert "[Standard Webhooks](https://www.standardwebhooks.com)" in text
+    if not repository:
+        assert (urls, "All keys: docs/configuration.md." in text, "<img" in text) == ({}, True, False)
+        return
+    own = "https://forge.example/name/hookferry"
+    assert urls["Source"] == own
+    assert urls["Documentation"] == f"{own}/blob/main/docs/index.md"
+    assert f'<img src="{own}/raw/main/docs/architecture.svg"' in text
+    linked = set(
+        re.findall(rf"{own}/(?:blob|raw)/main/([^)\"#]+)", text + " ".join(map("({})".format, urls.values())))
+    )
+    assert len(linked) > 10
+    assert [path for path in linked if not (ROOT / path).exists()] == []
+
+
 def test_the_installed_wheel_runs_the_demo_from_another_folder(environment, tmp_path):
     where = run(environment / "bin" / "python", "-c", "import relay; print(relay.__file__)", cwd=tmp_path)
     assert Path(where.strip()).is_relative_to(environment)
@@ -102,7 +143,8 @@ def test_the_installed_version_is_the_one_in_the_code():
 def test_every_imported_package_is_declared():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    needs = [*project["dependencies"], *extras["fast"], *extras["schemas"], *extras["ed25519"]]
+    optional = (extras[name] for name in ("fast", "schemas", "ed25519", "postgres"))
+    needs = [*project["dependencies"], *chain.from_iterable(optional)]
     declared = {re.match(r"[a-z-]+", need)[0].replace("-", "_") for need in needs}
     declared |= {"multidict", "yarl", "referencing"}  # the languages of aiohttp and of jsonschema
     imported = set()
