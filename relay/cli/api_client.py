@@ -23,7 +23,7 @@ from relay.cli.main import FAILED, INTERRUPTED, NOT_ALLOWED, NOTHING, UNREACHABL
 from relay.cli.output import show_progress
 from relay.config.binding import Binder
 from relay.config.document import read
-from relay.config.installed_service import Service, installed, service_of
+from relay.config.installed_service import Service, installed, service_of, start_command
 from relay.config.paths import find_config, is_there, look_for_config, socket_path
 from relay.config.problems import ConfigError
 from relay.config.schema import Admin, Config
@@ -289,9 +289,7 @@ class _Socket:
 
     def unreachable_hint(self) -> str:
         if _service_at(self.path) is not None:
-            return (
-                "start it with `systemctl start relay`; `systemctl status relay` shows why it is not running"
-            )
+            return f"start it with `{start_command()}`; `systemctl status relay` shows why it is not running"
         return f"start it with `relay serve`, or name its socket with --socket or {VARIABLE}"
 
     def denied_hint(self) -> str:

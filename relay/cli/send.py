@@ -22,7 +22,7 @@ from relay.cli.options import config_option, env_file_option, json_option, read_
 from relay.cli.output import print_json, print_page
 from relay.config.binding import Binder
 from relay.config.document import read
-from relay.config.installed_service import Given, Service, listen_streams, service_of
+from relay.config.installed_service import Given, Service, listen_streams, service_of, start_command
 from relay.config.paths import find_config
 from relay.config.problems import guess
 from relay.config.schema import SourceConfig
@@ -186,7 +186,7 @@ def _exchange(
             status: int = response.status
             text = response.read().decode("utf-8", "replace")
     except (OSError, ValueError, http.client.HTTPException) as error:
-        start = "`relay serve`" if service is None else "`systemctl start relay`"
+        start = "`relay serve`" if service is None else f"`{start_command()}`"
         hint = f"start the daemon with {start}, or name its listener with --to URL"
         raise CommandError(f"cannot connect to {url}: {error}", hint=hint, code=UNREACHABLE) from None
     print_json({"status": status, "body": text}) if as_json else click.echo(f"{status}\t{text}")

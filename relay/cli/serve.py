@@ -15,7 +15,7 @@ from relay.cli.main import CONFIG, CommandError, code_of
 from relay.cli.options import config_option
 from relay.config.binding import Binder
 from relay.config.document import read
-from relay.config.installed_service import RunningEnvironment, service_of
+from relay.config.installed_service import RunningEnvironment, service_of, start_command
 from relay.config.paths import find_config, is_there
 from relay.config.problems import ConfigError
 from relay.config.tables import bind_tables
@@ -140,7 +140,7 @@ def _refuse_second(path: Path) -> None:
         what = f"{service.name} owns the database {theirs}; {service.user} could not use it after this run"
     else:
         return
-    hint = "start the service with `systemctl start relay`, or add --force to serve anyway"
+    hint = f"start the service with `{start_command()}`, or add --force to serve anyway"
     raise CommandError(what, hint=hint)
 
 

@@ -314,6 +314,14 @@ def listen_streams() -> dict[str, str]:
     return found
 
 
+def start_command() -> str:
+    """Return the command that starts the installed service and its enabled socket units.
+
+    systemd does not start a socket unit while the service runs.
+    """
+    return " ".join(("systemctl start", *(SOCKET_UNITS[name] for name in listen_streams()), "relay"))
+
+
 def service_of(config: Path | None) -> Service | None:
     """Return the installed service if it uses this config file, under any path."""
     service = installed()

@@ -21,9 +21,11 @@ SOCKET_UNITS = {"public": "relay.socket", "admin": "relay-admin.socket"}
 """The units of the listeners, by the name of the socket."""
 
 SOCKET_ADVICE = {
-    name: f"change ListenStream= with `systemctl edit {unit}`, then `systemctl restart {unit}`"
+    name: f"change ListenStream= with `systemctl edit {unit}`, then run"
+    f" `systemctl stop {unit} relay.service && systemctl start {unit} relay.service`"
     for name, unit in SOCKET_UNITS.items()
 }
+"""How to change an address, by the name of the socket. systemd starts no socket unit of a running service."""
 
 
 class Notifier:

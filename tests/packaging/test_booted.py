@@ -180,7 +180,19 @@ def test_socket_units_and_their_addresses_are_explained(vm):
     result = vm.run("relay check-config")
     assert 'server.listen: "127.0.0.1:8085" has no effect' in result.err
     assert "relay.socket listens on 127.0.0.1:8080" in result.err
+    change, restart = advice(result.err)
+    assert change == "systemctl edit relay.socket"
+    vm.run("mkdir -p /etc/systemd/system/relay.socket.d")
+    vm.put(
+        "/etc/systemd/system/relay.socket.d/override.conf",
+        "[Socket]\nListenStream=\nListenStream=127.0.0.1:8085",
+    )
+    vm.run(f"systemctl daemon-reload; {restart}")  # `systemctl edit` reloads the units as well
+    assert vm.run("relay check-config").err == ""
+    vm.run("relay send moddy")
+    vm.run("ss -ltn | grep -q 127.0.0.1:8085")
     edit(vm, lambda text: text.replace("127.0.0.1:8085", "127.0.0.1:8080"))
+    vm.run(f"rm -r /etc/systemd/system/relay.socket.d; systemctl daemon-reload; {restart}")
     assert vm.run("relay check-config").err == ""
     assert send(vm, "second", "by-socket") == 200
 
@@ -208,6 +220,43 @@ def test_a_killed_daemon_comes_back_with_its_events(vm):
     after = vm.run("relay events list -q").out.splitlines()
     assert set(before) < set(after)
     assert pid(vm) != main
+
+
+def test_a_user_without_permission_joins_the_group_that_the_error_names(vm):
+    vm.run("useradd --create-home olga")
+    refused = vm.run("runuser -u olga -- relay status", codes=(5,))
+    [command] = advice(refused.err)
+    assert command == "adduser NAME relay"
+    vm.run(command.replace("NAME", "olga"))
+    vm.run("runuser -l olga -c 'relay status'")
+    vm.run("runuser -l olga -c 'relay destinations pause receiver && relay destinations resume receiver'")
+    audit = vm.run("journalctl -q LOGGER=relay.audit -o cat").out
+    assert re.search(r"olga \(uid \d+\), pid \d+: POST /api/destinations/receiver/pause: 200", audit)
+    configuration = vm.run("runuser -u nobody -- relay check-config", codes=(5,))
+    assert "run the command as root, or as a member of the group relay" in configuration.err
+
+
+def test_no_second_daemon_starts_beside_the_service_or_its_database(vm):
+    vm.run("systemctl stop relay.socket relay-admin.socket relay.service")
+    refused = vm.run("relay serve", codes=(1,))
+    assert (
+        "relay.service serves /etc/relay/config.toml with the database /var/lib/relay/relay.db" in refused.err
+    )
+    vm.run(advice(refused.err)[0])
+    vm.run("test ! -e /etc/relay/relay.db")
+    units = "relay.service relay.socket relay-admin.socket"
+    assert vm.run(f"systemctl is-active {units}").out.split() == ["active"] * 3
+    vm.run(f"systemctl stop {units}")
+    stopped = vm.run("relay status", codes=(3,))
+    vm.run(advice(stopped.err)[0])
+    assert vm.run(f"systemctl is-active {units}").out.split() == ["active"] * 3
+
+
+def test_ten_quick_restarts_reach_no_limit(vm):
+    for _ in range(10):
+        vm.run("systemctl restart relay")
+    assert send(vm, "second", "still-there") == 200
+    assert vm.run("systemctl is-active relay.service relay.socket").out == "active\nactive\n"
 
 
 def test_a_backup_is_on_display_and_survives_a_purge(vm):

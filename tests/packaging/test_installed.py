@@ -237,7 +237,9 @@ def test_an_address_that_a_socket_unit_replaces_is_a_warning(machine):
         machine.write(machine.folder / "etc" / "sockets.target.wants" / name, "")
     result = run("check-config", machine.config)
     what = 'server.listen: "0.0.0.0:80" has no effect: relay.socket listens on 127.0.0.1:8080'
-    do = "change ListenStream= with `systemctl edit relay.socket`, then `systemctl restart relay.socket`"
+    units = "relay.socket relay.service"
+    do = "change ListenStream= with `systemctl edit relay.socket`, then run"
+    do += f" `systemctl stop {units} && systemctl start {units}`"
     assert result.err == f"warning: {machine.config}: {what}; {do}\n"
     machine.write(
         machine.units / "relay.socket.d" / "local.conf", "[Socket]\nListenStream=\nListenStream=80\n"
