@@ -153,6 +153,8 @@ class PostgresWriter(Writer[Connection]):
                     return False
                 await asyncio.sleep(0.2)
                 continue
+            except StorageError as error:  # another daemon has taken the database
+                raise UnknownCommitError(error.message) from error
             self._connection = connection
             if found is None:
                 raise UnknownCommitError("the connection to PostgreSQL was lost during a commit")

@@ -1,0 +1,423 @@
+"""The store in PostgreSQL: what no other engine has, on a real server."""
+
+import asyncio
+
+import asyncpg
+import msgspec
+import pytest
+from postgres import needs_postgres
+from postgres_stores import emptied, run
+from stores import accept, check_rows, hooks, ids, make_store, refuse_writes, rows
+from support import until
+
+from relay.base.clock import SECOND
+from relay.errors import KeyConflict, StorageError, StorageUnavailableError
+from relay.model import Attempt, Outcome, Register, Target
+from relay.store import opening
+from relay.store.postgres import partitions, transaction
+from relay.store.postgres.rows import first_id, micros_of
+from relay.store.postgres.schema import PARTITIONED
+
+pytestmark = needs_postgres
+DAY = 86_400
+
+
+@pytest.fixture(autouse=True)
+def databases():
+    with emptied():
+        yield
+
+
+@pytest.fixture
+async def store(tmp_path, clock):
+    store = make_store(tmp_path / "relay.db", clock, kind="postgres")
+    hooks(store).route = lambda event: () if event.source == "relay" else (Target("crm"),)
+    store.fresh, store.news = [], []
+
+    def listen(news):
+        store.news.append(news)
+        store.fresh.extend(news.deliveries)
+
+    hooks(store).listener = listen
+    await store.open()
+    yield store
+    if store.failure is None:
+        for name, counts in (await store.ledger.audit()).items():
+            assert counts.unaccounted == 0, name
+            assert store.ledger.pending().get(name, 0) == counts.pending
+        await check_rows(store)
+    await store.close()
+
+
+def ending(delivery, state="delivered", **fields):
+    attempt = Attempt(started_at=1, duration_ms=1.0, result="ok", status=200)
+    return Outcome(delivery=delivery, attempt=attempt, state=state, **fields)
+
+
+async def change(store, sql, *values):
+    await run(store.database.address.dsn, sql, values, path="public")
+
+
+def lose(store, monkeypatch, when):
+    """Lose the connection at the statements that begin with a text; returns the list of them.
+
+    With `when` "before", the server never gets the statement; with "after", only its answer is lost.
+    """
+    connection, lost = store.database.writer.connection, []
+    original = connection._raw.fetch
+
+    async def fetch(sql, *values, **options):
+        if not sql.startswith("WITH new_events") and "new_events AS" not in sql:
+            return await original(sql, *values, **options)
+        lost.append(sql)
+        if when == "after":
+            await original(sql, *values, **options)
+        connection._raw.terminate()
+        raise asyncpg.ConnectionDoesNotExistError("the network is gone")
+
+    monkeypatch.setattr(connection, "_raw", _Proxy(connection._raw, fetch))
+    return lost
+
+
+class _Proxy:
+    """A connection of asyncpg with another `fetch`; its `execute` must not be used."""
+
+    def __init__(self, raw, fetch):
+        self._raw, self.fetch = raw, fetch
+
+    def __getattr__(self, name):
+        return getattr(self._raw, name)
+
+
+# --- a lost connection --------------------------------------------------------------------------------
+
+
+async def test_a_commit_whose_answer_is_lost_is_found_and_published(store, clock, monkeypatch):
+    lost = lose(store, monkeypatch, "after")
+    receipts = await asyncio.gather(
+        *(store.events.append(accept(clock, b"{}", key=f"{n}")) for n in range(3))
+    )
+    assert len(lost) == 1
+    assert [event.public_id for event in store.news[-1].events] == [r.event_id for r in receipts]
+    assert len(await ids(store)) == len(store.fresh) == 3
+    assert store.failure is None
+    assert await store.deliveries.settle(ending(store.fresh[0])) is True
+
+
+async def test_a_commit_that_the_server_never_got_is_refused_and_can_be_repeated(store, clock, monkeypatch):
+    lose(store, monkeypatch, "before")
+    with pytest.raises(StorageUnavailableError):
+        await store.events.append(accept(clock, b"{}", key="k"))
+    await until(lambda: store.failure is None)
+    assert await ids(store) == []
+    receipt = await store.events.append(accept(clock, b"{}", key="k"))
+    assert not receipt.duplicate
+    assert len(await ids(store)) == 1
+
+
+async def test_an_outcome_whose_answer_is_lost_counts_once(store, clock, monkeypatch):
+    await store.events.append(accept(clock, b"{}"))
+    connection = store.database.writer.connection
+    original = connection._raw.fetch
+
+    async def fetch(sql, *values, **options):
+        found = await original(sql, *values, **options)
+        if "gone AS" in sql:
+            connection._raw.terminate()
+            raise TimeoutError
+        return found
+
+    monkeypatch.setattr(connection, "_raw", _Proxy(connection._raw, fetch))
+    assert await store.deliveries.settle(ending(store.fresh[0])) is True
+    assert await store.deliveries.settle(ending(store.fresh[0])) is False
+    assert (await store.ledger.audit())["crm"].delivered == 1
+    assert [len(news.outcomes) for news in store.news if news.outcomes] == [1]
+
+
+async def test_the_writer_connects_again_and_wakes_the_lanes(store, clock):
+    await store.events.append(accept(clock, b"{}"))
+    await change(
+        store,
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid = $1",
+        store.database.writer.connection.pid,
+    )
+    with pytest.raises(StorageUnavailableError):
+        await store.deliveries.claim("crm", 1, retries=False)
+    await until(lambda: store.failure is None)
+    assert store.news[-1].woken == {"crm"}
+    await store.events.append(accept(clock, b"{}"))
+    assert len(await ids(store)) == 2
+
+
+async def test_a_read_only_server_stops_writes_until_it_accepts_them(store, clock):
+    await refuse_writes(store, now=True)
+    with pytest.raises(StorageUnavailableError, match="read-only"):
+        await store.events.append(accept(clock, b"{}"))
+    with pytest.raises(StorageUnavailableError):
+        await store.events.append(accept(clock, b"{}"))
+    await refuse_writes(store, now=False)
+    await until(lambda: store.failure is None)
+    await store.events.append(accept(clock, b"{}"))
+
+
+async def test_a_call_that_takes_too_long_fails_and_closes_its_connection(store, clock):
+    async with store.database.reader() as reader:
+        with pytest.raises(TimeoutError):
+            await reader.fetch("SELECT pg_sleep(30)", seconds=0.05)
+        assert reader.is_closed
+    assert await store.database.value("SELECT 1") == 1
+
+
+async def test_a_server_that_is_not_there_is_reported_without_the_password(tmp_path, clock):
+    store = opening.make_store("postgresql://relay:geheim@127.0.0.1:1/relay", tmp_path, clock)
+    with pytest.raises(StorageUnavailableError) as caught:
+        await store.open()
+    assert "postgresql://127.0.0.1:1/relay" in str(caught.value)
+    assert "geheim" not in str(caught.value)
+    assert store.failure is not None
+    with pytest.raises(StorageUnavailableError):
+        await store.events.append(accept(clock, b"{}"))
+
+
+# --- one daemon ---------------------------------------------------------------------------------------
+
+
+async def test_a_second_daemon_is_refused_with_the_place_of_the_first(store, tmp_path, clock):
+    (tmp_path / "other").mkdir()
+    second = opening.make_store(store.database.address.dsn, tmp_path / "other", clock)
+    with pytest.raises(StorageError, match="another daemon uses this database") as caught:
+        await second.open()
+    assert not isinstance(caught.value, StorageUnavailableError)
+    assert str(tmp_path) in caught.value.message
+    await store.close()
+    await second.open()
+    await second.close()
+    await store.open()
+
+
+async def test_a_daemon_takes_over_from_a_killed_one_of_its_folder(store, tmp_path, clock):
+    again = make_store(tmp_path / "relay.db", clock, kind="postgres")
+    await again.open()  # without a stop of the first
+    await again.events.append(accept(clock, b"{}"))
+    await again.close()
+
+
+async def test_a_daemon_whose_lease_was_taken_stops(tmp_path, clock):
+    died = []
+    store = make_store(tmp_path / "relay.db", clock, kind="postgres", on_fatal=died.append)
+    await store.open()
+    await change(store, "UPDATE leases SET incarnation = gen_random_uuid(), standing = '{}'")
+    store.database.writer.connection.terminate()
+    with pytest.raises(StorageUnavailableError):
+        await store.events.append(accept(clock, b"{}"))
+    await until(lambda: died)
+    assert "another daemon uses this database" in died[0]
+    await store.close()
+
+
+# --- races of nodes -----------------------------------------------------------------------------------
+
+
+async def test_a_key_that_another_node_stores_meanwhile_is_found(store, clock, monkeypatch):
+    first = accept(clock, b"{}", key="k")
+    original = store._committer.write
+
+    async def write(transaction, batch):
+        monkeypatch.setattr(store._committer, "write", original)
+        await change(
+            store,
+            "INSERT INTO dedupe SELECT 'shop', 'k', identity, '018bcfe5-6800-7000-8000-00000000000a', $2"
+            "  FROM unnest($1::bytea[]) AS k (identity)",
+            [key[2] for key in batch.keys.new],
+            clock.steady() + SECOND,
+        )
+        await original(transaction, batch)
+
+    monkeypatch.setattr(store._committer, "write", write)
+    receipt = await store.events.append(first)
+    assert (receipt.event_id, receipt.duplicate) == ("evt_018bcfe5-6800-7000-8000-00000000000a", True)
+    assert await ids(store) == []
+
+
+async def test_different_requests_of_two_nodes_cannot_share_a_key_that_allows_one(store, clock, monkeypatch):
+    mine = accept(clock, b"{}", key="k")
+    mine.rejects_conflict = True
+    original = store._committer.write
+
+    async def write(transaction, batch):
+        monkeypatch.setattr(store._committer, "write", original)
+        values = b"", "018bcfe5-6800-7000-8000-00000000000a", clock.steady() + SECOND
+        await change(store, "INSERT INTO dedupe VALUES ('shop', 'k', $1, $2, $3)", *values)
+        await original(transaction, batch)
+
+    monkeypatch.setattr(store._committer, "write", write)
+    with pytest.raises(KeyConflict):
+        await store.events.append(mine)
+    assert await ids(store) == []
+
+
+async def test_an_outcome_with_another_number_of_attempts_is_refused(store, clock):
+    await store.events.append(accept(clock, b"{}"))
+    late = msgspec.structs.replace(store.fresh[0])
+    await store.deliveries.settle(ending(store.fresh[0], "pending", next_attempt_at=clock.steady()))
+    assert await store.deliveries.settle(ending(late)) is False
+    [claimed] = (await store.deliveries.claim("crm", 1, retries=True)).deliveries
+    assert await store.deliveries.settle(ending(claimed)) is True
+    assert await rows(store, "SELECT state, attempts FROM deliveries") == [("delivered", 2)]
+
+
+async def test_a_delivery_that_is_inserted_behind_an_ending_one_of_its_key_becomes_due(store, clock):
+    """Another node adds a delivery of the key, while the end of its head is being written."""
+    hooks(store).route = lambda _event: (Target("crm", order_key="a"),)
+    await store.events.append(accept(clock, b"{}"))
+    [head] = store.fresh
+    dsn = store.database.address.dsn
+    other = await asyncpg.connect(dsn)
+    try:
+        begun = other.transaction()
+        await begun.start()
+        await other.execute(
+            "UPDATE order_keys SET pending = pending + 1 WHERE destination = 'crm' AND order_key = 'a'"
+        )
+        settling = asyncio.ensure_future(store.deliveries.settle(ending(head)))
+        waits = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
+        async with asyncio.timeout(30):
+            while not await other.fetchval(waits):  # noqa: ASYNC110 - the server knows, and nobody else
+                await asyncio.sleep(0.01)
+        for table, columns in (("deliveries", "created_at"), ("owed", "created_at, size, order_key")):
+            values = "1" if table == "deliveries" else "1, 2, 'a'"
+            await other.execute(
+                f"INSERT INTO {table} (id, public_id, event_id, destination, {columns})"
+                f" VALUES ({head.id + 1}, gen_random_uuid(), {head.event_id}, 'crm', {values})"
+            )
+        await other.execute("INSERT INTO ledger VALUES (1, 'crm', 1, 0, 0, 0, 0)")
+        await begun.commit()
+        assert await settling is True
+    finally:
+        await other.close()
+    [follower] = (await store.deliveries.claim("crm", 9, retries=False)).deliveries
+    assert follower.id == head.id + 1
+    assert store.news[-1].woken == {"crm"}
+    await store.deliveries.settle(ending(follower))
+    store.ledger.pending_counts["crm"] += 1  # counted by the other node
+    assert await rows(store, "SELECT count(*) FROM order_keys") == [(0,)]
+
+
+# --- ids, partitions, texts ---------------------------------------------------------------------------
+
+
+async def test_row_ids_carry_the_time_and_never_go_back(store, clock):
+    await store.events.append(accept(clock, b"{}"))
+    clock.advance(-3600)
+    await store.events.append(accept(clock, b"{}"))
+    clock.advance(7200)
+    await store.events.append(accept(clock, b"{}"))
+    first, second, third = await ids(store)
+    assert first < second < third
+    assert second - first < first_id(micros_of(first) + SECOND) - first_id(micros_of(first))
+    assert micros_of(third) == clock.wall() // 1000 * 1000
+    assert await ids(store, "deliveries") == sorted(await ids(store, "deliveries"))
+
+
+async def test_ids_continue_above_the_stored_ones_after_a_restart(store, clock):
+    await store.events.append(accept(clock, b"{}"))
+    await store.close()
+    clock.advance(-3600)
+    await store.open()
+    await store.events.append(accept(clock, b"{}"))
+    first, second = await ids(store)
+    assert first < second
+
+
+async def test_a_missing_partition_is_made_and_the_batch_written_again(store, clock):
+    clock.advance(30 * DAY)
+    receipts = await asyncio.gather(*(store.events.append(accept(clock, b"{}")) for _ in range(3)))
+    assert len({receipt.event_id for receipt in receipts}) == len(await ids(store)) == 3
+    assert store.failure is None
+    day = "20231214"
+    names = await rows(
+        store, "SELECT relname FROM pg_class WHERE relkind = 'r' AND relname LIKE '%' || ?", (day,)
+    )
+    assert {name for (name,) in names} == {f"{table}_{day}" for table in PARTITIONED}
+
+
+async def test_partitions_are_made_ahead_once(store, clock):
+    assert await store.database.writer.call(lambda c: partitions.make_partitions(c, clock.wall(), 3)) == 8
+    assert await store.database.writer.call(lambda c: partitions.make_partitions(c, clock.wall(), 3)) == 0
+
+
+async def test_texts_with_nul_are_stored_with_its_escape(store, clock):
+    sent = accept(clock, b"{}", key="a\0b", subject="x\0y", change=Register(worker_id="w\0 1"))
+    await store.events.append(sent)
+    assert (await store.events.append(sent)).duplicate
+    assert await rows(store, "SELECT subject FROM events WHERE source = 'shop' AND subject LIKE 'x%'") == [
+        ("x\\u0000y",)
+    ]
+    failed = Attempt(started_at=1, duration_ms=1.0, result="5xx", status=500, error="a\0b")
+    await store.deliveries.settle(Outcome(delivery=store.fresh[0], attempt=failed, state="dead", reason="x"))
+    assert [worker.id for worker in store.workers.all()] == ["w\0 1"]
+    await store.close()
+    await store.open()
+    assert [worker.id for worker in store.workers.all()] == ["w\0 1"]
+
+
+async def test_an_ordinary_batch_is_one_statement_without_a_transaction_of_its_own(store, clock, monkeypatch):
+    seen = []
+    connection = store.database.writer.connection
+    original = connection._raw.fetch
+
+    async def fetch(sql, *values, **options):
+        seen.append(sql.split()[0])
+        return await original(sql, *values, **options)
+
+    monkeypatch.setattr(connection, "_raw", _Proxy(connection._raw, fetch))
+    await store.events.append(accept(clock, b"{}"))
+    before = [store.fresh[0]]
+    await asyncio.gather(
+        *(store.events.append(accept(clock, b"{}")) for _ in range(20)),
+        store.deliveries.settle(ending(before[0])),
+    )
+    assert set(seen) == {"WITH"}
+    assert len(seen) <= 4
+
+
+async def test_every_transaction_says_how_durable_it_is(tmp_path, clock, monkeypatch):
+    seen = []
+    original = transaction._text
+    monkeypatch.setattr(transaction, "_text", lambda *parts: seen.append(original(*parts)) or seen[-1])
+    store = make_store(tmp_path / "relay.db", clock, kind="postgres", durability="normal")
+    await store.open()
+    await store.events.append(accept(clock, b"{}"))
+    await store.close()
+    assert seen
+    assert all("set_config('synchronous_commit', $1, true)" in sql for sql in seen)
+
+
+async def test_a_claim_reads_on_where_the_last_one_ended(store, clock):
+    for _ in range(6):
+        await store.events.append(accept(clock, b"{}"))
+        clock.advance(10)
+    store.deliveries.release([d.id for d in store.fresh])
+    first = (await store.deliveries.claim("crm", 2, retries=False)).deliveries
+    cursor, _ = store.deliveries._cursors["crm", False]
+    assert cursor == clock.steady() - 50 * SECOND
+    store.deliveries.release([first[0].id])
+    again = (await store.deliveries.claim("crm", 2, retries=False)).deliveries
+    assert [d.id for d in again] == [first[0].id, store.fresh[2].id]
+    rest = await store.deliveries.claim("crm", 9, retries=False)
+    assert [d.id for d in rest.deliveries] == [d.id for d in store.fresh[3:]]
+    assert rest.next_due is None
+
+
+# --- upgrades and foreign data ------------------------------------------------------------------------
+
+
+async def test_a_database_of_a_newer_version_is_refused_with_both_versions(store, clock):
+    await store.close()
+    await change(store, "UPDATE meta SET value = '99' WHERE name = 'version'")
+    try:
+        with pytest.raises(StorageError, match=r"version 99.*knows \d"):
+            await store.open()
+    finally:
+        await change(store, "UPDATE meta SET value = '1' WHERE name = 'version'")
+    await store.open()
