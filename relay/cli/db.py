@@ -1,5 +1,6 @@
 """`relay db`."""
 
+import asyncio
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
 from functools import partial
@@ -21,7 +22,7 @@ from relay.cli.options import FILE, config_option, json_option
 from relay.cli.output import count, print_fields, print_items, print_json, show_progress
 from relay.cli.screen import Field, utc_option
 from relay.store import OfflineStore, Stop
-from relay.store.opening import offline_store
+from relay.store.opening import move_of, offline_store
 
 T = TypeVar("T")
 
@@ -150,6 +151,42 @@ def compact(daemon: Daemon, *, as_json: bool) -> None:
     click.echo(f"{render_size(done['before'])} before, {render_size(done['after'])} after")
     if not done["whole"]:
         click.echo("another program is reading the file; the file shrinks when that program ends", err=True)
+
+
+@db.command()
+@click.argument("source", metavar="FROM")
+@click.argument("target", metavar="TO")
+@json_option
+def move(source: str, target: str, *, as_json: bool) -> None:
+    """Copy everything from one database to an empty one of another kind.
+
+    Example: relay db move sqlite:/var/lib/relay/relay.db postgresql://relay@db/relay
+
+    FROM and TO are URLs as in `[storage] url`; a file is relative to the current folder. Stop the daemon
+    first. Pending deliveries, workers, commands, idempotency keys, counts and history are included, and
+    both sides are compared at the end. FROM does not change. If the move is interrupted, run the same
+    command again: it continues. Afterwards set `[storage] url` to TO and start the daemon. Put a password
+    into PGPASSWORD or ~/.pgpass, because other users see the arguments of a command.
+    """
+    moved = asyncio.run(_move(source, target))
+    if as_json:
+        print_json({"from": source, "to": target, "rows": moved})
+        return
+    shown = ", ".join(f"{screen.number_text(number)} {name}" for name, number in moved.items() if number)
+    click.echo(f"moved and compared: {shown or 'no rows'}")
+    click.echo(f'now set url = "{target}" in [storage] of config.toml, and start the daemon', err=True)
+
+
+async def _move(source: str, target: str) -> dict[str, int]:
+    """Move everything, and return the number of rows of each table."""
+    found: dict[str, int] = {}
+    try:
+        async for moved in move_of(source, target, Path.cwd()).run():
+            found[moved.table] = moved.of
+            show_progress(f"{moved.table}: {moved.rows:,} of {moved.of:,}")
+    finally:
+        show_progress("")
+    return found
 
 
 def _copy(source: Path, target: Path, *, force: bool, keep_free: int) -> dict[str, Any]:

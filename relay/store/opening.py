@@ -6,7 +6,7 @@ The engine's modules are imported when a store is made, because most commands ru
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from relay.base.clock import Clock, SystemClock
 from relay.config.schema import WorkerRules
@@ -14,6 +14,9 @@ from relay.config.validators import POSTGRES
 from relay.errors import RelayError
 from relay.model import StoredEvent, WorkerStatus
 from relay.store import Listener, OfflineStore, Resolve, Route, Rules, Store
+
+if TYPE_CHECKING:
+    from relay.store.moving import Move, Source, Target
 
 DISK_RESERVE = 2 * 2**20
 """Bytes of the reserve that a daemon keeps for outcomes and retention on a full disk."""
@@ -167,6 +170,39 @@ def _needing_asyncpg() -> Iterator[None]:
             "[storage] url: PostgreSQL needs the package asyncpg",
             hint="install it: pip install 'hookferry[postgres]'",
         ) from error
+
+
+def move_of(source: str, target: str, folder: Path) -> "Move":
+    """Return a move of all data from one URL to another; relative names are relative to `folder`.
+
+    Raises:
+        RelayError: no engine supports a URL.
+    """
+    from relay.store.moving import Move  # noqa: PLC0415 - see above
+
+    return Move(_source(source, folder), _target(target, folder))
+
+
+def _source(url: str, folder: Path) -> "Source":
+    if (path := file_of(url, folder)) is None:
+        from relay.store.postgres.connection import read_url  # noqa: PLC0415 - see above
+        from relay.store.postgres.moving import PostgresSource  # noqa: PLC0415 - see above
+
+        return PostgresSource(read_url(url))
+    from relay.store.sqlite.moving import SqliteSource  # noqa: PLC0415 - see above
+
+    return SqliteSource(path)
+
+
+def _target(url: str, folder: Path) -> "Target":
+    if (path := file_of(url, folder)) is None:
+        from relay.store.postgres.connection import read_url  # noqa: PLC0415 - see above
+        from relay.store.postgres.moving import PostgresTarget  # noqa: PLC0415 - see above
+
+        return PostgresTarget(read_url(url))
+    from relay.store.sqlite.moving import SqliteTarget  # noqa: PLC0415 - see above
+
+    return SqliteTarget(path)
 
 
 def is_storage_failure(error: Exception) -> bool:

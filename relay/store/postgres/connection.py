@@ -6,7 +6,7 @@ transaction may run in another session.
 """
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Never, cast
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
@@ -165,6 +165,16 @@ class Connection:
             self._raw.terminate()
             raise
         return tag
+
+    async def copy(
+        self, table: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, seconds: float
+    ) -> None:
+        """Insert rows with COPY."""
+        try:
+            await self._raw.copy_records_to_table(table, columns=columns, records=rows, timeout=seconds)
+        except (TimeoutError, asyncio.CancelledError, OSError):
+            self._raw.terminate()
+            raise
 
     async def value(self, sql: str, *values: Any) -> Any:
         """Run a statement and return the first column of its first row; None without rows."""

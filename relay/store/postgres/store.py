@@ -195,6 +195,11 @@ class PostgresStore:
             await connection.execute(META)
             version = int(await connection.value("SELECT value FROM meta WHERE name = 'version'") or 0)
             newest = len(MIGRATIONS)
+            if await connection.value("SELECT value FROM meta WHERE name = 'moving'") is not None:
+                raise StorageError(
+                    f"{self.location} has the data of an unfinished move",
+                    hint="run the same `relay db move` again: it continues",
+                )
             if version > newest:
                 raise StorageError(
                     f"{self.location} has schema version {version}, this program knows {newest}",
