@@ -21,14 +21,24 @@ from relay.cli.offline import Offline, database_of, readable, tables_of, url_of
 from relay.cli.options import FILE, config_option, json_option
 from relay.cli.output import count, print_fields, print_items, print_json, show_progress
 from relay.cli.screen import Field, utc_option
+from relay.errors import RelayError
 from relay.store import OfflineStore, Stop
-from relay.store.opening import move_of, offline_store
+from relay.store.opening import file_of, move_of, offline_store
 
 T = TypeVar("T")
 
 PROGRESS_EVERY = 0.2  # seconds between two updates of the progress line
 CHECKS = ("open", "version", "integrity", "conservation", "stuck", "bodies")
 """Checks for a file that may be a copy."""
+
+
+def _storage_url(_ctx: click.Context, _parameter: click.Parameter, value: str) -> str:
+    """Check the URL of a storage."""
+    try:
+        file_of(value, Path())
+    except RelayError as error:
+        raise click.BadParameter(f'expected "sqlite:FILE" or "postgresql://…", got "{value}"') from error
+    return value
 
 
 _BACKUPS = (
@@ -154,8 +164,8 @@ def compact(daemon: Daemon, *, as_json: bool) -> None:
 
 
 @db.command()
-@click.argument("source", metavar="FROM")
-@click.argument("target", metavar="TO")
+@click.argument("source", metavar="FROM", callback=_storage_url)
+@click.argument("target", metavar="TO", callback=_storage_url)
 @json_option
 def move(source: str, target: str, *, as_json: bool) -> None:
     """Copy everything from one database to an empty one of another kind.

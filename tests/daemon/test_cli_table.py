@@ -227,6 +227,7 @@ FINDING = {
     ("serve",): "another relay",  # uses the state directory
     ("listen",): "cannot listen on port",
     ("doctor",): "slow",  # is paused
+    ("db", "move"): "no database",
 }
 """Commands that exit with 1 beside the running daemon, and what they find."""
 

@@ -107,6 +107,8 @@ KINDS = {
     "port": Kind("{port}", wrong="many"),
     "config.toml": Kind("{config}"),
     "database": Kind("{database}"),
+    "source of a move": Kind("sqlite:{file}", wrong="mysql:relay"),
+    "target of a move": Kind("sqlite:{new}", wrong="mysql:relay"),
     "export": Kind("{file}"),
     "new file": Kind("{new}"),
     "new folder": Kind("{folder}"),
@@ -131,6 +133,8 @@ _KIND_OF = {
     ("config", "FILE"): "new file",
     ("db", "backup", "FILE"): "new file",
     ("db", "check", "FILE"): "database",
+    ("db", "move", "FROM"): "source of a move",
+    ("db", "move", "TO"): "target of a move",
     ("events", "FILE"): "export",
     ("init", "FOLDER"): "new folder",
 }

@@ -43,6 +43,18 @@ def _columns(table: str) -> str:
     return ", ".join(_RENAMED.get(name, name) for name in SMALL[table])
 
 
+def _exists(path: Path) -> bool:
+    """Return whether a path exists.
+
+    Raises:
+        StorageError: this user may not look.
+    """
+    try:
+        return path.exists()
+    except OSError as error:
+        raise StorageError(f"{path}: {error.strerror}", hint="run it as the user of the relay") from error
+
+
 class _Side:
     """What source and target have in common."""
 
@@ -76,7 +88,7 @@ class SqliteSource(_Side):
     @asynccontextmanager
     async def opened(self) -> AsyncIterator[None]:
         """See `Side.opened`."""
-        if not self.path.is_file():
+        if not _exists(self.path):
             raise StorageError(
                 f"no database at {self.path}", hint="name the file: relay db move sqlite:FILE TO"
             )
@@ -125,7 +137,7 @@ class SqliteTarget(_Side):
     async def opened(self) -> AsyncIterator[None]:
         """See `Side.opened`."""
         for path in (self.path, mark_of(self.path)):
-            if path.exists():
+            if _exists(path):
                 raise StorageError(f"{path} exists already", hint="move it away, or name another file")
         self._file = self.path.with_name(f"{self.path.name}.moving")
         lock = StateDir(self.path.parent)
