@@ -5,8 +5,8 @@ import queue
 import sys
 import threading
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import closing, suppress
 from datetime import datetime
 from functools import partial
 from typing import Any
@@ -41,11 +41,22 @@ _FIGURES = (
 )  # fmt: skip
 """Labels, names and units of the figures that have a history on the screen."""
 
+_OF_HISTORY = (
+    ("sources", "events", "events_per_second", "/s"),
+    ("destinations", "succeeded", "delivered_per_second", "/s"),
+    ("destinations", "failed", "failed_per_second", "/s"), ("destinations", "pending", "backlog", ""),
+)  # fmt: skip
+"""Lists of `GET /api/history`, their figures, the figures of the screen that they are, and the units."""
+
+_ROWS = {"events_per_second": "source", "delivered_per_second": "destination"}
+"""Figures whose history is in the rows of the tables."""
+
 _BARS = "▁▂▃▄▅▆▇█"
 _GAP = "·"  # the daemon did not run
 _STEPS = (1, 2, 5, 10)  # seconds of one bar
-_STEADY = 5  # seconds of a bar from which on each bar has a snapshot while the daemon runs
+_REACH = 10  # seconds before a sample of the daemon's history that it covers
 _MOST_BARS = 60
+_MINUTES = _STEPS[-1] * _MOST_BARS // 60
 _MOST_SAMPLES = _STEPS[-1] * _MOST_BARS
 _OF_ROW = 12  # bars in the row of a source or a destination
 _BESIDE_BARS = 44  # columns of the texts beside the history
@@ -139,14 +150,14 @@ class History:
         for at, value in samples:
             total, number = sums.get(int(at // step), (0.0, 0))
             sums[int(at // step)] = (total + value, number + 1)
-        last = int(ended // step)
+        last, first = int(ended // step), int(began // step)
         means: list[float | None] = []
-        for at in range(max(last - width + 1, int(began // step)), last + 1):
-            total, number = sums.get(at, (0.0, 0))
-            if not number and step < _STEADY and at - 1 in sums:  # snapshots are not exactly a second apart
-                means.append(means[-1] if means else None)
-            else:
-                means.append(total / number if number else None)
+        later = last
+        for at in range(last, max(last - width + 1, first) - 1, -1):
+            later = at if at in sums else later
+            total, number = sums[later]
+            means.append(total / number if (later - at) * step < _REACH else None)
+        means.reverse()
         most = max((mean for mean in means if mean is not None), default=0.0)
         bars = "".join(_bar(mean, most) for mean in means).rjust(width)
         return bars, most, step * width
@@ -180,15 +191,35 @@ class View:
         if not self.is_paused:
             self._apply()
 
+    def add_history(self, answer: Mapping[str, Any]) -> None:
+        """Take the minutes before the first snapshot, an answer of `GET /api/history`."""
+        step, until = answer["step_seconds"], datetime.fromisoformat(answer["until"]).timestamp()
+        for kind, figure, total, unit in _OF_HISTORY:
+            seconds = step if unit else 1.0
+            rows = {item["name"]: item[figure] for item in answer[kind]}
+            if total in _ROWS:
+                for name, values in rows.items():
+                    self._add_series(f"{_ROWS[total]} {name}", values, seconds, until, step)
+            sums = [
+                None if all(each is None for each in values) else sum(each or 0 for each in values)
+                for values in zip(*rows.values(), strict=True)
+            ]
+            self._add_series(total, sums, seconds, until, step)
+
+    def _add_series(
+        self, name: str, values: Sequence[float | None], seconds: float, until: float, step: float
+    ) -> None:
+        for at, value in enumerate(values, 1 - len(values)):
+            if value is not None:
+                self.history.add(name, until + at * step, value / seconds)
+
     def _apply(self) -> None:
         while self._waiting:
             self.snapshot = self._waiting.popleft()
             at = datetime.fromisoformat(self.snapshot["at"]).timestamp()
             figures = {name: self.snapshot[name] for _, name, _ in _FIGURES}
-            for source in self.snapshot["sources"]:
-                figures[f"source {source['name']}"] = source["events_per_second"]
-            for destination in self.snapshot["destinations"]:
-                figures[f"destination {destination['name']}"] = destination["delivered_per_second"]
+            for name, noun in _ROWS.items():
+                figures |= {f"{noun} {each['name']}": each[name] for each in self.snapshot[f"{noun}s"]}
             self.history.keep(figures)
             for name, value in figures.items():
                 self.history.add(name, at, value)
@@ -236,7 +267,7 @@ class _Dashboard:
 
     def __init__(self) -> None:
         self._view = View()
-        self._news: queue.SimpleQueue[dict[str, Any] | BaseException | None] = queue.SimpleQueue()
+        self._news: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
 
     def follow(self, daemon: Daemon) -> None:
         """Draw until the operator quits; raise the error that ends the stream."""
@@ -253,28 +284,32 @@ class _Dashboard:
 
     def _take_news(self) -> None:
         while not self._news.empty():
-            news = self._news.get()
-            if isinstance(news, BaseException):
-                raise news
-            if news is None:
-                self._view.is_stopped = True
-            else:
-                self._view.add(news)
+            what, news = self._news.get()
+            match what:
+                case "top":
+                    self._view.add(news)
+                case "history":
+                    self._view.add_history(news)
+                case "stopped":
+                    self._view.is_stopped = True
+                case "failed":
+                    raise news
 
-    def _read(self, daemon: Daemon, wake: Any) -> None:
-        def report_stop() -> None:
-            self._news.put(None)
+    def _read(self, daemon: Daemon, wake: Callable[[], None]) -> None:
+        """Read the stream, in a thread."""
+
+        def tell(what: str, news: Any = None) -> None:
+            self._news.put((what, news))
             wake()
 
         try:
-            with closing(follow_stream(daemon, "top", report_stop, lambda: None)) as items:
-                for what, snapshot in items:
-                    if what == "top":
-                        self._news.put(snapshot)
-                        wake()
+            with suppress(CommandError):  # an older daemon; if it does not answer, the stream says so
+                tell("history", daemon.get("history", minutes=_MINUTES, periods=_MOST_BARS))
+            with closing(follow_stream(daemon, "top", partial(tell, "stopped"), lambda: None)) as items:
+                for what, item in items:
+                    tell(what, item)
         except BaseException as error:  # noqa: BLE001 - the main thread raises it
-            self._news.put(error)
-            wake()
+            tell("failed", error)
 
 
 # --- what the screen shows ------------------------------------------------------------------------------

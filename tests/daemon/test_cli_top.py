@@ -181,6 +181,30 @@ def test_a_pause_keeps_snapshots_for_the_history():
     assert view.history.bars("backlog", 3)[0] == " ▅█"
 
 
+def test_the_history_of_the_daemon_precedes_the_first_snapshot():
+    view = View()
+    view.add_history(
+        {
+            "until": "2026-01-31T11:59:58.000Z", "step_seconds": 10.0,
+            "sources": [
+                {"name": "s0", "events": [None, 10, 20, 5], "refused": [None, 0, 0, 0]},
+                {"name": "s1", "events": [None, None, 60, 0], "refused": [None, None, 0, 0]},
+            ],
+            "destinations": [
+                {
+                    "name": "d0", "succeeded": [None, 1, 2, 3], "failed": [None, 0, 0, 40],
+                    "pending": [None, 1, 1, 9],
+                },
+            ],
+        }
+    )  # fmt: skip
+    view.add(snapshot(sources=2, events_per_second=2.0, backlog=4))
+    assert view.history.bars("events_per_second", 4) == ("▂█▂▃", 8.0, 40)
+    assert view.history.bars("failed_per_second", 4)[:2] == ("▁▁█▁", 4.0)
+    assert view.history.bars("backlog", 4)[0] == "▂▂█▄"
+    assert view.history.bars("source s1", 3)[0] == "█▁▂"
+
+
 @pytest.mark.parametrize(
     ("samples", "bars", "seconds"),
     [
