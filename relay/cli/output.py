@@ -124,10 +124,18 @@ def print_page(
     elif quiet:
         for item in items:
             click.echo(item[key])
-    else:
+    elif items or not sys.stdout.isatty():
         print_items(columns, items, shape)
+    else:
+        click.echo(f"no {_plural()}", err=True)
     if answer["next_cursor"] is not None and not as_json and sys.stderr.isatty():
         click.echo(f"more rows: add --cursor {answer['next_cursor']}", err=True)
+
+
+def _plural() -> str:
+    """Return what the command lists: "events" for `relay events list`."""
+    context = click.get_current_context()
+    return (context.parent and context.info_name == "list" and context.parent.info_name) or "rows"
 
 
 def print_fields(item: Mapping[str, Any], shown: Sequence[Field] | None = None) -> None:

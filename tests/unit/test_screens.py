@@ -6,6 +6,7 @@ from datetime import datetime
 
 import msgspec
 import pytest
+from commands import LEAVES
 
 from relay.api.app import RESOURCES
 from relay.api.endpoints import endpoints_of
@@ -34,6 +35,20 @@ def test_every_file_has_a_screen():
 ENDPOINTS = [
     each for resource in RESOURCES for each in endpoints_of(resource).values() if each.method == "GET"
 ]
+
+
+def test_every_command_that_lists_or_shows_has_a_screen():
+    drawn = [words.split() for words in screens.SCREENS.values()]
+    local = {("config", "show"), ("plugins", "list")}  # they do not ask the daemon
+    for path in LEAVES:
+        if path[-1] in ("list", "show") and path not in local:
+            assert any(tuple(words[:2]) == path for words in drawn), path
+
+
+@pytest.mark.parametrize(("words", "said"), [("events list", "no events\n"), ("stats", "no rows\n")])
+def test_an_empty_list_says_so(monkeypatch, words, said):
+    monkeypatch.setitem(screens.ANSWERS, words.split()[0], screens.page())
+    assert screens.draw(words, 80) == said
 
 
 def declared(path):
