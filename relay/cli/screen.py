@@ -478,12 +478,15 @@ def _fit(
             break
         shown.remove(at)
     widths = {at: natural[at] for at in shown}
-    floor = wished if excess(wished[at] for at in shown) <= 0 else least
-    for _ in range(excess(widths.values())):
-        widest = max(shown, key=lambda at: widths[at] - floor[at])
-        if widths[widest] <= floor[widest]:
-            break
-        widths[widest] -= 1
+    heads = [
+        width_of(column.heading) if column.least else low for column, low in zip(shape, least, strict=True)
+    ]
+    for floor in (wished, least, heads):
+        for _ in range(excess(widths.values())):
+            widest = max(shown, key=lambda at: widths[at] - floor[at])
+            if widths[widest] <= floor[widest]:
+                break
+            widths[widest] -= 1
     return widths
 
 

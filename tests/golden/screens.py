@@ -166,6 +166,26 @@ def job(name, every, **more):
     }  # fmt: skip
 
 
+def refused(number, **more):
+    """Return a refused request of a list."""
+    source, reason, status, problem = (
+        (
+            "adorn",
+            "validation",
+            400,
+            'session_id: expected a text, got 42, in {"session_id": 42, "event_type": …}',
+        ),
+        ("github-enterprise-production", "auth", 401, "the signature does not match"),
+        (None, "unknown_route", 404, "no source has this path"),
+    )[number % 3]
+    return {
+        "id": id_("ref_", -60 * number, 7), "at": at(-60 * number), "source": source, "reason": reason,
+        "status": status, "problem": problem, "field": "session_id" if number == 0 else "",
+        "method": "POST", "target": ("/v1/events", "/hooks/github/" + "x" * 90, "/wp-login.php")[number % 3],
+        "remote": "203.0.113.7", "size": 4711, "retried_at": None, "event_id": None, **more,
+    }  # fmt: skip
+
+
 def page(*items):
     """Return a page without a next one."""
     return {"items": list(items), "next_cursor": None}
@@ -297,6 +317,13 @@ ANSWERS = {
             },
         ],
     },
+    "refused": page(*map(refused, range(3))),
+    "refused/01a2": {
+        **refused(0),
+        "can_retry": True,
+        "body": '{"session_id": 42, "event_type": "session.started"}',
+        "headers": [["host", "relay.example.com"], ["authorization", "Bearer ****"]],
+    },
     "jobs": page(
         job("retention", "1m"),
         job("ledger", "15s", next_run_at=at(14)),
@@ -371,6 +398,8 @@ SCREENS = {
     "sources-show": "sources show adorn",
     "workers-list": "workers list",
     "workers-show": "workers show whatsapp w",
+    "refused-list": "refused list",
+    "refused-show": "refused show 01a2",
     "jobs-list": "jobs list",
     "nodes": "nodes",
     "stats": "stats",
