@@ -53,6 +53,9 @@ SMALL: Mapping[str, tuple[str, ...]] = {
     "worker_commands": (
         "public_id", "source", "worker_id", "state", "created_at", "expires_at", "sent_at", "body",
     ),
+    "refused": (
+        "public_id", "at", "source", "reason", "size", "retried_at", "event_id", "head", "body",
+    ),
 }  # fmt: skip
 """Tables that are moved as a whole, each in one transaction."""
 

@@ -84,6 +84,9 @@ async def file(tmp_path, clock):
     path = tmp_path / "a" / "relay.db"
     path.parent.mkdir()
     await fill(make_store(path, clock, kind="sqlite"), clock)
+    with closing(sqlite3.connect(path)) as database, database:
+        sql = "INSERT INTO refused VALUES (NULL, ?, 5, 'shop', 'no_token', 9, NULL, NULL, x'7b7d', ?)"
+        database.executemany(sql, [("ref_1", b"\x00"), ("ref_2", None)])
     return path
 
 

@@ -50,6 +50,7 @@ ROWS_SQL = {
         SELECT hour, source, type, sum(events)::bigint, sum(duplicates)::bigint, sum(bytes)::bigint
           FROM stats GROUP BY hour, source, type
     """,
+    "refused": f"SELECT {', '.join(SMALL['refused'])} FROM refused ORDER BY id",  # noqa: S608 - constants
     "dedupe": """
         SELECT source, key, identity, 'evt_' || event_id, expires_at FROM dedupe WHERE identity <> ''
     """,

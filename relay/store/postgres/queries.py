@@ -155,6 +155,7 @@ class IndexPath(msgspec.Struct, frozen=True):
     key: str = "id"  # column with the row id
     only: str = ""  # condition of a partial index
     is_partition_key: bool = True
+    type: str = "text"  # of the columns
 
     def sql(self, *, newest_first: bool = True, offset: bool = False) -> str:
         """Return a statement. Its values are an array for each column, the end, the start and a limit.
@@ -182,7 +183,7 @@ class IndexPath(msgspec.Struct, frozen=True):
         )
         if not self.columns:
             return f"SELECT 1, found FROM ({found}) AS rows"  # noqa: S608 - constants
-        arrays = ", ".join(f"${number + 1}::text[]" for number in range(width))
+        arrays = ", ".join(f"${number + 1}::{self.type}[]" for number in range(width))
         given = ", ".join(f"v{number}" for number in range(width))
         return (
             f"SELECT term.number, rows.found FROM unnest({arrays}) WITH ORDINALITY AS term ({given}, number)"  # noqa: S608 - constants
@@ -203,7 +204,7 @@ EVENT_PATHS = {
 }
 DELIVERY_PATHS = {
     "all": IndexPath("deliveries"),
-    "event_id": IndexPath("deliveries", ("event_id",)),
+    "event_id": IndexPath("deliveries", ("event_id",), type="bigint"),
     "destination": IndexPath("deliveries", ("destination",)),
     "destination and state": IndexPath("ends", ("destination", "state"), "delivery_id", _LOST),
     "pending": IndexPath("owed"),
@@ -307,11 +308,11 @@ class PostgresReader:
         first, last = 1, 2**63 - 2
         after, before = -(2**63) if since is None else since, 2**63 - 1 if until is None else until
         if since is not None:
-            first = first_id(max(EPOCH, since - 1000))
+            first = min(first_id(since - 1000), last)
             early = await self._odd(EARLY, after, before)
             first = 1 if early is None else max(1, min([first, *early]))
         if until is not None:
-            last = first_id(max(EPOCH, until + SLACK + 1000))
+            last = min(first_id(until + SLACK + 1000), last)
             late = await self._odd(LATE, after, before)
             last = 2**63 - 2 if late is None else max([last, *late])
         return Span(first, last)
