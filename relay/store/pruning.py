@@ -36,6 +36,9 @@ MOST_TYPES = 1000
 ROUND = 3600 * SECOND
 """Microseconds after which all old events are read again, also those that were kept before."""
 
+SOON = 120 * SECOND
+"""Microseconds: events that are old enough after this time are not read until then."""
+
 PASS = 45.0  # seconds; the next pass continues
 LONGEST_PAUSE = 0.5  # seconds between two transactions
 
@@ -136,9 +139,13 @@ class Retention(ABC, Generic[C]):
                 if received_at <= now - keep.events and (needed is None or needed <= dead):
                     candidates.append(Candidate(id_, cost, dead))
             yield candidates, len(rows) == PAGE
-            if rows:
-                self._cursors[group] = rows[-1][0]
-            if len(rows) < PAGE:
+            # The next pass begins with an event that is old enough soon.
+            soon = next(
+                (at for at, row in enumerate(rows) if 0 < row[3] - now + group.kept <= SOON), len(rows)
+            )
+            if soon:
+                self._cursors[group] = rows[soon - 1][0]
+            if soon < PAGE:
                 return
 
     async def _delete(self, candidates: Sequence[Candidate]) -> int:

@@ -238,6 +238,11 @@ async def ids(store, table="events"):
     return [row[0] for row in await rows(store, f"SELECT id FROM {table} ORDER BY id")]
 
 
+async def numbers(store, table="events"):
+    """Return the number of each row, from 1, by its row id: engines give different ids in the same order."""
+    return {id_: number for number, id_ in enumerate(await ids(store, table), 1)}
+
+
 async def count_rows(store, table):
     [(count,)] = await rows(store, f"SELECT count(*) FROM {table}")
     return count

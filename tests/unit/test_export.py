@@ -4,7 +4,7 @@ import json
 
 import msgspec
 import pytest
-from stores import count_rows, end, hooks, ids, make_event, opened, rows, send
+from stores import count_rows, end, hooks, ids, make_event, only_sqlite, opened, rows, send
 from support import FakeClock
 
 from relay.errors import RelayError
@@ -175,8 +175,9 @@ async def test_events_received_during_an_import_get_their_own_ids(store, other, 
     await send(other, clock)
     await read_in(other, await export(store))
     event = await send(other, clock)
-    assert await ids(other) == [1, 2, 3, 4, 5]
-    assert event.id == 5
+    known = await ids(other)
+    assert len(known) == 5
+    assert event.id == known[-1]
 
 
 async def test_equal_lines_in_one_transaction_are_one_event(store, other, clock):
@@ -203,6 +204,7 @@ async def test_an_import_runs_in_small_transactions_and_reports_progress(store, 
     assert [step.new for step in steps] == [2, 4, 5]
 
 
+@only_sqlite
 async def test_deliveries_of_an_export_are_found_without_a_scan(store):
     sql = f"EXPLAIN QUERY PLAN {EXPORTED_SQL.format(marks='?, ?')}"
     steps = [row[3] for row in await rows(store, sql, (1, 2))]

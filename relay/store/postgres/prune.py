@@ -18,7 +18,7 @@ import msgspec
 
 from relay.base.clock import SECOND, Clock
 from relay.store.postgres.connection import Connection, Database
-from relay.store.postgres.queries import EARLY, EVENT_PATHS, PostgresReader
+from relay.store.postgres.queries import EARLY, EVENT_PATHS, SLACK, PostgresReader
 from relay.store.postgres.rows import first_id
 from relay.store.pruning import COST, MOST_TYPES, PAGE, Candidate, Group, Retention, paced
 from relay.store.retention_policy import Policy
@@ -259,9 +259,7 @@ class PostgresRetention(Retention[Connection]):
         return int(count) - remaining
 
     async def _last(self, group: Group, moment: int) -> int:
-        span = await self._statements.span(None, moment + 1)
-        last = span.last if span is not None else 0
-        last = min(last, await self._statements.newest("events"))
+        last = min(first_id(moment + SLACK), await self._statements.newest("events"))
         return min(last, self._limits["events"] - 1) if group.kind == "all" else last
 
     async def _page(self, group: Group, end: int, start: int) -> Sequence[tuple[Any, ...]]:
