@@ -100,7 +100,7 @@ def test_an_imported_line_has_no_line_break_at_the_end_of_a_field(field):
         (lambda text: validators.url(Url(text)).reveal(), "http://a/b"),
         (validators.web_origin, "https://a"),
         (validators.pattern, "shop.*"),
-        (validators.storage, "sqlite:relay.db"),
+        (lambda text: validators.storage(Url(text)).reveal(), "sqlite:relay.db"),
     ],
 )
 def test_a_value_of_config_toml_has_no_line_break_at_its_end(check, text):
