@@ -102,7 +102,9 @@ async def examine(examined: Examined, connection: Connection) -> list[Check]:
         try:
             found.append(await check(examined, connection))
         except asyncpg.PostgresError as error:
-            hint = "let the relay's user read statistics: GRANT pg_monitor TO the user of [storage] url"
+            hint = "run it again, and look into the server's log"
+            if isinstance(error, asyncpg.InsufficientPrivilegeError):
+                hint = "let the relay's user read statistics: GRANT pg_monitor TO the user of [storage] url"
             found.append(failed(check.__name__, f"the check failed: {error}", hint))
     return found
 
