@@ -21,7 +21,9 @@ import pytest_asyncio
 from click.testing import CliRunner
 from commands import LEAVES, Commands, arguments, kind_of, run, value_of
 from daemons import SERVE, SOURCES, Daemon, Recorder, adorn, destination, running, write_config
+from lanes import CLOCK
 from machines import NOBODY, ROOT, SHARED
+from stores import make_store
 from support import until
 from wire import request
 
@@ -239,7 +241,10 @@ def up():
             words += ["-c", "{config}"]
         if path == ("listen",):
             words.append("{port}")
-        yield cell(path, words, 1, FINDING[path]) if path in FINDING else cell(path, words, 0)
+        code, *message = (1, FINDING[path]) if path in FINDING else (0,)
+        yield cell(path, words, code, *message)
+        if "--offline" in options(path):
+            yield cell(path, [*words, "--offline"], code, *message)
 
 
 @pytest.mark.asyncio(loop_scope="module")
@@ -286,6 +291,17 @@ def down():
     )
 
 
+def alone():
+    """Yield a cell for each command that needs no daemon."""
+    for path in LEAVES:
+        if path in TALKING or path in (("db", "move"), ("listen",), ("send",), ("serve",)):
+            continue  # `db move` never asks a daemon: its cell is the one of a running daemon
+        words = valid(path)
+        if path in WITH_CONFIG and "{config}" not in words:
+            words += ["-c", "{config}"]
+        yield cell(path, words, 0)
+
+
 @pytest.fixture
 def dead(folder, tmp_path):
     """Values for a machine without a daemon."""
@@ -306,6 +322,24 @@ def dead(folder, tmp_path):
 def test_without_a_daemon_a_command_exits_with_3(case, dead, monkeypatch):
     monkeypatch.delenv("RELAY_SOCKET", raising=False)
     judge(case, *invoke(filled(case.words, dead)))
+
+
+@table(alone())
+def test_without_a_daemon_other_commands_succeed(case, dead, tmp_path):
+    (tmp_path / "request.http").write_text("POST /v1/events HTTP/1.1\r\nHost: a\r\n\r\n" + adorn().decode())
+    more = {"request": "request.http", "folder": "made", "new": "new.toml"}
+    values = dead | {name: str(tmp_path / file) for name, file in more.items()}
+    if case.path == ("db", "check"):
+        asyncio.run(_empty(tmp_path / "state" / "relay.db"))
+    judge(case, *invoke(filled(case.words, values)))
+
+
+async def _empty(database):
+    """Create an empty database."""
+    database.parent.mkdir()
+    store = make_store(database, CLOCK)
+    await store.open()
+    await store.close()
 
 
 # --- the configuration cannot be read -------------------------------------------------------------------

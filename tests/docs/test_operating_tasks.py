@@ -131,12 +131,16 @@ def test_every_line_is_a_command_of_the_relay_or_a_known_one(title):
 @in_module
 async def test_an_event_that_never_arrived_is_found_and_sent_again(desk):
     await desk.send("lost")
+    wrong = request("POST", "/internal/event/notify", b"{}", **TOKEN)
+    assert (await desk.relay.exchange(wrong)).status == 422
+    await desk.relay.app.ingest.refused.flush()
     await ended(desk, "delivered")
     [event] = await desk.relay.rows(subject="lost")
     desk.names["019aa9b2"] = event["id"]
     result = await desk.follow("An event never arrived")
     found = result["events list --source moddy --since 2h --where data.guild_id=42"].rows
     assert [row[0] for row in found] == [event["id"]]
+    assert "invalid" in result["refused list --source moddy --since 2h"].out
     await until(lambda: desk.recorder.ids.count(event["id"]) == 2)
     assert len(result[f"attempts list --event {event['id']}"].rows) == 1
     assert "crm" in result[f"explain {event['id']}"].out
@@ -178,7 +182,9 @@ async def test_a_rotation_shows_which_tokens_are_in_use(desk):
 async def test_a_flapping_worker_is_examined_and_put_into_maintenance(desk):
     await desk.beat()
     result = await desk.follow("A worker flaps")
-    assert result["workers maintenance whatsapp worker-001 on"].out == "worker-001: MAINTENANCE\n"
+    assert result["workers maintenance whatsapp worker-001 --for 2h"].out.startswith(
+        "worker-001: MAINTENANCE"
+    )
     assert result["events list --source whatsapp --subject worker-001 --since 1d"].rows
     text = blocks("A worker flaps", "toml")
     file = desk.relay.app.config.path.with_name("worker.toml")
