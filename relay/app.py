@@ -88,7 +88,8 @@ class App:
     def __init__(self, setup: Setup, clock: Clock | None = None) -> None:
         config = setup.config
         self._setup = setup
-        self.clock = clock = clock or clock_of(setup.config.storage.url.reveal())
+        url = config.storage.url.reveal()
+        self.clock = clock = clock or clock_of(url, shared=config.cluster.enabled)
         self.health = Health()
         self.state_dir = StateDir(config.state_dir)
         self.listener, _ = implementation_of(config.server.implementation)
@@ -112,7 +113,7 @@ class App:
             min_free=config.storage.min_free_disk,
             reserve=DISK_RESERVE,
             node=config.cluster.node,
-            lease=config.cluster.lease,
+            cluster=config.cluster.lease if config.cluster.enabled else None,
             digest=self._config_digest,
         )
         self.state = State(
@@ -154,7 +155,10 @@ class App:
         self.loop_lag = LoopLag(self.metrics.lag.set)
         self.jobs = Jobs(clock, self.metrics, self.store.nodes.lead)
         self.owner = Owner(
-            self.dispatcher, self.store, lambda: {SWEEP, RETENTION, LEDGER, *self.jobs.of_cluster}
+            self.dispatcher,
+            self.store,
+            lambda: {SWEEP, RETENTION, LEDGER, *self.jobs.of_cluster},
+            self.state.refresh,
         )
         self.reloads = Reloads(self.state, self.jobs, self.metrics, clock)
         self.replays = Replays(store=self.store, router=self.state.router, clock=clock)

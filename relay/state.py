@@ -82,6 +82,12 @@ class State:
             self.ingest.mounts[name].paused = True
         await self.dispatcher.start(tuple(own))
 
+    async def refresh(self) -> None:
+        """Read again which sources are paused, on whichever node that was asked."""
+        paused = await self._store.queries.paused_sources()
+        for name, mount in self.ingest.mounts.items():
+            mount.paused = name in paused
+
     async def prepare(self, setup: Setup) -> Draft:
         """Prepare another configuration beside the current one.
 

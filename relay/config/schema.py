@@ -206,6 +206,13 @@ class Retention(msgspec.Struct, frozen=True, kw_only=True):
 class Cluster(msgspec.Struct, frozen=True, kw_only=True):
     """`[cluster]`: this daemon as one of several nodes on a PostgreSQL database."""
 
+    enabled: Annotated[
+        bool,
+        _help(
+            "share the database with other nodes, which have this key, too; without it, a second daemon is "
+            "refused"
+        ),
+    ] = False
     node: Annotated[
         str,
         _check(validators.printable),

@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -26,8 +26,19 @@ STEER, CLOSE_CIRCUIT = "pause or resume", "close the circuit"
 class Owner:
     """Sets for each lane of a dispatcher whether this node owns it. A node that is alone owns every lane."""
 
-    def __init__(self, dispatcher: Dispatcher, store: Store, jobs: Callable[[], Collection[str]]) -> None:
-        """Take `jobs`, which returns the jobs that run on one node of the cluster."""
+    def __init__(
+        self,
+        dispatcher: Dispatcher,
+        store: Store,
+        jobs: Callable[[], Collection[str]],
+        refresh: Callable[[], Awaitable[None]] | None = None,
+    ) -> None:
+        """Take functions.
+
+        `jobs` returns the jobs that run on one node of the cluster; `refresh` reads again what other nodes
+        may have changed, once a second.
+        """
+        self._refresh = refresh
         self._dispatcher = dispatcher
         self._store = store
         self._jobs = jobs
@@ -127,6 +138,8 @@ class Owner:
         is_needed = gained or len(owned.until) < len(lanes)  # the states of all other lanes are only shown
         states = await store.queries.destination_states() if is_needed else {}
         self._apply(owned, gained, states)
+        if self._refresh is not None:
+            await self._refresh()
 
     def _apply(self, owned: Ownership, gained: Collection[str], states: dict[str, DestinationState]) -> None:
         for name, lane in self._dispatcher.lanes.items():

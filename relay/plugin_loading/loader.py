@@ -131,6 +131,8 @@ def _complete(
         if source is not None and not wrong:
             sources[name] = source
     _check_claims(binder, claiming)
+    if config.cluster.enabled:
+        _check_cluster(binder, config, sources)
     if blame:
         _check_formats(binder, config, formats)
     if binder.problems:
@@ -140,6 +142,16 @@ def _complete(
         binder.warn(("server", "implementation"), problem)
     warnings = tuple(str(warning) for warning in sorted(binder.warnings))
     return msgspec.structs.replace(config, sources=sources, warnings=warnings)
+
+
+def _check_cluster(binder: Binder, config: Config, sources: Mapping[str, SourceConfig]) -> None:
+    """Report what only a daemon that is alone on its database can do."""
+    if config.storage.url.reveal().partition(":")[0] not in validators.POSTGRES:
+        binder.report(("cluster", "enabled"), "several nodes need a postgresql:// URL in [storage] url")
+    for name, source in sources.items():
+        if type(source.settings).sign_of_life is not Source.sign_of_life:
+            problem = "keeps workers, which the nodes of a cluster cannot share yet; give it a daemon alone"
+            binder.report(("sources", name), problem)
 
 
 def discover(dirs: Sequence[Path]) -> tuple[Offers, list[Problem]]:

@@ -62,6 +62,18 @@ class Restored(msgspec.Struct):
     done: bool = False  # set by the write; False: the event was stored already
 
 
+class Scope(msgspec.Struct, frozen=True):
+    """The destinations whose pending deliveries this node ends: only a lane's owner knows what it sends."""
+
+    mine: frozenset[str]  # owned lanes
+    known: frozenset[str]  # destinations in the config of a node
+    has_orphans: bool  # whether this node also ends the deliveries of destinations that no node knows
+
+    def covers(self, destination: str) -> bool:
+        """Return whether this node ends the deliveries of a destination."""
+        return destination in self.mine or (self.has_orphans and destination not in self.known)
+
+
 class HeldDestinations(msgspec.Struct, frozen=True):
     """The destinations that accept nothing now, and how long their deliveries are kept."""
 
@@ -122,6 +134,7 @@ class Batch:
         self.ended: dict[int, tuple[str, Ending]] = {}  # ended without an attempt, with destination
         self.woken: set[str] = set()  # destinations of deliveries that were waiting and are due now
         self.made_due: dict[int, str] = {}  # destinations of the deliveries that an operator made due
+        self.scope: Scope | None = None  # None: this node ends all deliveries
         self.cancelled_in_flight: set[int] = set()  # cancelled during an attempt, whose outcome decides
 
     @property

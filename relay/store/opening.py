@@ -36,10 +36,13 @@ def default_rules(_source: str, _worker_id: str) -> WorkerRules:
     return WorkerRules()
 
 
-def clock_of(url: str) -> Clock:
-    """Return the clock of a daemon for a store: the machine's, unless several machines share the data."""
-    _ = url
-    return SystemClock()
+def clock_of(url: str, *, shared: bool) -> Clock:
+    """Return the clock of a daemon for a store: the server's if several daemons share the data."""
+    if not shared or file_of(url, Path()) is not None:
+        return SystemClock()
+    from relay.store.postgres.clock import ServerClock  # noqa: PLC0415 - see above
+
+    return ServerClock(SystemClock())
 
 
 def make_store(
@@ -59,7 +62,7 @@ def make_store(
     min_free: int = 0,
     reserve: int = 0,
     node: str = "",
-    lease: float = 30.0,
+    cluster: float | None = None,
     digest: Callable[[], bytes] = lambda: b"",
 ) -> Store:
     """Make a store that is not open yet.
@@ -81,7 +84,8 @@ def make_store(
         min_free: bytes of the disk that senders cannot fill.
         reserve: bytes kept in a file that is deleted when the disk is full.
         node: name of this node in lists; "": the host name.
-        lease: seconds after which other nodes take over the lanes of a node that does not answer.
+        cluster: seconds after which other nodes take over the lanes of a node that does not answer; None: no
+            other daemon uses the data.
         digest: returns the digest of the configuration that all nodes should share.
 
     Raises:
@@ -105,11 +109,18 @@ def make_store(
             observe_requests=observe_requests,
             on_fatal=on_fatal,
             full=durability == "full",
+            node=node,
+            cluster=cluster,
+            digest=digest,
         )
     from relay.store.sqlite.disk import Disk  # noqa: PLC0415 - see above
     from relay.store.sqlite.store import SqliteStore  # noqa: PLC0415 - see above
 
-    _ = lease  # one node needs none
+    if cluster is not None:
+        raise RelayError(
+            "[cluster] enabled: only daemons on a PostgreSQL database can be a cluster",
+            hint="set [storage] url to a postgresql:// URL, or enabled = false",
+        )
     return SqliteStore(
         path,
         clock,

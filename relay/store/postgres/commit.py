@@ -14,15 +14,13 @@ from relay.store.claims import Claims
 from relay.store.dedupe import Key, Keys
 from relay.store.postgres import transitions
 from relay.store.postgres.connection import Connection
+from relay.store.postgres.nodes import PostgresNodes
 from relay.store.postgres.rows import IdSequences, text, uuid_of
 from relay.store.postgres.transaction import Part, Transaction
 from relay.store.rows import command_row, event_row, measurement_row, worker_row
 from relay.store.transitions import apply_cancellations, handle_dead
 from relay.store.worker_changes import StoredWorkerChanges
 from relay.store.writer import Committer, Job
-
-SLOT = 0
-"""Number of this node in row ids and in the rows that each node has alone."""
 
 ANY_REQUEST = b""
 """Identity in `dedupe` of a key that only one request may use."""
@@ -237,11 +235,34 @@ class PostgresCommitter(Committer):
     """Writes batches to PostgreSQL."""
 
     sequences: IdSequences
+    nodes: PostgresNodes | None = None  # None: this daemon uses the database alone
 
     async def begin(self, transaction: Transaction, jobs: Sequence[Job[Any]]) -> Batch:
         """Return an empty batch whose row ids begin at the present time."""
+        if self.nodes is not None:
+            self.sequences.use(self.nodes.slot)
         self.sequences.lift(self._clock.wall())
-        return await super().begin(transaction, jobs)
+        batch = await super().begin(transaction, jobs)
+        if self.nodes is not None:
+            batch.scope = self.nodes.scope
+        return batch
+
+    def publish(self, batch: Batch) -> None:
+        """See `Committer.publish`; also wakes the lanes of other nodes."""
+        if self.nodes is not None:
+            self._tell_others(batch, self.nodes)
+        super().publish(batch)
+
+    def _tell_others(self, batch: Batch, nodes: PostgresNodes) -> None:
+        """Announce due deliveries of lanes that other nodes own; only the others are claimed here."""
+        mine = nodes.scope.mine
+        names = {delivery.destination for delivery in batch.due}
+        if names - mine:
+            batch.due = [delivery for delivery in batch.due if delivery.destination in mine]
+        if others := (names | batch.woken | batch.later.keys()) - mine:
+            nodes.announce(others)
+        if hurried := set(batch.made_due.values()) - mine:
+            nodes.announce(hurried, retries=True)
 
     async def _look_up(self, transaction: Transaction, keys: Keys, used: Sequence[Key]) -> None:
         rows = await transaction.connection.fetch(
@@ -314,7 +335,7 @@ async def _write(batch: Batch, transaction: Transaction, claims: Claims, sequenc
         counts = await _write_outcomes(batch, transaction, claims, sequences)
     if transitions.is_requested(batch):
         await transitions.write_requested(batch, transaction, claims)
-    _add_events(batch, transaction)
+    _add_events(batch, transaction, sequences.slot)
     if batch.deliveries:
         await _add_deliveries(batch, transaction, claims)
     _add_others(batch, transaction)
@@ -322,7 +343,7 @@ async def _write(batch: Batch, transaction: Transaction, claims: Claims, sequenc
     if batch.ledger or counts is COUNTS_WITH_ENDS:
         rows = batch.ledger.values()
         transaction.add(
-            counts, SLOT, list(batch.ledger), *([row[column] for row in rows] for column in LEDGER)
+            counts, sequences.slot, list(batch.ledger), *([row[column] for row in rows] for column in LEDGER)
         )
 
 
@@ -395,12 +416,12 @@ def _columns(rows: Iterable[tuple[Any, ...]]) -> list[list[Any]]:
     return list(map(list, zip(*rows, strict=True)))
 
 
-def _add_events(batch: Batch, transaction: Transaction) -> None:
+def _add_events(batch: Batch, transaction: Transaction, slot: int) -> None:
     if batch.stats:
         rows = sorted(batch.stats.items())
         transaction.add(
             STATS,
-            SLOT,
+            slot,
             [hour for (hour, _, _), _ in rows],
             [text(source) for (_, source, _), _ in rows],
             [text(type_) for (_, _, type_), _ in rows],

@@ -1,16 +1,21 @@
 """Claims of due deliveries in PostgreSQL."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from relay.base.clock import SECOND, Clock
 from relay.model import Claim, Delivery
+from relay.store import Cancelled
 from relay.store.claims import Claims
 from relay.store.deliveries import StoredDeliveries
 from relay.store.postgres.connection import Connection, Database
+from relay.store.postgres.nodes import PostgresNodes
 from relay.store.postgres.rows import CLAIM_COLUMNS, delivery_of, text
 
 OVERLAP = 5 * SECOND
 """Microseconds before the cursor that a claim reads again, because another node's commit may come late."""
+
+CANCEL = "cancel deliveries"
+"""What a node asks the owner of a lane to do."""
 
 FROM_BEGINNING = 30 * SECOND
 """Microseconds after which a claim ignores its cursor once, as the net below all other reasons."""
@@ -26,6 +31,7 @@ NEXT_SQL = """
      WHERE destination = $1 AND attempts {share} 0 AND next_attempt_at > $2
      ORDER BY next_attempt_at LIMIT 1
 """
+DESTINATIONS_SQL = "SELECT id, destination FROM owed WHERE id = ANY($1::bigint[])"
 FOLLOWERS_SQL = f"""
     SELECT {CLAIM_COLUMNS} FROM owed
      WHERE destination = $1 AND group_key = $2 AND attempts {{share}} 0 AND next_attempt_at <= $3
@@ -41,9 +47,15 @@ class PostgresDeliveries(StoredDeliveries):
     index entries of all deliveries that have ended, which stay there while any old snapshot is open.
     """
 
-    def __init__(self, database: Database, claims: Claims, clock: Clock) -> None:
+    def __init__(
+        self, database: Database, claims: Claims, clock: Clock, nodes: PostgresNodes | None = None
+    ) -> None:
         super().__init__(database, claims)
+        self._postgres = database
         self._clock = clock
+        self._nodes = nodes  # None: this daemon uses the database alone
+        if nodes is not None:
+            nodes.handle(CANCEL, self._cancel_here)
         self._cursors: dict[tuple[str, bool], tuple[int, int]] = {}  # due time, when the beginning was read
 
     async def claim(self, destination: str, limit: int, *, retries: bool, together: int = 1) -> Claim:
@@ -72,6 +84,28 @@ class PostgresDeliveries(StoredDeliveries):
         """Let the next claims of a destination begin with its oldest delivery."""
         for retries in (False, True):
             self._cursors.pop((destination, retries), None)
+
+    async def cancel(self, delivery_ids: Sequence[int]) -> Cancelled:
+        """See `Deliveries.cancel`; the owner of a lane cancels its deliveries, because it sends them."""
+        if self._nodes is None:
+            return await super().cancel(delivery_ids)
+        scope = self._nodes.scope
+        others: dict[str, list[int]] = {}
+        for id_, name in await self._postgres.fetch(DESTINATIONS_SQL, list(delivery_ids)):
+            if not scope.covers(name):
+                others.setdefault(name, []).append(id_)
+        elsewhere = {id_ for ids in others.values() for id_ in ids}
+        done = await super().cancel([id_ for id_ in delivery_ids if id_ not in elsewhere])
+        ended, in_flight = done.ended, done.in_flight
+        for name, ids in others.items():
+            answer = await self._nodes.ask(name, CANCEL, ids)
+            ended, in_flight = ended + answer["ended"], in_flight + answer["in_flight"]
+        return Cancelled(ended, in_flight)
+
+    async def _cancel_here(self, _destination: str, delivery_ids: list[int]) -> dict[str, int]:
+        """Cancel deliveries of a lane of this node, for an operator at another one."""
+        done = await super().cancel(delivery_ids)
+        return {"ended": done.ended, "in_flight": done.in_flight}
 
     async def _claim(
         self,

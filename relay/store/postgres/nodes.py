@@ -22,6 +22,7 @@ from relay.base.clock import SECOND, Clock
 from relay.errors import StorageError
 from relay.model import Node
 from relay.store import Attendant, Ownership
+from relay.store.batch import Scope
 from relay.store.postgres.clock import SLEW, ServerClock
 from relay.store.postgres.requests import Handle, Requests
 from relay.store.postgres.wakeups import Notifications, WakeUp, WakeUps
@@ -32,7 +33,7 @@ LIVE = 5.0
 """Seconds after its latest renewal for which a node counts as live, or the length of a lease if shorter."""
 
 SETTLE_IN = 30.0
-"""Seconds after its start in which a node takes no lane that another node holds."""
+"""Seconds after its start in which a node takes no lane that another node holds; or one lease, if shorter."""
 
 NEGLECTED = 5.0
 """Seconds after which any node takes a free lease, even if another live node should take it."""
@@ -44,6 +45,9 @@ SLOTS = 256
 """Nodes at a time; row ids contain the slot of the node that made them."""
 
 LANE, JOB = "lane:", "job:"
+
+ORPHANS = "retention"
+"""The job whose node ends the deliveries of destinations that no node has in its config."""
 
 
 # --- decisions, without I/O -----------------------------------------------------------------------
@@ -96,6 +100,8 @@ def plan(
     wanted: AbstractSet[str],
     leases: Sequence[Lease],
     peers: Sequence[Peer],
+    *,
+    settle_in: float = SETTLE_IN,
 ) -> Plan:
     """Decide what node `me` takes and hands over.
 
@@ -116,7 +122,7 @@ def plan(
             adopt[name] = lease.epoch
     for name in sorted(held):
         due = due_to(name, peers)
-        if due is not None and due.incarnation != me and due.age >= SETTLE_IN:
+        if due is not None and due.incarnation != me and due.age >= settle_in:
             movable.append(name)
     return Plan(
         missing=tuple(name for name in sorted(wanted) if name not in known),
@@ -259,6 +265,9 @@ class PostgresNodes:
         self._held: dict[str, int] = {}  # epochs by name
         self._handing_over: set[str] = set()
         self._trusted: dict[str, int] = {}  # by name; steady clock
+        self._known: frozenset[str] = frozenset()  # destinations in the config of a live node
+        self._scope = Scope(frozenset(), frozenset(), has_orphans=False)
+        self._scope_until = 0  # steady clock
         self._lock = asyncio.Lock()  # held while the connection is used
         self._has_left = False
         self._attendant: Attendant | None = None
@@ -322,6 +331,8 @@ class PostgresNodes:
             ]
             if not self._has_left:
                 await self._follow(leases, peers, {*map(_lane, lanes), *map(_job, jobs)})
+            self._known = frozenset().union(*(peer.destinations for peer in peers))
+            self._scope_until = 0
         self._answer_requests()
         return self._ownership(leases, peers)
 
@@ -329,11 +340,21 @@ class PostgresNodes:
         """See `Nodes.give`."""
         async with self._lock:
             await self._give([name for name in map(_lane, lanes) if name in self._held])
+            self._scope_until = 0
         self.announce(leases=True)
 
     def lead(self, job: str) -> bool:
         """See `Nodes.lead`."""
         return self._trusted.get(_job(job), 0) > self._clock.steady()
+
+    @property
+    def scope(self) -> Scope:
+        """The destinations whose deliveries this node ends now."""
+        now = self._clock.steady()
+        if now >= self._scope_until:
+            self._scope = Scope(frozenset(self.owned), self._known, self.lead(ORPHANS))
+            self._scope_until = min((until for until in self._trusted.values() if until > now), default=now)
+        return self._scope
 
     @property
     def owned(self) -> list[str]:
@@ -492,7 +513,7 @@ class PostgresNodes:
         self._handing_over |= {name for name in self._held.keys() - wanted if name.startswith(LANE)}
         wanted -= self._handing_over
         held = {name: epoch for name, epoch in self._held.items() if name in wanted}
-        steps = plan(self.incarnation, held, wanted, leases, peers)
+        steps = plan(self.incarnation, held, wanted, leases, peers, settle_in=min(SETTLE_IN, self._lease))
         if (moving := steps.hand_over) is not None:
             if moving.startswith(LANE):
                 self._handing_over.add(moving)

@@ -34,6 +34,7 @@ RENEW_SQL = """
     UPDATE leases SET until = clock_timestamp() + $3 * interval '1 second'
      WHERE name = $1 AND incarnation = $2 RETURNING epoch
 """
+SHARED_SQL = "SELECT name FROM nodes WHERE seen > clock_timestamp() - interval '30 seconds' LIMIT 1"
 GIVE_SQL = "UPDATE leases SET until = '-infinity' WHERE name = $1 AND incarnation = $2"
 HOLDER_SQL = """
     SELECT standing ->> 'host', standing ->> 'folder',
@@ -55,17 +56,18 @@ class Owner:
         Raises:
             StorageError: another daemon has it.
         """
+        if name := await connection.value(SHARED_SQL):
+            raise StorageError(
+                f"the nodes of a cluster use this database, among them {name}",
+                hint="set enabled = true in [cluster] to join them, or use another database",
+            )
         await connection.execute("INSERT INTO leases (name) VALUES ($1) ON CONFLICT DO NOTHING", NAME)
         owner, host = _identity(self._folder), socket.gethostname()
         standing = {"owner": owner, "host": host, "folder": str(self._folder), "pid": os.getpid()}
         shown = msgspec.json.encode(standing).decode()
         if await connection.fetch(TAKE_SQL, NAME, self._incarnation, LEASE, shown, owner):
             return
-        [(host, folder, seconds)] = await connection.fetch(HOLDER_SQL, NAME)
-        raise StorageError(
-            f"another daemon uses this database: on {host}, with the state folder {folder}",
-            hint=f"stop it, or use another database; after a crash, start again in {seconds} s",
-        )
+        raise await _taken(connection)
 
     async def renew(self, connection: Connection) -> bool:
         """Extend the lease; False: another daemon has taken it."""
@@ -74,6 +76,25 @@ class Owner:
     async def give(self, connection: Connection) -> None:
         """Let another daemon take the lease at once."""
         await connection.execute(GIVE_SQL, NAME, self._incarnation)
+
+
+async def refuse_single(connection: Connection) -> None:
+    """Check that no daemon uses the database alone, before this one shares it.
+
+    Raises:
+        StorageError: one does.
+    """
+    sql = "SELECT 1 FROM leases WHERE name = $1 AND until > clock_timestamp()"
+    if await connection.fetch(sql, NAME):
+        raise await _taken(connection)
+
+
+async def _taken(connection: Connection) -> StorageError:
+    [(host, folder, seconds)] = await connection.fetch(HOLDER_SQL, NAME)
+    return StorageError(
+        f"another daemon uses this database: on {host}, with the state folder {folder}",
+        hint=f"stop it, or use another database; after a crash, start again in {seconds} s",
+    )
 
 
 def _identity(folder: Path) -> str:

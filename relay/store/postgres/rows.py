@@ -38,11 +38,19 @@ class IdSequences(Sequences):
         event, delivery, attempt = ((id_ | STEP - 1) - (STEP - 1) + slot for id_ in highest)
         super().__init__(event, delivery, STEP)
         self.attempt = attempt
-        self._slot = slot
+        self.slot = slot
+
+    def use(self, slot: int) -> None:
+        """Make ids with another number of the node from now on."""
+        if slot != self.slot:
+            self.event, self.delivery, self.attempt = (
+                (id_ | STEP - 1) + 1 + slot for id_ in (self.event, self.delivery, self.attempt)
+            )
+            self.slot = slot
 
     def lift(self, wall: int) -> None:
         """Let the next ids have the present time; ids never go back."""
-        least = first_id(wall) + self._slot
+        least = first_id(wall) + self.slot
         self.event = max(self.event, least)
         self.delivery = max(self.delivery, least)
         self.attempt = max(self.attempt, least)

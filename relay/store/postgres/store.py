@@ -6,16 +6,20 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
+
+import asyncpg
 
 from relay.base.clock import Clock
 from relay.errors import StorageError, StorageUnavailableError
 from relay.model import News, WorkerStatus
-from relay.store import Listener, Resolve, Route, Rules
+from relay.store import Listener, Nodes, Resolve, Route, Rules
 from relay.store.claims import Claims
 from relay.store.ledger import counts_of
 from relay.store.nodes import OneNode
-from relay.store.postgres.commit import SLOT, PostgresCommitter
+from relay.store.postgres.commit import PostgresCommitter
 from relay.store.postgres.connection import (
+    CONNECT_TIMEOUT,
     ERRORS,
     Address,
     Connection,
@@ -28,7 +32,8 @@ from relay.store.postgres.connection import (
 from relay.store.postgres.deliveries import PostgresDeliveries
 from relay.store.postgres.events import PostgresEvents
 from relay.store.postgres.ledger import TOTALS_SQL, PostgresLedger
-from relay.store.postgres.owner import RENEW_EVERY, Owner
+from relay.store.postgres.nodes import PostgresNodes
+from relay.store.postgres.owner import RENEW_EVERY, Owner, refuse_single
 from relay.store.postgres.partitions import LOCK_SQL, make_partitions
 from relay.store.postgres.queries import PostgresQueries
 from relay.store.postgres.refused import PostgresRefused
@@ -43,6 +48,9 @@ log = logging.getLogger("relay.store")
 
 OLDEST = 15
 """The oldest major version of PostgreSQL."""
+
+COUNT_EVERY = 1.0
+"""Seconds between two looks at the ledger for what other nodes have created and ended."""
 
 PARTITIONS_EVERY = 3600.0
 """Seconds between two looks for partitions that must be made."""
@@ -75,7 +83,11 @@ class PostgresStore:
         observe_requests: Callable[[float], None],
         on_fatal: Callable[[str], None],
         full: bool,
+        node: str,
+        cluster: float | None,
+        digest: Callable[[], bytes],
     ) -> None:
+        """Take `cluster`, the seconds of a lease if other daemons may use the database at the same time."""
         self.location = address.location
         self.files: Mapping[str, Path] = {}
         self.unsaved = False  # committed data is on the server
@@ -90,14 +102,20 @@ class PostgresStore:
         self.database = Database(address)
         self.claims = Claims()
         self.workers = StoredWorkers(self.database, clock, rules)
-        self.deliveries = PostgresDeliveries(self.database, self.claims, clock)
+        # None: this daemon uses the database alone, which its lease ensures.
+        self._shared = None if cluster is None else self._make_nodes(node, cluster, digest)
+        self.deliveries = PostgresDeliveries(self.database, self.claims, clock, self._shared)
         self.queries = PostgresQueries(self.database)
         self.ledger = PostgresLedger(self.database)
         self.refused = PostgresRefused(self.database)
         self.upkeep = PostgresUpkeep(self.database, clock)
-        self.nodes = OneNode(clock)
+        self.nodes: Nodes = self._shared or OneNode(clock, node, digest)
         self.events = PostgresEvents(
-            self.database, deliveries=self.deliveries, queries=self.queries, workers=self.workers
+            self.database,
+            deliveries=self.deliveries,
+            queries=self.queries,
+            workers=self.workers,
+            is_shared=self._shared is not None,
         )
         self._committer = PostgresCommitter(
             clock=clock,
@@ -111,6 +129,7 @@ class PostgresStore:
             listeners=listeners,
             on_status_change=on_status_change,
         )
+        self._committer.nodes = self._shared
         self._maintenance: asyncio.Task[None] | None = None
         self.opened = False
         self.failure: str | None = None  # see `Store.failure`; of the latest `open`, then of the writer
@@ -149,11 +168,15 @@ class PostgresStore:
     async def _open(self, connection: Connection) -> None:
         await self._check(connection)
         await self._migrate(connection)
-        await self._owner.take(connection)
+        if self._shared is None:
+            await self._owner.take(connection)
+        else:
+            await refuse_single(connection)
+            await self._shared.join()
         await make_partitions(connection, self._clock.wall())
         roster = await load_roster(connection)
         [highest] = await connection.fetch(HIGHEST_SQL)
-        self._committer.sequences = IdSequences(highest, SLOT)
+        self._committer.sequences = IdSequences(highest, 0 if self._shared is None else self._shared.slot)
         await self._count_pending(connection)
         roster.take_over(self.workers.roster, self._rules)
         self.workers.roster = roster
@@ -220,7 +243,8 @@ class PostgresStore:
         """Open the writing connection again, and check that no other daemon uses the database."""
         connection = await connect(self._address, writes=True)
         try:
-            await self._owner.take(connection)
+            if self._shared is None:
+                await self._owner.take(connection)
         except StorageError as error:
             connection.terminate()
             self._lose(error.message)
@@ -252,9 +276,11 @@ class PostgresStore:
         """Renew the lease, and make partitions ahead."""
         writer, partitions_at = self.database.writer, time.monotonic() + PARTITIONS_EVERY
         while True:
-            await asyncio.sleep(RENEW_EVERY)
+            await asyncio.sleep(RENEW_EVERY if self._shared is None else COUNT_EVERY)
             try:
-                if not await writer.call(self._owner.renew):
+                if self._shared is not None:
+                    await writer.call(self._count_pending)  # other nodes create and end deliveries, too
+                elif not await writer.call(self._owner.renew):
                     self._lose("another daemon has taken the database over")
                     return
                 if time.monotonic() > partitions_at:
@@ -269,6 +295,24 @@ class PostgresStore:
         """Stop writing, because another daemon uses the database now."""
         self.database.writer.halt(why)
         self._on_fatal(why)
+
+    def _make_nodes(self, name: str, lease: float, digest: Callable[[], bytes]) -> PostgresNodes:
+        async def connect_for_leases() -> _Leases:
+            return _Leases(self._address, await _reachable(self._address), max(1.0, min(5.0, lease / 6)))
+
+        async def listen() -> "asyncpg.Connection[asyncpg.Record]":
+            async with asyncio.timeout(CONNECT_TIMEOUT):
+                return await asyncpg.connect(**self._address.options)
+
+        return PostgresNodes(
+            connect_for_leases,
+            self._clock,
+            name=name,
+            lease=lease,
+            schema=len(MIGRATIONS),
+            digest=digest,
+            listen=listen,
+        )
 
     def _set_failure(self, why: str | None) -> None:
         self.failure = why
@@ -289,13 +333,47 @@ class PostgresStore:
                 with suppress(asyncio.CancelledError):
                     await self._maintenance
             await writer.stop()
-            if writer.failure is None:
+            if self._shared is not None:
+                await self._shared.close()
+            elif writer.failure is None:
                 with suppress(*ERRORS):  # then the lease expires
                     await self._owner.give(writer.connection)
         finally:
             self.opened = False
             await self.database.close()
             await writer.connection.close()
+
+
+class _Leases:
+    """The connection of `PostgresNodes`: it must answer long before a lease ends."""
+
+    def __init__(self, address: Address, connection: Connection, seconds: float) -> None:
+        self._address = address
+        self._connection = connection
+        self._seconds = seconds  # of one statement
+
+    async def fetch(self, sql: str, *values: Any) -> Sequence[Any]:
+        """Run a statement.
+
+        Raises:
+            StorageError: it failed.
+        """
+        try:
+            return await self._connection.fetch(sql, *values, seconds=self._seconds)
+        except ERRORS as error:
+            raise refused(self._address, error) from error
+
+    async def close(self) -> None:
+        """Close the connection."""
+        self._connection.terminate()
+
+
+async def _reachable(address: Address) -> Connection:
+    """Open a connection; raises the errors of the store."""
+    try:
+        return await connect(address, writes=True)
+    except ERRORS as error:
+        raise refused(address, error) from error
 
 
 def is_failure(error: Exception) -> bool:

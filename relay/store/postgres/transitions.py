@@ -16,7 +16,7 @@ from typing import Any
 import asyncpg
 
 from relay.model import Delivery
-from relay.store.batch import Batch, Ending, HeldDestinations
+from relay.store.batch import Batch, Ending, HeldDestinations, Scope
 from relay.store.claims import Claims
 from relay.store.postgres.rows import text, uuid_of
 from relay.store.postgres.transaction import Transaction
@@ -64,9 +64,20 @@ END_SQL = """
     SELECT id, event_id, destination, $2, $3, attempts, $4, last_status, last_error FROM gone
     RETURNING delivery_id
 """
-EXPIRED_SQL = (
-    "SELECT id, destination, order_key FROM owed WHERE expires_at <= $1 ORDER BY expires_at LIMIT $2"
-)
+EXPIRED_SQL = """
+    SELECT id, destination, order_key FROM owed
+     WHERE expires_at <= $1
+       AND ($3::bool OR destination = ANY($4::text[]) OR ($5::bool AND destination <> ALL($6::text[])))
+     ORDER BY expires_at LIMIT $2
+"""
+SUPERSEDED_SQL = """
+    SELECT o.id, o.destination, o.order_key FROM owed AS o
+     WHERE o.destination = ANY($1::text[]) AND o.latest_key IS NOT NULL
+       AND EXISTS (SELECT 1 FROM owed AS n
+                    WHERE n.destination = o.destination AND n.latest_key = o.latest_key
+                      AND (n.event_id, n.id) > (o.event_id, o.id))
+     LIMIT $2
+"""
 CHOSEN_SQL = "SELECT id, destination, order_key FROM owed WHERE id = ANY($1::bigint[])"
 LATEST_SQL = """
     SELECT o.id, o.destination, o.order_key, o.latest_key, o.event_id
@@ -117,6 +128,7 @@ DUE_SQL = """
      ORDER BY next_attempt_at, id LIMIT $3
 """
 FIRST_SQL = "SELECT min(next_attempt_at) FROM owed WHERE destination = $1 AND attempts {share} 0"
+SUPERSEDED: Ending = ("expired", "superseded")
 SHARES = ("=", ">")  # first attempts and retries, as the partial indexes have them
 
 
@@ -171,12 +183,12 @@ async def after_outcomes(batch: Batch, transaction: Transaction) -> None:
 async def write_requested(batch: Batch, transaction: Transaction, claims: Claims) -> None:
     """Write the changes of deliveries that operators and periodic jobs request."""
     if batch.expire_overdue:
-        rows = await transaction.fetch(EXPIRED_SQL, batch.steady, EXPIRE_AT_ONCE)
-        await end(batch, transaction, claims, rows, ("expired", "ttl"))
+        await _expire_overdue(batch, transaction, claims)
     if batch.held is not None:
         await _expire_held(batch, transaction, claims, batch.held)
     if batch.to_cancel:
         rows = await transaction.fetch(CHOSEN_SQL, list(dict.fromkeys(batch.to_cancel)))
+        rows = [row for row in rows if _ends_here(batch, row["destination"])]
         await end(batch, transaction, claims, rows, ("cancelled", "operator"))
         batch.cancelled_in_flight = {id_ for id_, _, _ in rows} - batch.ended.keys()
     if batch.to_make_due:
@@ -186,6 +198,26 @@ async def write_requested(batch: Batch, transaction: Transaction, claims: Claims
         await _repeat(batch, transaction)
     if batch.to_restore:
         await _restore(batch, transaction)
+
+
+async def _expire_overdue(batch: Batch, transaction: Transaction, claims: Claims) -> None:
+    """Expire deliveries past their time to live, and those that a newer event on another node supersedes."""
+    scope = batch.scope or Scope(frozenset(), frozenset(), has_orphans=False)
+    mine = sorted(scope.mine)
+    rows = await transaction.fetch(
+        EXPIRED_SQL, batch.steady, EXPIRE_AT_ONCE, batch.scope is None, mine, scope.has_orphans,
+        sorted(scope.known),
+    )  # fmt: skip
+    await end(batch, transaction, claims, rows, ("expired", "ttl"))
+    if mine:
+        older = await transaction.fetch(SUPERSEDED_SQL, mine, EXPIRE_AT_ONCE)
+        ended = batch.ended.keys()
+        await end(batch, transaction, claims, [row for row in older if row["id"] not in ended], SUPERSEDED)
+
+
+def _ends_here(batch: Batch, destination: str) -> bool:
+    """Return whether this node may end a delivery of a destination without an attempt."""
+    return batch.scope is None or batch.scope.covers(destination)
 
 
 async def end(
@@ -267,7 +299,9 @@ async def _supersede(
     new = [d for d in deliveries if d.id not in batch.ended_early]
     places = sorted({(d.destination, d.latest_key or "") for d in new})
     pending = await transaction.fetch(LATEST_SQL, [name for name, _ in places], [key for _, key in places])
-    await end(batch, transaction, claims, supersede(batch, new, pending), ("expired", "superseded"))
+    # The owner of another lane ends its older deliveries within a second: they may be in flight.
+    older = [each for each in supersede(batch, new, pending) if _ends_here(batch, each.destination)]
+    await end(batch, transaction, claims, older, SUPERSEDED)
 
 
 async def _group_times(batch: Batch, transaction: Transaction) -> dict[int, int]:
@@ -294,7 +328,7 @@ async def _expire_held(
     """
     rows = await transaction.fetch("SELECT destination, since, warned FROM held")
     known = {name: (since, warned) for name, since, warned in rows}
-    if gone := sorted(known.keys() - held.names):
+    if gone := sorted(name for name in known.keys() - held.names if _ends_here(batch, name)):
         await transaction.fetch("DELETE FROM held WHERE destination = ANY($1::text[])", gone)
     if new := sorted(held.names - known.keys()):
         sql = "INSERT INTO held (destination, since) SELECT name, $2 FROM unnest($1::text[]) AS n (name)"

@@ -67,6 +67,7 @@ class WakeUps:
         self._sender = sender
         self._on_wake_up = on_wake_up
         self._connection: Notifications | None = None
+        self._lock = asyncio.Lock()  # held while the connection is made or used
         self._lanes: dict[bool, set[str]] = {False: set(), True: set()}  # to announce; by `WakeUp.retries`
         self._leases = self._requests = False
         self._due = asyncio.Event()  # an announcement is waiting
@@ -105,9 +106,10 @@ class WakeUps:
         """Keep a connection that listens, and check that notifications arrive."""
         while True:
             try:
-                self._connection = await self._connect()
-                async with asyncio.timeout(TIMEOUT):
-                    await self._connection.add_listener(CHANNEL, self._receive)
+                async with self._lock:
+                    self._connection = await self._connect()
+                    async with asyncio.timeout(TIMEOUT):
+                        await self._connection.add_listener(CHANNEL, self._receive)
                 self._due.set()
                 while True:
                     await self._check()
@@ -156,16 +158,24 @@ class WakeUps:
             return
         lanes, leases, requests = self._lanes, self._leases, self._requests
         self._lanes, self._leases, self._requests = {False: set(), True: set()}, False, False
-        for retries, names in lanes.items():
-            for portion in _portions(sorted(names)):
-                await self._notify(WakeUp(self._sender, portion, retries))
-        if leases or requests:
-            await self._notify(WakeUp(self._sender, leases=leases, requests=requests))
+        try:
+            for retries, names in lanes.items():
+                for portion in _portions(sorted(names)):
+                    await self._notify(WakeUp(self._sender, portion, retries))
+            if leases or requests:
+                await self._notify(WakeUp(self._sender, leases=leases, requests=requests))
+        except BaseException:  # sent again after the next connect
+            for retries, names in lanes.items():
+                self._lanes[retries] |= names
+            self._leases |= leases
+            self._requests |= requests
+            raise
 
     async def _notify(self, message: WakeUp) -> None:
-        assert self._connection is not None  # noqa: S101 - the callers have checked it
         payload = msgspec.json.encode(message).decode()
-        async with asyncio.timeout(TIMEOUT):
+        async with self._lock, asyncio.timeout(TIMEOUT):
+            if self._connection is None:
+                raise ConnectionError("not connected")
             await self._connection.execute("SELECT pg_notify($1, $2)", CHANNEL, payload)
 
     async def _poll(self) -> None:
