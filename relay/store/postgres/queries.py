@@ -96,8 +96,8 @@ ATTEMPTS_OF_DELIVERY_SQL = """
 """
 ATTEMPTS_BY_TIME_SQL = """
     SELECT started_at, id FROM attempts
-     WHERE started_at BETWEEN $1 AND $2 AND (started_at, id) < ($3::bigint, $4::bigint)
-     ORDER BY started_at DESC, id DESC LIMIT $5
+     WHERE started_at >= $1 AND (started_at, id) < ($2::bigint, $3::bigint)
+     ORDER BY started_at DESC, id DESC LIMIT $4
 """
 TYPES_SQL = """
     WITH RECURSIVE found (type, number) AS (
@@ -445,7 +445,9 @@ class PostgresReader:
         self, since: int, until: int, before: tuple[int, int], count: int
     ) -> list[tuple[int, int]]:
         """See `Reader.attempts_between`."""
-        rows = await self._database.fetch(ATTEMPTS_BY_TIME_SQL, since, until, *before, count)
+        # One upper bound: with two, a scan could begin at the later one and pass over all rows between them.
+        end = min(before, (until, 2**63 - 1))
+        rows = await self._database.fetch(ATTEMPTS_BY_TIME_SQL, since, *end, count)
         return [(started_at, id_) for started_at, id_ in rows]
 
     async def attempts_of_all(self, delivery_ids: Sequence[int]) -> list[tuple[int, int]]:
