@@ -504,7 +504,7 @@ def test_warnings_of_plugins_and_destinations_do_not_stop_the_start(setup, plugi
     [
         (SHOP + "patence = '1s'", ['4: sources.shop.patence: unknown key, did you mean "patience"?']),
         (SHOP + "prefx = '/a'", ['4: sources.shop.prefx: unknown key, did you mean "prefix"?']),
-        (SHOP + "settings = 1", ["4: sources.shop.settings: unknown key; known here: cors_origins, key_"]),
+        (SHOP + "settings = 1", ["4: sources.shop.settings: unknown key; known here: cors_origins, keep_"]),
         (SHOP + "patience = 5", ['4: sources.shop.patience: expected a duration such as "5s", got 5']),
         (SHOP + "prefix = 'acme/'", ["4: sources.shop.prefix: expected a path"]),
         ("[sources.shop]\nplugin = 'shop'", ["1: sources.shop.tokens: missing; it has no default"]),
