@@ -139,6 +139,7 @@ class Cluster:
         self.nodes: list[Daemon] = []
         self.out: set[int] = set()  # nodes that the load balancer has noticed to be out
         self._loading = False
+        self._sending = 0  # senders that wait for an answer, or will send again
         self._tasks: list[asyncio.Task[None]] = []
 
     async def __aenter__(self) -> Self:
@@ -189,9 +190,12 @@ class Cluster:
                         return sorted({int(peer.name[1:]) for peer in due.values() if peer})
                 await asyncio.sleep(0.1)
 
-    def load(self, *, on: bool) -> None:
-        """Begin or end to send events."""
+    async def load(self, *, on: bool) -> None:
+        """Begin to send events, or end it and wait for the last answers."""
         self._loading = on
+        async with asyncio.timeout(30):
+            while not on and self._sending:  # noqa: ASYNC110 - no event
+                await asyncio.sleep(0.01)
 
     async def drained(self) -> None:
         """Wait until no delivery is pending."""
@@ -222,6 +226,7 @@ class Cluster:
             if turn % len(self.nodes) in self.out:
                 continue
             node = self.nodes[turn % len(self.nodes)]
+            self._sending += 1
             try:
                 async with asyncio.timeout(1.0), await Wire.open(node.url) as wire:
                     for _ in range(10):
@@ -232,6 +237,8 @@ class Cluster:
                         await asyncio.sleep(PAUSE)
             except (OSError, EOFError, TimeoutError, asyncio.IncompleteReadError):
                 await asyncio.sleep(PAUSE)  # killed, stopped or frozen
+            finally:
+                self._sending -= 1
 
 
 async def torture(
@@ -250,13 +257,13 @@ async def torture(
         receiver, toll.acknowledged = cluster.receiver, cluster.acknowledged
         for toll.cycles, action in enumerate(actions, 1):
             repeated, victim = receiver.repeated, rand.choice(await cluster.balanced())
-            cluster.load(on=True)
+            await cluster.load(on=True)
             await asyncio.sleep(LOAD)  # load before; nothing is waited for
             began = time.monotonic()
             await _act(cluster, victim, action)
             await asyncio.sleep(LOAD)
             pause = receiver.longest_pause(began, time.monotonic())
-            cluster.load(on=False)
+            await cluster.load(on=False)
             await cluster.drained()
             toll.pauses[action] = max(pause, toll.pauses.get(action, 0.0))
             toll.longest_pause = max(toll.longest_pause, pause)
