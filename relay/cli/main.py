@@ -2,6 +2,7 @@
 
 import difflib
 import importlib
+import io
 import os
 import platform
 import sys
@@ -212,10 +213,13 @@ def _fail(ctx: click.Context, message: str, code: int) -> Never:
 
 
 def _open_standard_streams() -> None:
-    """Open /dev/null for each standard stream that the caller closed (`>&-`)."""
+    """Open /dev/null for each standard stream that the caller closed (`>&-`); write any character."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode))  # noqa: PTH123, SIM115 - open as long as the process
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.encoding.lower() != "utf-8":
+            stream.reconfigure(errors="backslashreplace")  # instead of an error for a character that it lacks
 
 
 def _report_unexpected(error: Exception) -> int:

@@ -1,8 +1,10 @@
 """Screens: the golden files, the answers that they are made of, and tables that fit the terminal."""
 
+import io
 import json
 import re
 from datetime import datetime
+from importlib import import_module
 
 import msgspec
 import pytest
@@ -174,3 +176,12 @@ def test_texts_never_exceed_their_width(sample, width):
 @pytest.mark.parametrize("payload", ["nothing", "{", "[" * 100_000, "", '{"a": 1} x'])
 def test_a_payload_that_is_not_json_is_shown_unchanged(payload):
     assert "".join(line.strip() for line in screen.payload_lines(payload, 5)) == payload
+
+
+def test_a_terminal_without_utf_8_shows_escapes(monkeypatch):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
+    monkeypatch.setattr("sys.stdout", stream)
+    import_module("relay.cli.main")._open_standard_streams()
+    stream.write("é …")
+    stream.flush()
+    assert stream.buffer.getvalue() == b"\xe9 \\u2026"
