@@ -70,7 +70,7 @@ async def opened(url: str, folder: Path) -> AsyncIterator[tuple[Store, list[Deli
 
 async def pids_of(store: Store) -> list[int]:
     """Return the processes of the server of a store."""
-    database = getattr(store, "database")  # noqa: B009 - no part of the interface
+    database = getattr(store, "database")  # noqa: B009 - not part of the interface
     if not hasattr(database, "address"):
         return []
     rows = await database.fetch("SELECT pid FROM pg_stat_activity")

@@ -75,7 +75,7 @@ class Reading:
         self._values: dict[str, dict[tuple[str, ...], float]] = {name: {} for name in names}
 
     def add(self, samples: Iterable[Sample]) -> None:
-        """Add the samples of a family that were asked for."""
+        """Add the requested samples of a family."""
         for sample in samples:
             if (series := self._values.get(sample.name)) is not None:
                 series[tuple(sample.labels.values())] = sample.value

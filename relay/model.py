@@ -155,7 +155,7 @@ class Named(msgspec.Struct, frozen=True):
 
 
 class RefusedRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """A refused request as it is kept: tokens are masked."""
+    """A refused request in the form that is stored: tokens are masked."""
 
     id: str  # ref_ + UUIDv7
     at: int  # wall clock

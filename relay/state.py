@@ -83,7 +83,7 @@ class State:
         await self.dispatcher.start(tuple(own))
 
     async def refresh(self) -> None:
-        """Read again which sources are paused, on whichever node that was asked."""
+        """Read again which sources are paused, because an operator may have used another node."""
         paused = await self._store.queries.paused_sources()
         for name, mount in self.ingest.mounts.items():
             mount.paused = name in paused

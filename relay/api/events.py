@@ -38,7 +38,8 @@ class MatchView(msgspec.Struct):
         str | None, about("Why its deliveries wait now; null if they do not, or it does not match.")
     ]
     options: Annotated[
-        tuple[str, ...], about("What grouping, order, expiry and `on_dead` mean for this event, in words.")
+        tuple[str, ...],
+        about("The effects of grouping, order, expiry and `on_dead` on this event, in words."),
     ]
     retries: Annotated[
         str | None,

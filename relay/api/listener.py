@@ -80,7 +80,7 @@ class _Runner(web.AppRunner):
 
 
 class _Written(web.StreamResponse):
-    """Tells aiohttp that the answer is written, and that the connection ends."""
+    """Signals to aiohttp that the answer is written, and that the connection ends."""
 
     @property
     def keep_alive(self) -> bool:

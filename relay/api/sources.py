@@ -25,7 +25,7 @@ class SourceView(msgspec.Struct):
     prefix: str
     paused: bool
     last_event: Annotated[Time | None, about("Receipt of the latest event; null if the store has none.")]
-    silent: Annotated[bool, about("Whether no event came for three times as long as usual.")]
+    silent: Annotated[bool, about("Whether no event has arrived for three times as long as usual.")]
 
 
 class TokenView(msgspec.Struct):

@@ -169,7 +169,7 @@ def _problems_of_sources(context: Context) -> Iterator[StatusProblem]:
         elif context.activity.is_silent(name):
             silence = _roughly(context.activity.silence(name))
             usual = _roughly(context.activity.usual_gap(name))
-            what = f"{name} is silent: no event for {silence}; usually one comes within {usual}"
+            what = f"{name} is silent: no event for {silence}; usually one arrives within {usual}"
             yield StatusProblem(what, f"relay sources show {name}")
 
 

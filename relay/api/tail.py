@@ -35,10 +35,10 @@ OVERLAP = 60 * SECOND
 """Time between the start of an item and its commit, in addition to the timeout of an attempt."""
 
 CATCH_UP = 2 * SECOND
-"""A part of the history that took no longer is the last but one; live items begin with the last one."""
+"""If a part took no longer than this, the next part is the last one; live items begin with it."""
 
 AHEAD = 3600 * SECOND
-"""The last part of a history ends so far in the future, because the clock may have been ahead."""
+"""The last part of a history ends this far in the future, because the clock may have been ahead."""
 
 MOST_PARTS = 10
 """Parts of a history after which live items begin in any case."""
@@ -90,8 +90,8 @@ class Seam:
     """Separates the stored from the live items of a follower, by a key of each item."""
 
     def __init__(self) -> None:
-        """Begin with the history; live items do not count yet."""
-        self._is_open = False  # whether live items count
+        """Begin with the history; live items are not collected yet."""
+        self._is_open = False  # whether live items are collected
         self._live: set[str] | None = (
             set()
         )  # keys of live items during the last part; None: the history ended
@@ -99,7 +99,7 @@ class Seam:
         self._forget_at = 0.0
 
     def open(self) -> None:
-        """Let live items count from now on."""
+        """Collect live items from now on."""
         self._is_open = True
 
     def close(self, now: float) -> None:

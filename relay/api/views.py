@@ -386,8 +386,8 @@ async def backlog_of(stored: StoredData, name: str, totals: Mapping[str, Counts]
 async def latest_success(stored: StoredData, destination: str, backlog: Backlog | None) -> int | None:
     """Return when the latest delivered delivery of a destination was delivered (wall clock).
 
-    The deliveries before the oldest pending one are read as well, because a long backlog may exceed what one
-    page looks at.
+    The deliveries before the oldest pending one are read as well, because a long backlog may be longer than
+    the range of one page.
     """
     for cursor in (None, None if backlog is None else str(backlog.row)):
         page = await stored.queries.page(

@@ -222,7 +222,7 @@ def chosen_kind(kind: str, known: Known, verify: str | None) -> Kind:
 
     Raises:
         CommandError: the kind does not exist.
-        UsageError: `verify` is given for another kind than generic.
+        UsageError: `verify` is given for a kind other than generic.
     """
     if kind == GENERIC:
         steps: tuple[str, ...] = ("Set the URL of the webhook to {url}",)
@@ -301,7 +301,7 @@ def make_source(
 
     Raises:
         UsageError: its sender signs the URL, and `public_url` is missing.
-        BadParameter: a setting is no key and value.
+        BadParameter: a setting is not KEY=VALUE.
     """
     if chosen.signs_url and public_url in (None, HOST):
         raise click.UsageError(

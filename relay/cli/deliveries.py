@@ -131,7 +131,7 @@ def request_(answer: Any, *, curl: bool, **_: str) -> None:
     click.echo()
     if body is None:
         content = base64.b64decode(answer["body_base64"])
-        click.echo(f"{count(len(content), 'byte')} that are no text; --json has them in base64")
+        click.echo(f"{count(len(content), 'byte')} that are not text; --json has them in base64")
     else:
         click.echo("\n".join(map(printable, body.split("\n"))))
     if answer["grouped"]:

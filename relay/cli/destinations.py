@@ -41,7 +41,7 @@ def _state_text(destination: Mapping[str, Any]) -> str:
 
 
 STATE = screen.Column("held", "state", screen.each(str), of=_state_text)
-"""The column that says whether deliveries are sent, and if not, why."""
+"""The column that shows whether deliveries are sent, and if not, why."""
 
 _SHAPE = (
     screen.text("name", least=24, wish=40, long="middle"), STATE, screen.number("pending"),

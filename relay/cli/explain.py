@@ -84,7 +84,7 @@ def explain(
     print_table(("destination", "why"), rows)
     for each in answer["destinations"]:
         if each["held"] is not None:
-            click.echo(f"{each['name']}: held now ({each['held']}); sent when the hold has ended", err=True)
+            click.echo(f"{each['name']}: held now ({each['held']}); sent after the hold has ended", err=True)
         for line in (*each["options"], *([] if each["retries"] is None else [each["retries"]])):
             click.echo(f"{each['name']}: {line}", err=True)
     if more := answer.get("more"):

@@ -74,7 +74,7 @@ class FullScreen:
             click.echo(_LEAVE, nl=False, color=True)
         finally:
             if self._saved is not None:
-                with suppress(termios.error):  # the terminal is gone
+                with suppress(termios.error):  # the terminal was closed
                     termios.tcsetattr(sys.stdin, termios.TCSADRAIN, self._saved)
 
     def _suspend(self, _number: int, _frame: FrameType | None) -> None:

@@ -54,7 +54,7 @@ class Written(msgspec.Struct, frozen=True, kw_only=True):
     content: str
     mode: int
     is_secret: bool = False
-    about: str = ""  # what the operator still has to put into it
+    about: str = ""  # what the operator must still write into it
 
 
 class Step(msgspec.Struct, frozen=True, kw_only=True):
@@ -304,7 +304,7 @@ def _source(plan: Plan, name: str, kind: Kind) -> Added:
 def _secrets(
     plan: Plan, kinds: Mapping[str, Kind], given: Mapping[str, str], *, asks: bool
 ) -> Iterator[Written]:
-    """Yield the file of each secret; an existing file stays as it is."""
+    """Yield the file of each secret; an existing file stays unchanged."""
     unknown = given.keys() - kinds.keys() - {target.name for target in plan.targets}
     if unknown:
         names = ", ".join((*kinds, *(target.name for target in plan.targets)))
@@ -492,11 +492,13 @@ def _report(
         click.echo(f"\nAt {each.title}{f', {each.docs}' if each.docs else ''}:\n")
         print_steps(each.steps)
     if later:
-        click.echo("\nRandom for now; replace them by the senders' own secrets, then run `relay reload`:\n")
+        click.echo("\nRandom for now; replace them with the senders' own secrets, then run `relay reload`:\n")
         for file in later:
             click.echo(f"  {file.path}: {file.about}")
     click.echo("\nTry it (a command with … keeps running: use another terminal):\n")
     for step in steps:
         click.echo(f"  {step.command}{'   # …' if step.keeps_running else ''}")
     if plan.public_url == HOST:
-        click.echo(f"\nreplace {HOST} by the public URL of this relay, or set it with --public-url", err=True)
+        click.echo(
+            f"\nreplace {HOST} with the public URL of this relay, or set it with --public-url", err=True
+        )

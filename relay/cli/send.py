@@ -34,7 +34,7 @@ from relay.source import Incoming
 
 TIMEOUT = 60.0  # seconds
 ASKING = 5.0
-"""Seconds until the daemon must say where it listens."""
+"""Seconds within which the daemon must return its address."""
 
 COLUMNS = ("type", "method", "path")
 _LOOPBACK = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}  # noqa: S104 - a listen address, not bound here

@@ -22,7 +22,7 @@ def _state_text(source: Mapping[str, Any]) -> str:
 
 
 STATE = screen.Column("held", "state", screen.each(str), of=_state_text)
-"""The column that says whether events are accepted, and whether they come as often as usual."""
+"""The column that shows whether events are accepted, and whether they arrive as often as usual."""
 
 _SHAPE = (
     screen.text("name", least=16, long="middle"), STATE, screen.text("plugin", "kind", least=10),

@@ -113,7 +113,7 @@ def _for_programs(what: str, item: dict[str, Any]) -> str:
 def line_for_people(what: str, item: dict[str, Any], width: int) -> str:
     """Return the line of an event or an attempt for a terminal: time, event, and what happened.
 
-    An event and its attempts show the same id, so that the eye can follow them.
+    An event and its attempts show the same id, so that readers can match them.
     """
     began, id_ = (
         (item["received_at"], item["id"])

@@ -46,7 +46,7 @@ _OF_HISTORY = (
     ("destinations", "succeeded", "delivered_per_second", "/s"),
     ("destinations", "failed", "failed_per_second", "/s"), ("destinations", "pending", "backlog", ""),
 )  # fmt: skip
-"""Lists of `GET /api/history`, their figures, the figures of the screen that they are, and the units."""
+"""Lists of `GET /api/history`, their figures, the same figures on the screen, and their units."""
 
 _ROWS = {"events_per_second": "source", "delivered_per_second": "destination"}
 """Figures whose history is in the rows of the tables."""
@@ -54,7 +54,7 @@ _ROWS = {"events_per_second": "source", "delivered_per_second": "destination"}
 _BARS = "▁▂▃▄▅▆▇█"
 _GAP = "·"  # the daemon did not run
 _STEPS = (1, 2, 5, 10)  # seconds of one bar
-_REACH = 10  # seconds before a sample of the daemon's history that it covers
+_REACH = 10  # seconds of the daemon's history that end with a sample and belong to it
 _MOST_BARS = 60
 _MINUTES = _STEPS[-1] * _MOST_BARS // 60
 _MOST_SAMPLES = _STEPS[-1] * _MOST_BARS
@@ -303,7 +303,7 @@ class _Dashboard:
             wake()
 
         try:
-            with suppress(CommandError):  # an older daemon; if it does not answer, the stream says so
+            with suppress(CommandError):  # an older daemon; if it does not answer, the stream reports it
                 tell("history", daemon.get("history", minutes=_MINUTES, periods=_MOST_BARS))
             with closing(follow_stream(daemon, "top", partial(tell, "stopped"), lambda: None)) as items:
                 for what, item in items:

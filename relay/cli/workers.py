@@ -185,9 +185,9 @@ def maintenance(
     if len(words) > 1 and pattern is not None:
         raise click.UsageError("--pattern names workers of one SOURCE or of all; leave out WORKER")
     if given is None and pattern is None and for_ is None:
-        raise click.UsageError("say on or off, or for how long with --for")
+        raise click.UsageError("write on or off, or a duration with --for")
     if given == "off" and for_ is not None:
-        raise click.UsageError("--for needs on: it says when the maintenance ends")
+        raise click.UsageError("--for needs on: it sets the end of the maintenance")
     body = {"on": given != "off"} | ({} if for_ is None else {"for": for_})
     if pattern is None:
         answer = daemon.post("workers", *words, "maintenance", body=body)

@@ -40,7 +40,7 @@ class MaintenanceWindow(msgspec.Struct, frozen=True, kw_only=True):
         DAYS
     )
     start: Annotated[str, _meta('time of day at which it begins, such as `"22:00"`', _time)]
-    end: Annotated[str, _meta("time of day at which it ends; the start or earlier: on the next day", _time)]
+    end: Annotated[str, _meta("time of day at which it ends; if not after the start, on the next day", _time)]
     zone: Annotated[
         str, _meta('time zone of `days`, `start` and `end`, such as `"Europe/Berlin"`', _zone)
     ] = "UTC"

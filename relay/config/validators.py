@@ -104,7 +104,7 @@ def file_name(text: str) -> str:
 def printable(text: str) -> str:
     """Check a name that people read."""
     if not text.isprintable():
-        raise ValueError("a name may not hold control characters")
+        raise ValueError("a name must not contain control characters")
     return text
 
 
@@ -116,7 +116,7 @@ def lease(seconds: float) -> float:
 
 
 def storage(value: Url) -> Url:
-    """Check the URL of the storage; its text is never repeated, it may hold a password."""
+    """Check the URL of the storage; errors never contain it, because it may contain a password."""
     text = value.reveal()
     scheme, _, name = text.partition(":")
     if not text.isprintable() or not (
@@ -142,7 +142,7 @@ def _postgres(value: Url) -> None:
     has_password = ":" in parts.netloc.rpartition("@")[0] or "password" in options
     if has_password and not value.is_hidden:
         raise ValueError(
-            'the URL holds a password: write it as a secret, url = { env = "RELAY_STORAGE_URL" }, '
+            'the URL contains a password: write it as a secret, url = { env = "RELAY_STORAGE_URL" }, '
             "or use a password file"
         )
     if find_spec("asyncpg") is None:

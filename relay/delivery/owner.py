@@ -20,7 +20,7 @@ log = logging.getLogger("relay.delivery")
 RENEW_EVERY = 1.0  # seconds
 
 STEER, CLOSE_CIRCUIT = "pause or resume", "close the circuit"
-"""What operators ask the owner of a lane."""
+"""Requests of operators to the owner of a lane."""
 
 
 class Owner:

@@ -44,7 +44,7 @@ RATE = Rate(count=10, seconds=1)
 """Kept requests of verified senders, for each source and reason: a faulty client repeats one mistake."""
 
 STRANGERS = Rate(count=10, seconds=60)
-"""The same of all others: scanners must not push out the requests of senders."""
+"""The same for all other requests: scanners must not displace the requests of senders."""
 
 LONGEST_TARGET = 1024  # characters of path and query
 LONGEST_HEADER = 1024  # characters of a header's value
@@ -151,7 +151,7 @@ class RefusedRequests:
             await self._store.prune(before, int(self._config.max_size))
 
     async def flush(self) -> None:
-        """Write what waits, before a list is read or the daemon stops."""
+        """Write the waiting requests, before a list is read or the daemon stops."""
         try:
             await self.run()
         except StorageError as error:
@@ -176,7 +176,7 @@ class RefusedRequests:
         return tuple(kept)
 
     def _masked_target(self, target: str, *, authenticated: bool) -> str:
-        """Return path and query; values of a stranger's query may be tokens that are misspelt."""
+        """Return path and query; values of a stranger's query may be misspelt tokens."""
         path, mark, query = target.partition("?")
         if not mark:
             return path[:LONGEST_TARGET]
@@ -188,7 +188,7 @@ class RefusedRequests:
 
 
 def _clean(text: str) -> str:
-    """Return a text of a head, in which bytes that are no UTF-8 are replaced."""
+    """Return a text of a head, with invalid UTF-8 replaced."""
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
@@ -211,7 +211,7 @@ def _digests(value: object) -> Iterable[bytes]:
 
 
 def incoming_of(request: RefusedRequest, prefix: str, params: Mapping[str, str]) -> Incoming:
-    """Return a kept request as its source sees it.
+    """Return a kept request in the form that its source gets.
 
     Raises:
         RelayError: its body was not kept.

@@ -5,7 +5,8 @@ less than 5 % of the time. So the nights and weekends of a sender that sleeps ar
 not. Sources with few events have no usual gap.
 
 For an event or a success, the daemon only sets an attribute to the current time. Once a minute, this job
-notes which sources have sent since the last time. At the start, it reads from the store what happened before.
+records which sources have sent events since its last run. At the start, it reads from the store what happened
+before.
 """
 
 import asyncio

@@ -1,7 +1,7 @@
 """The last hour of each source and destination, in memory, from the metrics.
 
 Prometheus keeps metrics for longer, but not every relay has one, and a page or a command can show this hour
-without it. Every ten seconds, this job notes what the counters have gained since the last time.
+without it. Every ten seconds, this job records how much the counters have grown since its last run.
 """
 
 import math
@@ -156,7 +156,7 @@ def _joined(figure: str, values: Sequence[float]) -> float | None:
 
 
 def _of_sources(before: Reading, now: Reading) -> dict[str, dict[str, float]]:
-    """Return what each source has gained between two readings."""
+    """Return the growth of each source's counters between two readings."""
     found: dict[str, dict[str, float]] = {}
     for figure, metric in zip(SOURCE, (_EVENTS, _REFUSED), strict=True):
         for labels, value in now.all(metric).items():
@@ -166,7 +166,7 @@ def _of_sources(before: Reading, now: Reading) -> dict[str, dict[str, float]]:
 
 
 def _of_destinations(before: Reading, now: Reading) -> dict[str, dict[str, float]]:
-    """Return what each destination has gained between two readings."""
+    """Return the growth of each destination's counters between two readings."""
     attempts: dict[str, list[float]] = {}
     for (name, result), value in now.all(_ATTEMPTS).items():
         attempts.setdefault(name, [0.0, 0.0])[result != "ok"] += value - before.of(_ATTEMPTS, name, result)

@@ -145,7 +145,7 @@ def _complete(
 
 
 def _check_cluster(binder: Binder, config: Config, sources: Mapping[str, SourceConfig]) -> None:
-    """Report what only a daemon that is alone on its database can do."""
+    """Report settings that need a daemon that is alone on its database."""
     if config.storage.url.reveal().partition(":")[0] not in validators.POSTGRES:
         binder.report(("cluster", "enabled"), "several nodes need a postgresql:// URL in [storage] url")
     for name, source in sources.items():

@@ -25,7 +25,10 @@ SOCKET_ADVICE = {
     f" `systemctl stop {unit} relay.service && systemctl start {unit} relay.service`"
     for name, unit in SOCKET_UNITS.items()
 }
-"""How to change an address, by the name of the socket. systemd starts no socket unit of a running service."""
+"""How to change an address, by the name of the socket.
+
+systemd does not start a socket unit while its service runs.
+"""
 
 
 class Notifier:

@@ -127,7 +127,7 @@ def explained(
 
 
 def consequences(config: DestinationConfig, target: Target) -> Iterator[str]:
-    """Yield what the options of a destination mean for the delivery of an event."""
+    """Yield the effects of a destination's options on the delivery of an event."""
     if (grouping := target.grouping) is not None:
         paths = (config.group_by,) if isinstance(config.group_by, str) else config.group_by or ()
         values = _value(grouping.key) if len(paths) == 1 else grouping.key  # of several: a list as JSON

@@ -573,11 +573,11 @@ class Nodes(Protocol):
         ...
 
     def attend(self, attendant: "Attendant") -> None:
-        """Set the object that hears of the other nodes; call it before the first `own`."""
+        """Set the object that gets the announcements of other nodes; call it before the first `own`."""
         ...
 
     async def ask(self, lane: str, verb: str, argument: Any) -> Any:
-        """Let the node that owns a lane do what an operator asks, and return its answer.
+        """Let the node that owns a lane execute an operator's request, and return its answer.
 
         Raises:
             StorageUnavailableError: no node has answered in time.
@@ -603,7 +603,7 @@ class Nodes(Protocol):
 
 
 class Attendant(Protocol):
-    """Hears of the other nodes. A node that is alone never calls it."""
+    """Gets the announcements and requests of other nodes. A node that is alone never calls it."""
 
     def wake(self, lanes: Collection[str] | None, *, retries: bool = False) -> None:
         """Look for due deliveries of lanes that this node owns; None: of all of them."""

@@ -63,7 +63,7 @@ def sources(paused: Iterable[str], known: Collection[str] | None) -> Check:
 
 
 def is_intact(digest: bytes, size: int, body: bytes) -> bool:
-    """Return whether a body is as it was received; no other check notices a flipped bit."""
+    """Return whether a body is unchanged since its receipt; no other check notices a flipped bit."""
     return len(body) == size and hashlib.sha256(body).digest() == digest
 
 

@@ -1,8 +1,8 @@
 """Moves all stored data from one engine to another, while no daemon runs.
 
-Rows keep their order, and get new row ids, because each engine gives ids in its own way. Each step is one
-transaction of the target, which also notes the position in the source. So an interrupted move continues where
-it stopped, and a daemon refuses a target that is not complete.
+Rows keep their order, and get new row ids, because each engine assigns ids differently. Each step is one
+transaction of the target, which also stores the position in the source. So an interrupted move continues
+where it stopped, and a daemon refuses a target that is not complete.
 """
 
 import time
@@ -64,9 +64,9 @@ STEP_BYTES = 8 * 2**20  # bytes of bodies in memory at once, unless one event al
 
 
 class Position(msgspec.Struct):
-    """How far a move has come; the target stores it."""
+    """The position of a move; the target stores it."""
 
-    source: str  # where the data comes from
+    source: str  # place of the source
     totals: dict[str, int]  # of the source
     after: dict[str, int] = {}  # by table: the row id in the source of the last row that was moved
     done: list[str] = []  # tables that are complete
@@ -119,7 +119,7 @@ class Source(Side, Protocol):
 
 
 class Target(Side, Protocol):
-    """Writes everything. It is created, or was left by an interrupted move."""
+    """Writes everything. It is new, or from an interrupted move."""
 
     async def position(self) -> Position | None:
         """Return the position of the interrupted move; None: nothing was moved yet.
@@ -130,7 +130,7 @@ class Target(Side, Protocol):
         ...
 
     def next_id(self, previous: int, moment: int) -> int:
-        """Return a row id above the previous one, for a row of a moment (wall clock)."""
+        """Return a row id above the previous one, for a row with this time (wall clock)."""
         ...
 
     async def write(self, table: str, rows: Sequence[Row], position: Position) -> None:
@@ -194,7 +194,7 @@ class Move:
                 position = Position(self._source.location, totals)
             elif (position.source, position.totals) != (self._source.location, totals):
                 raise StorageError(
-                    f"{self._target.location} has a part of {position.source} as it was earlier",
+                    f"{self._target.location} has a part of an earlier state of {position.source}",
                     hint="empty the target and move again",
                 )
             for table in LARGE:
@@ -271,7 +271,7 @@ class Move:
                 f"{self._source.location} changed during the move", hint="stop its daemon, and move again"
             )
         moved = await self._target.totals()
-        # Attempts and repetitions of deleted events are left behind.
+        # Attempts and repetitions of deleted events are not moved.
         wrong = [
             f"{name}: {moved[name]} instead of {count}"
             for name, count in totals.items()

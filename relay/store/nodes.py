@@ -28,7 +28,7 @@ class OneNode:
         return Ownership(until=dict.fromkeys(lanes, FOREVER))
 
     def attend(self, attendant: Attendant) -> None:
-        """See `Nodes.attend`; there is no other node to hear of."""
+        """See `Nodes.attend`; there is no other node."""
 
     async def ask(self, lane: str, verb: str, argument: Any) -> Any:
         """See `Nodes.ask`; this node owns every lane of its config."""

@@ -37,7 +37,7 @@ def default_rules(_source: str, _worker_id: str) -> WorkerRules:
 
 
 def clock_of(url: str, *, shared: bool) -> Clock:
-    """Return the clock of a daemon for a store: the server's if several daemons share the data."""
+    """Return the clock of a daemon for a store: the clock of the server if several daemons share the data."""
     if not shared or file_of(url, Path()) is not None:
         return SystemClock()
     from relay.store.postgres.clock import ServerClock  # noqa: PLC0415 - see above

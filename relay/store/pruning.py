@@ -37,7 +37,7 @@ ROUND = 3600 * SECOND
 """Microseconds after which all old events are read again, also those that were kept before."""
 
 SOON = 120 * SECOND
-"""Microseconds: events that are old enough after this time are not read until then."""
+"""Microseconds. Events that will be old enough only after this time are not read before then."""
 
 PASS = 45.0  # seconds; the next pass continues
 LONGEST_PAUSE = 0.5  # seconds between two transactions
@@ -139,7 +139,7 @@ class Retention(ABC, Generic[C]):
                 if received_at <= now - keep.events and (needed is None or needed <= dead):
                     candidates.append(Candidate(id_, cost, dead))
             yield candidates, len(rows) == PAGE
-            # The next pass begins with an event that is old enough soon.
+            # The next pass begins with an event that will soon be old enough.
             soon = next(
                 (at for at, row in enumerate(rows) if 0 < row[3] - now + group.kept <= SOON), len(rows)
             )

@@ -1,4 +1,4 @@
-"""Refused requests as rows: what both engines share."""
+"""Rows of refused requests, for both engines."""
 
 import re
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ def head_of(request: RefusedRequest) -> bytes:
 
 
 def size_of(request: RefusedRequest, head: bytes) -> int:
-    """Return the bytes that a request takes."""
+    """Return the size of a request in bytes."""
     return len(head) + (0 if request.body is None else len(request.body))
 
 
@@ -36,7 +36,7 @@ def request_of(
 
 
 def position_of(cursor: str | None) -> int:
-    """Return the row id that a page's rows are below.
+    """Return the row id above the rows of a page.
 
     Raises:
         RelayError: the cursor is invalid.
@@ -52,7 +52,7 @@ def range_of(given: str) -> tuple[str, str]:
     """Return the first id that begins with a shortened id, and the first one after all of these.
 
     Raises:
-        RelayError: it is no id of a refused request.
+        RelayError: it is not an id of a refused request.
     """
     short = given.lower().removeprefix(REFUSED)
     if not _SHORT.fullmatch(short):

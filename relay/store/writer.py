@@ -482,4 +482,4 @@ class Writer(ABC, Generic[C]):
         """Try a small transaction; returns why it failed, None: writes work."""
 
     async def _tidy(self) -> None:
-        """Make room after a commit; called while `Space` says so."""
+        """Make room after a commit; called while `Space` requires it."""

@@ -185,7 +185,7 @@ class Plan(msgspec.Struct, frozen=True):
 def maintain(row: Worker, now: Now, rules: WorkerRules, *, on: bool, plan: Plan | None = None) -> Worker:
     """Start or end a worker's maintenance; both give it a new deadline.
 
-    `plan` says who starts it, and for how long; by default an operator, without an end. If an operator ends
+    `plan` has its starter and its end; by default an operator starts it, without an end. If an operator ends
     a planned maintenance, or that of a pattern for one worker, it does not start again for this worker.
     """
     plan = plan or Plan("operator", None)

@@ -108,10 +108,10 @@ latest_by = "subject"
 def test_the_explanation_has_the_options_of_the_destination(config):
     config.write_text(config.read_text() + OPTIONS)
     result = explain(config, "--source", "shop", "--data", f"@{config.parent / 'body.json'}")
-    said = [line for line in result.err.splitlines() if "retried" not in line and "unsigned" not in line]
+    lines = [line for line in result.err.splitlines() if "retried" not in line and "unsigned" not in line]
     grouped, most = "grouped: waits up to 30s for other events", "one message reports up to 100 of them"
-    assert said == [
-        "chat: held now (paused in config.toml); sent when the hold has ended",
+    assert lines == [
+        "chat: held now (paused in config.toml); sent after the hold has ended",
         f'chat: {grouped} with the same subject, data.none (["s-1",""]); {most}',
         "chat: expires if it is not delivered within 1h",
         "chat: if the delivery is dead, all gets the event",

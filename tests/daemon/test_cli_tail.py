@@ -37,8 +37,8 @@ async def test_a_piped_line_has_its_columns_and_limit_ends_it(relay, recorder):
     recorder.answers.append((500, {}))
     command = await tailed(relay, "--limit", "3")
     event = await send(relay)
-    said = await command
-    first, second, third = (dict(zip(("at", *COLUMNS), row, strict=True)) for row in said.rows)
+    result = await command
+    first, second, third = (dict(zip(("at", *COLUMNS), row, strict=True)) for row in result.rows)
     assert (first["what"], first["type"], first["source"], first["subject"]) == (
         "event",
         TYPE,
@@ -53,7 +53,7 @@ async def test_a_piped_line_has_its_columns_and_limit_ends_it(relay, recorder):
     assert second["next_attempt_at"] > second["at"]
     assert (third["result"], third["state"], third["next_attempt_at"]) == ("ok", "delivered", "")
     assert third["delivery_id"] == second["delivery_id"]
-    assert "\x1b" not in said.out
+    assert "\x1b" not in result.out
 
 
 async def test_the_past_comes_first_with_payloads(relay):
@@ -90,13 +90,13 @@ async def test_filters_go_to_the_relay(relay, recorder):
 
 
 async def test_an_invalid_follow_has_its_exit_code(relay):
-    said = await Commands(relay.addresses.socket)("tail", "--source", "adron", code=4)
-    assert said.err.startswith('unknown source "adron"')
+    result = await Commands(relay.addresses.socket)("tail", "--source", "adron", code=4)
+    assert result.err.startswith('unknown source "adron"')
 
 
 def test_a_daemon_that_never_ran_exits_with_3(tmp_path):
-    said = run("tail", "--socket", tmp_path / "none", code=3)
-    assert "relay serve" in said.err
+    result = run("tail", "--socket", tmp_path / "none", code=3)
+    assert "relay serve" in result.err
 
 
 async def test_dropped_items_are_reported(relay, monkeypatch):
@@ -171,10 +171,10 @@ async def test_tail_reconnects_after_a_restart_and_reports_missed_events(config,
     async with Daemon(config) as daemon:
         missed_ = [await store(daemon, f"m{number}") for number in range(2)]
         async with asyncio.timeout(20):
-            said = (await process.stderr.readline()).decode()
-            assert "reconnected after " in said
-            assert "missed 2 events: relay events list --since 2" in said
-            assert said.rstrip().endswith("--source adorn")
+            line = (await process.stderr.readline()).decode()
+            assert "reconnected after " in line
+            assert "missed 2 events: relay events list --since 2" in line
+            assert line.rstrip().endswith("--source adorn")
             assert await until_heard(daemon, heard) not in missed_
             process.send_signal(signal.SIGINT)
             assert await process.wait() == 130
@@ -191,7 +191,7 @@ async def until_heard(daemon, heard):
 
 
 class Answers:
-    """What the relay says of what came in meanwhile."""
+    """Answers of the relay about the events that arrived meanwhile."""
 
     def __init__(self, *items, error=None):
         self._items = items
@@ -208,7 +208,7 @@ def event(type_, at):
 
 
 @pytest.mark.parametrize(
-    ("answers", "settings", "says"),
+    ("answers", "settings", "expected"),
     [
         (Answers(), {}, "no event was missed"),
         (Answers(event("a.b", "2"), event("a.b", "1")), {}, "missed 1 event: relay events list --since "),
@@ -218,11 +218,11 @@ def event(type_, at):
         (Answers(), {"events": False}, "were missed: relay deliveries list"),
     ],
 )
-def test_missed_events_are_counted_from_the_list(capsys, answers, settings, says):
-    told = tail.Gap(answers, **{"source": None, "pattern": None, "events": True, **settings})
-    told.latest = "1"
-    told.start()
-    told.end()
-    said = capsys.readouterr()
-    assert said.out == ""
-    assert says in said.err.splitlines()[1]
+def test_missed_events_are_counted_from_the_list(capsys, answers, settings, expected):
+    gap = tail.Gap(answers, **{"source": None, "pattern": None, "events": True, **settings})
+    gap.latest = "1"
+    gap.start()
+    gap.end()
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert expected in printed.err.splitlines()[1]

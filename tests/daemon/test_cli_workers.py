@@ -74,7 +74,7 @@ async def test_maintenance_of_a_pattern_has_an_end(commands):
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
-        (["whatsapp", "w1"], 2, "say on or off, or for how long with --for"),
+        (["whatsapp", "w1"], 2, "write on or off, or a duration with --for"),
         (["on"], 2, "name a SOURCE and a WORKER, or --pattern"),
         (["whatsapp", "w1", "on", "--pattern", "w*"], 2, "--pattern names workers of one SOURCE"),
         (["--pattern", "w*", "off", "--for", "1h"], 2, "--for needs on"),

@@ -78,7 +78,7 @@ async def read_until(process, text):
         lines.append(line)
         if text in line:
             return lines
-    raise AssertionError(f"it ended before it said {text!r}:\n{''.join(lines)}")
+    raise AssertionError(f"it ended before it printed {text!r}:\n{''.join(lines)}")
 
 
 async def test_with_exit_the_demo_ends_with_0_after_every_sample_arrived(tmp_path):

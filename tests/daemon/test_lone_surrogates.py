@@ -24,9 +24,9 @@ class Careless(Source, kind="careless", owns=("/careless",)):
 
     @route("POST", "/careless")
     def event(self, incoming):
-        said = json.loads(incoming.body)
-        name = said["name"]
-        event = Event(type=f"a.{name}", subject=name, data=said, context={"name": name}, key=name)
+        sent = json.loads(incoming.body)
+        name = sent["name"]
+        event = Event(type=f"a.{name}", subject=name, data=sent, context={"name": name}, key=name)
         return Accepted(event=event, reply={"name": name})
 
     @route("PUT", "/careless/{worker}")

@@ -127,7 +127,7 @@ async def test_each_problem_names_the_next_command_the_worst_first(troubled, tmp
             f"relay check-config {tmp_path / 'config.toml'}",
         ),
         (
-            "compozy is silent: no event for 3 hours; usually one comes within 60 minutes",
+            "compozy is silent: no event for 3 hours; usually one arrives within 60 minutes",
             "relay sources show compozy",
         ),
         ("moddy is paused: its senders get 503", "relay sources resume moddy"),

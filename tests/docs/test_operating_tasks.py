@@ -73,7 +73,7 @@ class Desk:
         await until(lambda: left() == 0, 60)
 
     async def follow(self, title):
-        """Type all commands of a task; return what each one said."""
+        """Type all commands of a task; return the output of each."""
         result = {}
         for typed in lines(title):
             words = [self.names.get(word, word) for word in typed]

@@ -1,4 +1,4 @@
-"""Secrets are found where config.toml says, and no message ever holds one."""
+"""Secrets are found where config.toml says, and no message ever contains one."""
 
 import pytest
 

@@ -202,7 +202,7 @@ async def test_a_source_that_changed_since_is_not_mixed_with_the_moved_part(file
     await steps.aclose()
     with closing(sqlite3.connect(file)) as database, database:
         database.execute("DELETE FROM worker_metrics")
-    with pytest.raises(StorageError, match="as it was earlier"):
+    with pytest.raises(StorageError, match="an earlier state of"):
         await move(f"sqlite:{file}", url, tmp_path)
 
 

@@ -116,7 +116,7 @@ async def test_an_owner_that_stops_meanwhile_leaves_it_open_whether_it_was_done(
 async def test_requests_of_nodes_that_are_gone_are_deleted(pool, nodes):
     asking = asyncio.create_task(nodes[0].requests.ask("erp", "pause", None))
     async with asyncio.timeout(10):
-        while not await pool.fetch("SELECT * FROM requests"):  # noqa: ASYNC110 - the database tells nobody
+        while not await pool.fetch("SELECT * FROM requests"):  # noqa: ASYNC110 - the database sends no notification
             await asyncio.sleep(0.01)
     asking.cancel()
     await nodes[1].requests.clean()

@@ -47,10 +47,10 @@ def test_every_command_that_lists_or_shows_has_a_screen():
             assert any(tuple(words[:2]) == path for words in drawn), path
 
 
-@pytest.mark.parametrize(("words", "said"), [("events list", "no events\n"), ("stats", "no rows\n")])
-def test_an_empty_list_says_so(monkeypatch, words, said):
+@pytest.mark.parametrize(("words", "expected"), [("events list", "no events\n"), ("stats", "no rows\n")])
+def test_an_empty_list_prints_that(monkeypatch, words, expected):
     monkeypatch.setitem(screens.ANSWERS, words.split()[0], screens.page())
-    assert screens.draw(words, 80) == said
+    assert screens.draw(words, 80) == expected
 
 
 def declared(path):

@@ -279,12 +279,12 @@ class PostgresCommitter(Committer):
             keys.note(key.source, key.text, key.identity, found, is_used=is_used)
 
     async def write(self, transaction: Transaction, batch: Batch) -> None:
-        """Write a batch inside its transaction; what needs no other statement waits for the commit."""
+        """Write a batch inside its transaction; what needs no statement before is written with the commit."""
         transaction.batch = batch
         await _write(batch, transaction, self._claims, self.sequences)
 
     async def look_again(self, connection: Connection, transaction: Transaction) -> bool | None:
-        """Return whether a batch is stored whose commit had no answer; None: nothing shows it.
+        """Return whether a batch is stored whose commit got no response; None: the database does not show it.
 
         All rows of a batch are stored or none, so one row is enough.
         """

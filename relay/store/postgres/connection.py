@@ -1,7 +1,7 @@
 """Connections to PostgreSQL: one writes, up to three read; every call has a timeout.
 
 No session state is needed, so a pooler in transaction mode works: settings and locks belong to a transaction.
-`?pooler=true` in the URL says that there is one; then no statement is prepared under a name, because the next
+`?pooler=true` in the URL declares one; then no statement is prepared under a name, because the next
 transaction may run in another session.
 """
 

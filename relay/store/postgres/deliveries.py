@@ -15,10 +15,10 @@ OVERLAP = 5 * SECOND
 """Microseconds before the cursor that a claim reads again, because another node's commit may come late."""
 
 CANCEL = "cancel deliveries"
-"""What a node asks the owner of a lane to do."""
+"""The verb of a node's request to the owner of a lane."""
 
 FROM_BEGINNING = 30 * SECOND
-"""Microseconds after which a claim ignores its cursor once, as the net below all other reasons."""
+"""Microseconds after which a claim ignores its cursor once, in case all other triggers fail."""
 
 DUE_SQL = f"""
     SELECT {CLAIM_COLUMNS}, next_attempt_at FROM owed
@@ -67,7 +67,7 @@ class PostgresDeliveries(StoredDeliveries):
                 return await self._claim(
                     connection, destination, limit, claimed, retries=retries, together=together
                 )
-            except BaseException:  # the caller will not hear of them
+            except BaseException:  # the caller will not get them
                 self.release(each.id for delivery in claimed for each in delivery.members)
                 raise
 

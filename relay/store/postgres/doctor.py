@@ -102,7 +102,7 @@ async def examine(examined: Examined, connection: Connection) -> list[Check]:
         try:
             found.append(await check(examined, connection))
         except asyncpg.PostgresError as error:
-            hint = "run it again, and look into the server's log"
+            hint = "run it again, and read the server's log"
             if isinstance(error, asyncpg.InsufficientPrivilegeError):
                 hint = "let the relay's user read statistics: GRANT pg_monitor TO the user of [storage] url"
             found.append(failed(check.__name__, f"the check failed: {error}", hint))
@@ -283,7 +283,7 @@ async def clock(examined: Examined, connection: Connection) -> Check:
 
 
 async def room(_examined: Examined, connection: Connection) -> Check:
-    """Return the size of the database; the server's disk cannot be seen from here."""
+    """Return the size of the database; the relay cannot examine the server's disk."""
     [(whole, queue)] = await connection.fetch(
         "SELECT pg_database_size(current_database()), pg_total_relation_size('owed')"
     )

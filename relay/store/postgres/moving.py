@@ -78,7 +78,7 @@ ORDER_KEYS_SQL = """
 
 
 class _Side:
-    """What source and target have in common."""
+    """The common part of source and target."""
 
     def __init__(self, address: Address) -> None:
         self._address = address
@@ -167,7 +167,7 @@ class PostgresSource(_Side):
 
 
 class PostgresTarget(_Side):
-    """`relay.store.moving.Target` over a PostgreSQL database, which it creates the tables of."""
+    """`relay.store.moving.Target` over a PostgreSQL database; it creates the tables."""
 
     def __init__(self, address: Address) -> None:
         super().__init__(address)

@@ -271,7 +271,7 @@ class PostgresNodes:
         self._lock = asyncio.Lock()  # held while the connection is used
         self._has_left = False
         self._attendant: Attendant | None = None
-        self._wake_ups: WakeUps | None = None  # None: other nodes are not heard
+        self._wake_ups: WakeUps | None = None  # None: no notifications are received
         if listen is not None:
             self._wake_ups = WakeUps(listen, self.incarnation, self._wake)
         self._requests = Requests(self._locked, lambda: self.announce(requests=True))
@@ -294,7 +294,7 @@ class PostgresNodes:
         self._attendant = attendant
 
     def handle(self, verb: str, handle: Handle) -> None:
-        """Set what does one of the things that other nodes ask for a lane; the attendant does the others."""
+        """Set the handler of one kind of request from other nodes; the attendant handles the others."""
         self._requests.handlers[verb] = handle
 
     def announce(
@@ -305,7 +305,7 @@ class PostgresNodes:
         leases: bool = False,
         requests: bool = False,
     ) -> None:
-        """Tell the other nodes, soon, what they may look for in the database; see `WakeUp`."""
+        """Announce to the other nodes, soon, what they may look for in the database; see `WakeUp`."""
         if self._wake_ups is not None:
             self._wake_ups.announce(lanes, retries=retries, leases=leases, requests=requests)
 

@@ -82,7 +82,7 @@ async def refuse_single(connection: Connection) -> None:
     """Check that no daemon uses the database alone, before this one shares it.
 
     Raises:
-        StorageError: one does.
+        StorageError: a daemon uses it alone.
     """
     sql = "SELECT 1 FROM leases WHERE name = $1 AND until > clock_timestamp()"
     if await connection.fetch(sql, NAME):

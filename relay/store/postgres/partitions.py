@@ -25,7 +25,7 @@ def days_from(micros: int, ahead: int) -> list[datetime]:
 
 
 async def make_partitions(connection: Connection, wall: int, ahead: int | None = None) -> int:
-    """Make the missing partitions of the present day and of those ahead; returns their number.
+    """Make the missing partitions of the present day and of the next days; returns their number.
 
     A new table is attached, because that blocks neither writers nor readers of the other partitions.
     """

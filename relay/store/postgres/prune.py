@@ -187,7 +187,10 @@ class PostgresRetention(Retention[Connection]):
         self._statements = PostgresReader(database)
         super().__init__(self._statements, clock)
         self._database = database
-        self._limits = {"events": NEEDED, "attempts": NEEDED}  # row ids from which on no row is deleted
+        self._limits = {
+            "events": NEEDED,
+            "attempts": NEEDED,
+        }  # row ids; no row at or above them is deleted
 
     @property
     def _writer(self) -> Writer[Connection]:

@@ -1,8 +1,8 @@
 """The statements of lists, selections and exports over PostgreSQL.
 
 Tables are partitioned by row ids, which carry the time. A path compares the columns of its index and the row
-id as one row, and sorts by all of them. So only that index serves a statement, whatever the planner believes
-about the data, and partitions outside of the range of row ids are not read.
+id as one row, and sorts by all of them. So only that index serves a statement, regardless of the planner's
+estimates about the data, and partitions outside of the range of row ids are not read.
 """
 
 from collections.abc import Iterable, Mapping, Sequence

@@ -46,7 +46,7 @@ CLEAN_SQL = "DELETE FROM requests WHERE asked < clock_timestamp() - $1::float8 *
 Fetch = Callable[..., Awaitable[Sequence[Any]]]
 Handle = Callable[[str, Any], Awaitable[Any]]
 Answer = Callable[[str, str, Any], Awaitable[Any]]
-"""Does what a verb asks; called with the destination, the verb and the argument."""
+"""Executes a verb; called with the destination, the verb and the argument."""
 
 
 async def _refuse(_destination: str, verb: str, _argument: Any) -> None:

@@ -41,7 +41,7 @@ class IdSequences(Sequences):
         self.slot = slot
 
     def use(self, slot: int) -> None:
-        """Make ids with another number of the node from now on."""
+        """Use another number of the node in ids from now on."""
         if slot != self.slot:
             self.event, self.delivery, self.attempt = (
                 (id_ | STEP - 1) + 1 + slot for id_ in (self.event, self.delivery, self.attempt)

@@ -50,7 +50,7 @@ OLDEST = 15
 """The oldest major version of PostgreSQL."""
 
 COUNT_EVERY = 1.0
-"""Seconds between two looks at the ledger for what other nodes have created and ended."""
+"""Seconds between two readings of the ledger for deliveries that other nodes have created and ended."""
 
 PARTITIONS_EVERY = 3600.0
 """Seconds between two looks for partitions that must be made."""
@@ -323,7 +323,7 @@ class PostgresStore:
             return
         self.deliveries.release(tuple(self.claims.cancelled))  # their attempts were cut off
         writer = self.database.writer
-        assert isinstance(writer, PostgresWriter)  # noqa: S101 - `opened` says so
+        assert isinstance(writer, PostgresWriter)  # noqa: S101 - `opened` ensures it
         try:
             if writer.failure is None:
                 with suppress(StorageError):  # heartbeats only; the next ones report the same

@@ -16,7 +16,7 @@ from relay.store.batch import Batch
 from relay.store.postgres.connection import Connection
 
 SYNC_SQL = "(set_config('synchronous_commit', $1, true) = '')::int::bigint"
-"""Each transaction says how durable it is, because a pooler forgets the settings of a session."""
+"""Each transaction sets its durability, because a pooler forgets the settings of a session."""
 
 CONFIRM_SQL = f"""
     WITH written AS (

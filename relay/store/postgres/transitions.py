@@ -201,7 +201,7 @@ async def write_requested(batch: Batch, transaction: Transaction, claims: Claims
 
 
 async def _expire_overdue(batch: Batch, transaction: Transaction, claims: Claims) -> None:
-    """Expire deliveries past their time to live, and those that a newer event on another node supersedes."""
+    """Expire deliveries past their time to live, and those that a newer event of another node supersedes."""
     scope = batch.scope or Scope(frozenset(), frozenset(), has_orphans=False)
     mine = sorted(scope.mine)
     rows = await transaction.fetch(

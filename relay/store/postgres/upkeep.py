@@ -46,7 +46,7 @@ class PostgresUpkeep:
         self._retention = PostgresRetention(database, clock)
 
     async def check_disk(self) -> None:
-        """See `Upkeep.check_disk`: the server's disk cannot be seen from here; a full one refuses commits."""
+        """See `Upkeep.check_disk`: the relay cannot examine the server's disk; a full one refuses commits."""
 
     async def prune(self, policy: Policy, seconds: float = PASS) -> Pruned:
         """See `Upkeep.prune`."""

@@ -96,7 +96,7 @@ class WakeUps:
         leases: bool = False,
         requests: bool = False,
     ) -> None:
-        """Tell the other nodes, soon and together with other announcements."""
+        """Announce it to the other nodes, soon and together with other announcements."""
         self._lanes[retries].update(lanes)
         self._leases |= leases
         self._requests |= requests

@@ -161,7 +161,7 @@ class PostgresWriter(Writer[Connection]):
             return found
 
     async def _confirm(self, connection: Connection) -> None:
-        """Commit synchronously: everything before it is as durable as the server's settings say."""
+        """Commit synchronously: everything before it is then as durable as the server's settings require."""
         connection.is_unconfirmed = False
         await connection.fetch(CONFIRM_SQL, self._sync)
         if connection.is_unconfirmed:

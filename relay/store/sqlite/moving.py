@@ -47,7 +47,7 @@ def _exists(path: Path) -> bool:
     """Return whether a path exists.
 
     Raises:
-        StorageError: this user may not look.
+        StorageError: this user may not read the folder.
     """
     try:
         return path.exists()
@@ -56,7 +56,7 @@ def _exists(path: Path) -> bool:
 
 
 class _Side:
-    """What source and target have in common."""
+    """The common part of source and target."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
