@@ -191,7 +191,7 @@ async def _move(source: str, target: str) -> dict[str, int]:
     """Move everything, and return the number of rows of each table."""
     found: dict[str, int] = {}
     try:
-        async for moved in move_of(source, target, Path.cwd()).run():
+        async for moved in move_of(source, target, _folder()).run():
             found[moved.table] = moved.of
             show_progress(f"{moved.table}: {moved.rows:,} of {moved.of:,}")
     finally:
@@ -213,6 +213,14 @@ def _copy(source: Path, target: Path, *, force: bool, keep_free: int) -> dict[st
     except OSError as error:
         raise file_error(f"cannot write {target}", error, "name another file") from None
     return msgspec.structs.asdict(done)
+
+
+def _folder() -> Path:
+    """Return the folder that names of databases are relative to."""
+    try:
+        return Path.cwd()
+    except FileNotFoundError as error:
+        raise file_error("cannot read the current folder", error, "change to a folder that exists") from None
 
 
 def _existing(path: Path) -> OfflineStore:

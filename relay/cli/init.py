@@ -144,7 +144,7 @@ def init(
     yes: bool,
     as_json: bool,
 ) -> None:
-    """Set up a relay: config.toml, secrets and, for a service, a drop-in of its unit.
+    """Set up a relay: config.toml, secrets and, for a service, its unit.
 
     Example: relay init --source github --to https://crm.example.com/hooks
 

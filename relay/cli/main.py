@@ -147,7 +147,7 @@ COMMANDS = {
     "config": ("relay.cli.config:config_", "Show the effective configuration or create a starter file."),
     "init": (
         "relay.cli.init:init",
-        "Set up a relay: config.toml, secrets and, for a service, a drop-in of its unit.",
+        "Set up a relay: config.toml, secrets and, for a service, its unit.",
     ),
     "serve": ("relay.cli.serve:serve", "Run the daemon until SIGTERM or Ctrl-C."),
     "reload": ("relay.cli.reload:reload", "Reload config.toml in the running daemon."),

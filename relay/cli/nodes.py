@@ -23,7 +23,7 @@ _SHAPE = (
 @quiet_option
 @endpoint("GET nodes")
 def nodes(answer: Any, *, quiet: bool) -> None:
-    """List the nodes that share the database, with the lanes and jobs that each runs.
+    """List the nodes that share the database, and their lanes.
 
     Example: relay nodes
 

@@ -18,7 +18,7 @@ from relay.base.rate import TokenBucket
 from relay.base.units import Rate
 from relay.config.schema import RefusedConfig
 from relay.config.secrets import Credential, Secret, Secrets, digest
-from relay.errors import RateLimited, Refusal, RelayError, StorageError, Unauthenticated, Unavailable
+from relay.errors import RateLimited, Refusal, RelayError, Unauthenticated, Unavailable
 from relay.ingest.request import Request
 from relay.ingest.routes import Mount
 from relay.model import RefusedRequest
@@ -141,9 +141,7 @@ class RefusedRequests:
 
     async def run(self) -> None:
         """Write the waiting requests and delete old ones, as a periodic job."""
-        waiting, self._waiting, self._bytes = self._waiting, [], 0
-        if waiting and not self._is_full():
-            await self._store.add(waiting)
+        await self._write()
         now = self._clock.steady()
         if now - self._pruned_at >= PRUNE_EVERY:
             self._pruned_at = now
@@ -151,11 +149,16 @@ class RefusedRequests:
             await self._store.prune(before, int(self._config.max_size))
 
     async def flush(self) -> None:
-        """Write the waiting requests, before a list is read or the daemon stops."""
+        """Write what waits, before a list is read or the daemon stops; a failure is only logged."""
         try:
-            await self.run()
-        except StorageError as error:
+            await self._write()
+        except Exception as error:  # noqa: BLE001 - of the database engine, which may have failed altogether
             log.warning("refused requests could not be kept: %s", error)
+
+    async def _write(self) -> None:
+        waiting, self._waiting, self._bytes = self._waiting, [], 0
+        if waiting and not self._is_full():
+            await self._store.add(waiting)
 
     def _has_room(self, size: int) -> bool:
         return size <= self._config.max_size // BODY_SHARE and self._bytes + size <= MOST_WAITING_BYTES

@@ -105,7 +105,7 @@ async def test_a_body_that_is_no_text_is_base64(relay, commands):
     lane._runner._format = Binary()
     shown = (await commands("deliveries", "request", ids["hidden"], "--json")).json
     assert (shown["body"], base64.b64decode(shown["body_base64"])) == (None, content)
-    assert "2 bytes that are no text" in (await commands("deliveries", "request", ids["hidden"])).out
+    assert "2 bytes that are not text" in (await commands("deliveries", "request", ids["hidden"])).out
     curl = (await commands("deliveries", "request", ids["hidden"], "--curl")).out
     assert curl.startswith(f"echo {shown['body_base64']} | base64 -d | curl -X PUT ")
     assert curl.endswith("--data-binary @-\n")

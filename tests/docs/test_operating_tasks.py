@@ -82,7 +82,12 @@ class Desk:
             if path_of(words) == ("send",):
                 place += ["--to", self.relay.addresses.public]
             key = " ".join(words)
-            result[key] = await asyncio.to_thread(run, *words, *place)
+            try:
+                result[key] = await asyncio.to_thread(run, *words, *place)
+            except AssertionError:  # a retry skips a delivery whose attempt is in flight at this moment
+                if "pending" not in words:
+                    raise
+                result[key] = await asyncio.to_thread(run, *words, *place)
         return result
 
     def configure(self, *parts):
