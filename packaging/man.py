@@ -55,7 +55,8 @@ def _page(
     ]:
         yield ".SH OPTIONS\n"
         for option, text in filter(None, records):
-            yield f".TP\n.B {_text(option)}\n{_text(text)}\n"
+            choices = _text(option).replace("|", "\\:|")  # lines of many choices may break there
+            yield f".TP\n.B {choices}\n{_text(text)}\n"
     if below:
         yield ".SH COMMANDS\n"
         for inner in below:
