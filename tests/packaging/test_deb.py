@@ -102,6 +102,7 @@ def test_the_package_has_a_valid_configuration_that_only_the_service_can_read(in
 def test_the_package_is_complete_and_starts_nothing(installed):
     assert installed.run("dpkg", "--verify", "hookferry") == ""
     assert installed.run("hookferry", "--version") == f"hookferry {__version__}\n"
+    installed.run("/opt/relay/bin/python", "-c", "import asyncpg, uvloop, cryptography, jsonschema")
     listed = [line.split("\t")[:2] for line in installed.run("relay", "plugins", "list").splitlines()]
     presets = {file.stem for file in (CHECKOUT / "plugins" / "presets").glob("*.toml")}
     assert {name for name, kind in listed if kind == "preset"} == presets
@@ -127,7 +128,7 @@ def test_the_package_has_man_pages_completions_a_schema_and_a_bill_of_materials(
     ):
         assert word in (share / file).read_text()
     bill = json.loads((share / "doc/hookferry/sbom.cdx.json").read_text())
-    assert {"aiohttp", "uvloop", "cryptography"} <= {each["name"] for each in bill["components"]}
+    assert {"aiohttp", "asyncpg", "uvloop", "cryptography"} <= {each["name"] for each in bill["components"]}
 
 
 def test_the_package_contains_no_build_path(package, installed):

@@ -445,6 +445,12 @@ def test_an_invalid_configuration_does_not_cause_a_restart_loop():
     ] == []  # it would fail before a socket is held
 
 
+def test_the_service_starts_after_a_database_on_the_same_machine_and_stops_before_it():
+    found = settings(UNITS / "relay.service")
+    assert {"postgresql.service", "pgbouncer.service"} <= set(found["After"].split())
+    assert "postgresql" not in found.get("Requires", "") + found["Wants"]  # an outage stops no relay
+
+
 def test_the_commands_of_the_service_exist():
     service = (UNITS / "relay.service").read_text()
     named = re.findall(r"^Exec\w+=/opt/relay/bin/relay ([\w-]+)", service, re.MULTILINE)
