@@ -236,7 +236,7 @@ def fetch(folder):
     declared = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())
     extras = declared["project"]["optional-dependencies"]
     wanted = [*declared["build-system"]["requires"], *declared["project"]["dependencies"]]
-    wanted += [each for extra in ("fast", "ed25519", "schemas") for each in extras[extra]]
+    wanted += [each for extra in ("fast", "ed25519", "postgres", "schemas") for each in extras[extra]]
     pip = [sys.executable, "-m", "pip", "--python", python, "--disable-pip-version-check"]
     command = [*pip, "wheel", "-q", "-w", folder / "wheels", *wanted]
     subprocess.run(command, check=True, capture_output=True, stdin=subprocess.DEVNULL)
