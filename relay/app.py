@@ -183,6 +183,10 @@ class App:
                 listeners=self.listeners,
             )
         )
+        if config.admin.ui:
+            from relay.ui.app import Dashboard  # noqa: PLC0415 - it may be off
+
+            self.api.add_pages(Dashboard(self.api.ask, clock).routes())
         self.health.watch(self._trouble)
         self.health.watch(lambda: "; ".join(self._stuck()) or None)
         self.stuck_lanes = StuckLanes(clock)

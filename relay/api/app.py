@@ -1,6 +1,7 @@
 """The admin API: one app for the unix socket, one for the admin listener."""
 
 import asyncio
+from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import Any
 
@@ -12,12 +13,13 @@ from relay.api.context import Context
 from relay.api.database import DatabaseApi
 from relay.api.deliveries import DeliveriesApi
 from relay.api.destinations import DestinationsApi
-from relay.api.endpoints import Page, document, endpoint, endpoints_of, routes_of
+from relay.api.endpoints import JSON, Page, document, endpoint, endpoints_of, routes_of
 from relay.api.events import EventsApi
 from relay.api.history import HistoryApi
 from relay.api.jobs import JobsApi
 from relay.api.names import NamesApi
 from relay.api.nodes import NodesApi
+from relay.api.query_params import read_query
 from relay.api.refused import RefusedApi
 from relay.api.replays import ReplaysApi
 from relay.api.responses import errors, respond
@@ -144,6 +146,12 @@ def describe() -> dict[str, Any]:
     return document(each for resource in resources for each in endpoints_of(resource).values())
 
 
+class _Inquiry(msgspec.Struct, frozen=True):
+    """The part of a request that handlers of GET endpoints read."""
+
+    match_info: Mapping[str, str]
+
+
 class Api:
     """The admin API. Both listeners serve it; they differ in their access control."""
 
@@ -151,6 +159,35 @@ class Api:
         self._clock = context.clock
         self._tail, self._top = TailApi(context), TopApi(context)
         self._resources = (*(resource(context) for resource in RESOURCES), self._tail, self._top)
+        self._pages: list[web.RouteDef] = []  # of the dashboard
+        self._reads = {
+            each.name: (each, getattr(resource, method))
+            for resource in self._resources
+            for method, each in endpoints_of(type(resource)).items()
+            if each.method == "GET" and each.content == JSON
+        }
+
+    async def ask(
+        self, name: str, path: Mapping[str, str] | None = None, query: Mapping[str, str] | None = None
+    ) -> Any:
+        """Return the answer of a GET endpoint as JSON values, for a page that shows it.
+
+        Args:
+            name: operationId of the endpoint.
+            path: values of the parameters in its path.
+            query: its query parameters.
+
+        Raises:
+            RelayError: as the endpoint does.
+        """
+        endpoint, handler = self._reads[name]
+        arguments = [] if endpoint.query is None else [read_query(query or {}, endpoint.query)]
+        answer = await handler(_Inquiry(path or {}), *arguments)
+        return msgspec.to_builtins(answer, enc_hook=str)
+
+    def add_pages(self, routes: Iterable[web.RouteDef]) -> None:
+        """Serve the pages of the dashboard on both listeners; call it before these are made."""
+        self._pages += routes
 
     def end_streams(self) -> None:
         """End all streams; otherwise the listeners would wait for them and not close."""
@@ -173,4 +210,4 @@ class Api:
 
     def routes(self) -> list[web.RouteDef]:
         """Return the routes of all endpoints."""
-        return [route for resource in self._resources for route in routes_of(resource)]
+        return [*(route for resource in self._resources for route in routes_of(resource)), *self._pages]

@@ -40,6 +40,11 @@ _SCOPES = get_args(Scope)
 _READ_ONLY = frozenset({"GET", "HEAD", "OPTIONS"})
 
 
+def is_page(path: str) -> bool:
+    """Return whether a path belongs to the dashboard."""
+    return path == PAGES or path.startswith(f"{PAGES}/")
+
+
 def name_requests(clock: Clock) -> Any:
     """Return a middleware that gives each request an id: its `X-Request-Id`, or a new one."""
 
@@ -51,13 +56,37 @@ def name_requests(clock: Clock) -> Any:
     return name
 
 
-async def set_headers(request: web.Request, response: web.StreamResponse) -> None:
-    """Put the request's id into the response, and remove aiohttp's header with its and Python's version.
+PAGES = "/ui"
+"""Path of the dashboard."""
 
-    A signal of aiohttp, because streams need it too.
+POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
+    "form-action 'none'; base-uri 'none'; frame-ancestors 'none'; "
+    "require-trusted-types-for 'script'; trusted-types 'none'"
+)
+"""What a page of the dashboard may load and run: its own files, and no inline code."""
+
+_PROTECTION = {
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Cache-Control": "no-store",
+}
+
+
+async def set_headers(request: web.Request, response: web.StreamResponse) -> None:
+    """Put the request's id and the headers for browsers into the response.
+
+    aiohttp's header with its and Python's version is removed. This is a signal of aiohttp, because streams
+    need it too. A browser may open an answer of the API as a page: the policy lets that page do nothing.
     """
     request[STARTED] = True
     response.headers.pop("Server", None)
+    if is_page(request.path) or request.path.startswith("/api/"):
+        policy = POLICY if is_page(request.path) else "default-src 'none'; frame-ancestors 'none'; sandbox"
+        for name, value in {**_PROTECTION, "Content-Security-Policy": policy}.items():
+            response.headers.setdefault(name, value)
     if (id_ := request.get(REQUEST_ID)) is not None:
         response.headers[HEADER] = id_
 
@@ -88,7 +117,7 @@ def require_token(tokens: tuple[AdminToken, ...], hosts: Collection[str]) -> Any
 
     @web.middleware
     async def check(request: web.Request, handler: Any) -> web.StreamResponse:
-        if not request.path.startswith("/api/"):
+        if not request.path.startswith("/api/") and not is_page(request.path):
             response: web.StreamResponse = await handler(request)
             return response
         if not _has_own_host(request, hosts):
@@ -124,6 +153,14 @@ def check_scope(request: web.Request, needed: Scope) -> None:
             f'the token "{request[CALLER]}" has the scope "{token.scope}", and this request needs "{needed}"',
             hint="use a token with that scope, change its `scope` in [admin] tokens, or use the unix socket",
         )
+
+
+def name_and_scope(request: web.Request) -> tuple[str, Scope]:
+    """Return the name of the operator who sent a request, and the scope of the request."""
+    token = request.get(TOKEN)
+    if token is not None:
+        return f"token {request[CALLER]}", token.scope
+    return _caller(request).partition(" ")[0], "admin"
 
 
 def _caller(request: web.Request) -> str:

@@ -145,6 +145,7 @@ class Admin(msgspec.Struct, frozen=True, kw_only=True):
             "except these, `localhost` and the listener's own address"
         ),
     ] = ()
+    ui: Annotated[bool, _help("whether the listener and the socket serve the dashboard at `/ui/`")] = True
 
 
 class Storage(msgspec.Struct, frozen=True, kw_only=True):

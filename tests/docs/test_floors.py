@@ -21,7 +21,7 @@ FLOORS = (
     ("ingest.implementation", "source", "hookspecs", "store", "api.query_params", "api.views"),
     ("plugin_loading", "ingest", "delivery", "jobs.replay", "workers", "jobs", "state",
      "reload", "doctor", "diagnosis"),
-    ("api",),
+    ("api", "ui"),
     ("standby", "app", "demo"),
     ("cli",),
 )  # fmt: skip

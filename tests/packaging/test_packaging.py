@@ -78,6 +78,7 @@ def test_the_wheel_has_every_module_and_only_the_name_relay(wheel):
     }
     assert "relay/sources/presets/github.toml" in sources
     templates = {str(path.relative_to(ROOT)) for path in (ROOT / "relay" / "cli" / "templates").iterdir()}
+    templates |= {str(path.relative_to(ROOT)) for path in (ROOT / "relay" / "ui" / "static").iterdir()}
     templates.add("relay/demo/config.toml.template")
     assert held == modules | sources | templates | {"relay/py.typed", "relay/config/config.schema.json"}
     assert len(licences) == 1

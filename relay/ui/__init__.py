@@ -1,0 +1,1 @@
+"""The dashboard: pages of the admin listener, made from the answers of the API."""

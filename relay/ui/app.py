@@ -1,0 +1,105 @@
+"""The routes of the dashboard, its static files and its error pages."""
+
+import logging
+from collections.abc import Awaitable, Callable, Mapping
+
+from aiohttp import web
+
+from relay.api.auth import PAGES
+from relay.api.responses import error_of
+from relay.base.clock import Clock
+from relay.errors import RelayError, StorageUnavailableError
+from relay.store.opening import is_storage_failure
+from relay.ui import events, now
+from relay.ui.markup import tag
+from relay.ui.page import STATIC, Ask, Screen, Visit
+
+log = logging.getLogger("relay.ui")
+
+SCREENS: Mapping[str, Screen] = {
+    "/": now.show,
+    "/events": events.list_,
+    "/events/{id}": events.show,
+}
+"""The function that makes each page, by the path below `/ui`. A path takes no final slash."""
+
+_YEAR = 365 * 86_400
+
+
+class Dashboard:
+    """The pages at `/ui/`."""
+
+    def __init__(self, ask: Ask, clock: Clock) -> None:
+        """Take `relay.api.app.Api.ask`, from which pages get what they show."""
+        self._ask = ask
+        self._clock = clock
+
+    def routes(self) -> list[web.RouteDef]:
+        """Return the routes of all pages."""
+        return [
+            web.get(PAGES, _to_root),
+            web.get(f"{PAGES}/static/{{name}}", _static),
+            *(web.get(f"{PAGES}{path}", self._serve(screen)) for path, screen in SCREENS.items()),
+            web.get(f"{PAGES}/{{rest:.*}}", self._serve(_missing)),
+        ]
+
+    def _serve(self, screen: Screen) -> Callable[[web.Request], Awaitable[web.Response]]:
+        async def answer(request: web.Request) -> web.Response:
+            visit = Visit(request, self._ask, self._clock)
+            try:
+                return await screen(visit)
+            except RelayError as error:
+                return _failed(visit, error)
+            except Exception as error:
+                if is_storage_failure(error):
+                    what = f"cannot read the database: {error}"
+                    return _failed(visit, StorageUnavailableError(what, hint="run: relay doctor"))
+                log.exception("the page %s failed", request.path)
+                hint = "this is a bug in the relay; the traceback is in its log"
+                return visit.page("Internal error", tag("p", hint), status=500)
+
+        return answer
+
+
+def _failed(visit: Visit, error: RelayError) -> web.Response:
+    status, shown = error_of(error)
+    hint = tag("p", shown["hint"]) if shown["hint"] else None
+    title = {404: "Not found", 503: "Unavailable"}.get(status, "Invalid request")
+    return visit.page(title, tag("p", shown["message"], class_="error", role="alert"), hint, status=status)
+
+
+async def _missing(visit: Visit) -> web.Response:
+    back = tag("a", "Now", href=visit.link())
+    return visit.page("Not found", tag("p", "The dashboard has no such page. Go to ", back, "."), status=404)
+
+
+async def _to_root(_request: web.Request) -> web.Response:
+    """Send a browser from `/ui` to `/ui/`; the relative address is right below any path of a proxy."""
+    return web.Response(status=308, headers={"Location": "ui/"})
+
+
+async def _static(request: web.Request) -> web.Response:
+    """Return a static file.
+
+    During an upgrade, another node may have made the page, so a name with another digest gets this version,
+    which browsers must not keep.
+    """
+    name = request.match_info["name"]
+    found = STATIC.get(name)
+    caching = "no-store" if found is None else f"public, max-age={_YEAR}, immutable"
+    if found is None:
+        stem, _, ending = name.partition(".")[0], *name.rpartition(".")[1:]
+        same = [each for each in STATIC.values() if _matches(each.name, stem, ending)]
+        if not same:
+            return web.Response(status=404, text="not found")
+        found = same[0]
+    return web.Response(
+        body=found.content,
+        content_type=found.content_type,
+        charset="utf-8",
+        headers={"Cache-Control": caching},
+    )
+
+
+def _matches(name: str, stem: str, ending: str) -> bool:
+    return name.startswith(f"{stem}.") and name.endswith(f".{ending}")

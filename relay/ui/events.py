@@ -1,0 +1,132 @@
+"""Events: the list with its filters, and one event with the fate of each of its deliveries."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from aiohttp import web
+
+from relay.ui.markup import Content, Markup, join, tag
+from relay.ui.page import Visit
+from relay.ui.parts import (
+    NONE,
+    action,
+    command,
+    command_of_list,
+    fields,
+    filter_form,
+    pages,
+    size,
+    state,
+    table,
+    when,
+)
+
+SECTION = "events"
+
+
+async def list_(visit: Visit) -> web.Response:
+    """List events, newest first."""
+    page = await visit.ask("listEvents", query=visit.query)
+    return visit.page(
+        "Events",
+        filter_form(visit, "events"),
+        table(
+            "Newest first",
+            ("Type", "Subject", "Received", "Size", "Deliveries"),
+            [_row(visit, each) for each in page["items"]],
+            empty="No event matches on this page; there may be more."
+            if page["next_cursor"]
+            else "No events.",
+        ),
+        pages(visit, page["next_cursor"]),
+        tag("p", command_of_list("events", "events", "list", query=visit.query)),
+        section=SECTION,
+    )
+
+
+def _row(visit: Visit, event: Mapping[str, Any]) -> tuple[Content, ...]:
+    states = [[state(name, f"{count} {name}"), " "] for name, count in event["deliveries"].items()]
+    return (
+        tag("a", event["type"], href=visit.link("events", event["id"])),
+        event["subject"] or NONE,
+        when(visit, event["received_at"]),
+        size(event["size"]),
+        states or "none",
+    )
+
+
+async def show(visit: Visit) -> web.Response:
+    """Show an event: where it went, where it did not go and why, and its body."""
+    given = {"id": visit.path["id"]}
+    event = await visit.ask("showEvent", given)
+    explanation = await visit.ask("explainEvent", given)
+    ids = [each["id"] for each in event["owed"] if each["state"] != "pending"]
+    return visit.page(
+        event["type"],
+        fields(
+            ("Event", tag("code", event["id"], data_copy=event["id"])),
+            ("Subject", event["subject"] or NONE),
+            ("Source", tag("a", event["source"], href=visit.link(SECTION, source=event["source"]))),
+            ("Received", when(visit, event["received_at"])),
+            ("Body", f"{size(event['size'])}, {event['content_type'] or 'no content type'}"),
+            ("Repeated", "by its sender; the relay answered with this event's id")
+            if event["duplicate"]
+            else ("Repeated", "no"),
+        ),
+        tag("h2", "Destinations"),
+        table(
+            "Each destination of this event",
+            ("Destination", "State", "Details", ""),
+            list(_fates(visit, event["owed"], explanation["destinations"])),
+            empty="config.toml has no destinations.",
+        ),
+        action(
+            visit, "Send all again", "deliveries", "retry", *ids,
+            call="POST deliveries/retry", body={"ids": ids}, counts=True,
+        ) if len(ids) > 1 else None,
+        tag("h2", "Body"),
+        tag("pre", "\n", event["payload"], tabindex=0, aria_label="Body"),
+        tag("p", f"The first 16 KiB of {size(event['size'])}.") if event["payload_truncated"] else None,
+        tag("p", command("events", "show", event["id"])),
+        section=SECTION,
+    )  # fmt: skip
+
+
+def _fates(
+    visit: Visit, deliveries: list[dict[str, Any]], matches: list[dict[str, Any]]
+) -> Iterator[tuple[Content, ...]]:
+    """Yield a row for each delivery, and for each destination that does not get the event."""
+    for each in deliveries:
+        yield each["destination"], state(each["state"]), _details(visit, each), _actions(visit, each)
+    sent = {each["destination"] for each in deliveries}
+    for match in matches:
+        if match["name"] not in sent:
+            word = "not sent" if match["matches"] else "no match"
+            yield match["name"], state("", word), [tag("div", line) for line in match["lines"]], None
+
+
+def _details(visit: Visit, delivery: Mapping[str, Any]) -> Content:
+    tries = delivery["attempts"]
+    parts: list[Content] = [f"{tries} {'attempt' if tries == 1 else 'attempts'}"]
+    if delivery["last_error"] or delivery["last_status"]:
+        parts.append(delivery["last_error"] or f"HTTP {delivery['last_status']}")
+    if delivery["reason"]:
+        parts.append(delivery["reason"])
+    if delivery["next_attempt_at"]:
+        parts.append(["next attempt ", when(visit, delivery["next_attempt_at"])])
+    elif delivery["finished_at"]:
+        parts.append(["ended ", when(visit, delivery["finished_at"])])
+    return [[part, " · " if part is not parts[-1] else None] for part in parts]
+
+
+def _actions(visit: Visit, delivery: Mapping[str, Any]) -> Markup:
+    id_, pending = delivery["id"], delivery["state"] == "pending"
+    retry = action(
+        visit, "Now" if pending else "Send again", "deliveries", "retry", id_,
+        call="POST deliveries/retry", body={"ids": [id_]}, count="1 delivery",
+    )  # fmt: skip
+    cancel = action(
+        visit, "Cancel", "deliveries", "cancel", id_,
+        call="POST deliveries/cancel", body={"ids": [id_]}, count="1 delivery",
+    )  # fmt: skip
+    return join(retry, " ", cancel if pending else None)

@@ -1,0 +1,91 @@
+"""HTML in which every text is escaped, because payloads and names come from strangers.
+
+Only `tag` makes `Markup`. All other values become text. Scripts, inline styles and addresses outside of the
+dashboard cannot be written: the pages' Content-Security-Policy would block them, and here they are an error.
+"""
+
+import re
+from collections.abc import Iterable
+from typing import TypeAlias
+
+
+class Markup(str):
+    """A text that is HTML."""
+
+    __slots__ = ()
+
+
+Content: TypeAlias = "str | int | float | Iterable[Content] | None"
+"""What an element contains; None: nothing."""
+
+Value: TypeAlias = str | int | float | None
+"""Value of an attribute. True: the attribute without a value; None and False: no attribute."""
+
+_NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*", re.ASCII)
+_UNSAFE = re.compile("[&<>\"'\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Characters of HTML, control characters, and those that change the order of the text around them."""
+
+_ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;", "'": "&#39;"}
+_VOID = frozenset({"br", "hr", "img", "input", "link", "meta", "wbr"})
+_ACTIVE = frozenset({"base", "embed", "iframe", "object", "style"})
+_ADDRESSES = frozenset({"action", "cite", "formaction", "href", "poster", "src", "srcset"})
+_FORBIDDEN = frozenset({"style", "srcdoc", "ping", "background", "http-equiv"})
+_RELATIVE = re.compile(r"(?!//)[^\\:\s]*([?#][^\\\s]*)?")
+"""An address inside the dashboard: no scheme, no host. Browsers read a backslash as a slash."""
+
+
+def escape(text: str) -> Markup:
+    r"""Escape a text for content and attributes; control characters are shown as Python writes them.
+
+    >>> escape('<a href="x">\x1b')
+    '&lt;a href=&quot;x&quot;&gt;\\x1b'
+    """
+    return Markup(_UNSAFE.sub(_escaped, text))
+
+
+def _escaped(found: re.Match[str]) -> str:
+    return _ENTITIES.get(found[0]) or ascii(found[0])[1:-1]
+
+
+def join(*content: Content) -> Markup:
+    """Return contents one after another."""
+    return Markup("".join(_rendered(each) for each in content))
+
+
+def tag(name: str, /, *content: Content, **attributes: Value) -> Markup:
+    """Return an element.
+
+    In names of attributes, a final underscore is dropped and others become dashes: `class_`, `aria_label`.
+
+    Raises:
+        ValueError: the element or attribute may run code, or an address leads outside of the dashboard.
+    """
+    if not _NAME.fullmatch(name) or name in _ACTIVE or (name == "script" and content):
+        raise ValueError(f"<{name}> is not allowed")
+    written = "".join(_attribute(key, value) for key, value in attributes.items())
+    if name in _VOID:
+        return Markup(f"<{name}{written}>")
+    return Markup(f"<{name}{written}>{join(*content)}</{name}>")
+
+
+def _attribute(key: str, value: Value) -> str:
+    if value is None or value is False:
+        return ""
+    name = key.removesuffix("_").replace("_", "-")
+    if not _NAME.fullmatch(name) or name.startswith("on") or name in _FORBIDDEN:
+        raise ValueError(f'the attribute "{name}" is not allowed')
+    if value is True:
+        return f" {name}"
+    if name in _ADDRESSES and not _RELATIVE.fullmatch(str(value)):
+        raise ValueError(f'{name}: "{value}" is not a relative address')
+    return f' {name}="{escape(str(value))}"'
+
+
+def _rendered(content: Content) -> str:
+    if content is None or isinstance(content, Markup):
+        return content or ""
+    if isinstance(content, str):
+        return escape(content)
+    if isinstance(content, int | float):
+        return str(content)
+    return "".join(map(_rendered, content))

@@ -1,0 +1,115 @@
+"""Now: whether anything is wrong, and what to do about it."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from aiohttp import web
+
+from relay.ui.markup import Content, Markup, tag
+from relay.ui.page import Visit
+from relay.ui.parts import NONE, command_line, duration, number, state, table
+
+_BARS = "▁▂▃▄▅▆▇█"
+PERIODS = 30
+"""Bars of a history of an hour."""
+
+
+async def show(visit: Visit) -> web.Response:
+    """Show problems with their commands, then sources and destinations with their last hour."""
+    status = await visit.ask("status")
+    history = await visit.ask("history", query={"periods": str(PERIODS)})
+    sources = await visit.ask("listSources")
+    destinations = await visit.ask("listDestinations")
+    nodes = (await visit.ask("listNodes"))["items"]
+    past = {kind: {each["name"]: each for each in history[kind]} for kind in ("sources", "destinations")}
+    return visit.page(
+        "Now",
+        _summary(status, nodes),
+        _problems(status["problems"]),
+        table(
+            "Sources",
+            ("Source", "Events in 60 min", "", "Refused in 60 min", "State"),
+            [_source(visit, each, past["sources"].get(each["name"], {})) for each in sources["items"]],
+            empty="config.toml has no sources.",
+        ),
+        table(
+            "Destinations",
+            ("Destination", "Attempts in 60 min", "", "Failed", "p95", "Pending", "State"),
+            [
+                _destination(visit, each, past["destinations"].get(each["name"], {}))
+                for each in destinations["items"]
+            ],
+            empty="config.toml has no destinations.",
+        ),
+        section="",
+    )
+
+
+def _summary(status: Mapping[str, Any], nodes: Sequence[Mapping[str, Any]]) -> Markup:
+    ready = state("online", "ready") if status["ready"] else state("offline", "not ready")
+    disk = status["disk"]
+    days = disk and disk["days_left"]
+    return tag(
+        "p",
+        ready,
+        f" · up {duration(status['uptime_seconds'])}",
+        f" · {len(nodes)} nodes" if len(nodes) > 1 else None,
+        f" · disk full in {days:,.0f} days" if days is not None else None,
+        class_="summary",
+    )
+
+
+def _problems(problems: Sequence[Mapping[str, Any]]) -> Markup:
+    """Return what needs the operator, the worst first, each with the next command."""
+    if not problems:
+        return tag("p", state("delivered", "Nothing needs you."), class_="calm")
+    items = [tag("li", state("dead", each["what"]), " ", command_line(each["next"])) for each in problems]
+    heading = tag("h2", f"Needs you ({len(problems)})", id="needs")
+    return tag("section", heading, tag("ul", items, class_="problems"), aria_labelledby="needs")
+
+
+def _source(visit: Visit, source: Mapping[str, Any], past: Mapping[str, Any]) -> tuple[Content, ...]:
+    name, events, refused = source["name"], past.get("events", ()), past.get("refused", ())
+    word = "paused" if source["paused"] else "silent" if source["silent"] else None
+    return (
+        name,
+        tag("a", _sum(events), href=visit.link("events", source=name, since="1h")),
+        spark(events, f"Events of {name} in the last hour"),
+        _sum(refused),
+        state("expired", word) if word else state("online", "ok"),
+    )
+
+
+def _destination(visit: Visit, each: Mapping[str, Any], past: Mapping[str, Any]) -> tuple[Content, ...]:
+    name, failed, good = each["name"], past.get("failed", ()), past.get("succeeded", ())
+    slow = [value for value in past.get("p95_ms", ()) if value is not None]
+    attempts = [None if a is None and b is None else (a or 0) + (b or 0)
+                for a, b in zip(good, failed, strict=True)]  # fmt: skip
+    return (
+        name,
+        _sum(attempts),
+        spark(attempts, f"Attempts to {name} in the last hour"),
+        _sum(failed),
+        f"{slow[-1]:,.0f} ms" if slow else NONE,
+        tag(
+            "a",
+            number(each["pending"]),
+            href=visit.link("events", destination=name, state="pending"),
+            data_live=name,
+        ),
+        state("dead", each["held"]) if each["held"] else state("online", "ok"),
+    )
+
+
+def _sum(values: Sequence[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    return number(round(sum(known))) if known else NONE
+
+
+def spark(values: Sequence[float | None], title: str) -> Content:
+    """Return figures as a row of bars, oldest first; a gap where there is no figure."""
+    most = max((value for value in values if value is not None), default=0)
+    if not most:
+        return None
+    bars = "".join(" " if value is None else _BARS[min(7, round(value / most * 7))] for value in values)
+    return tag("span", bars, class_="spark", role="img", aria_label=f"{title}, at most {most:,.0f}")

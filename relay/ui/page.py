@@ -1,0 +1,129 @@
+"""One page of the dashboard: the request for it, and the frame around its content."""
+
+import hashlib
+from collections.abc import Awaitable, Callable, Mapping
+from importlib import resources
+from typing import Any, Protocol
+from urllib.parse import quote, urlencode
+
+import msgspec
+from aiohttp import web
+
+from relay import __version__
+from relay.api.auth import name_and_scope
+from relay.base.clock import Clock
+from relay.config.schema import Scope
+from relay.ui.markup import Content, Markup, join, tag
+
+SECTIONS = (
+    ("Now", ""),
+    ("Events", "events"),
+)
+"""Name and path of each page in the navigation."""
+
+
+class Ask(Protocol):
+    """Returns the answer of an endpoint that changes nothing: `relay.api.app.Api.ask`."""
+
+    async def __call__(
+        self, name: str, path: Mapping[str, str] | None = None, query: Mapping[str, str] | None = None
+    ) -> Any:
+        """Return the answer of the endpoint with this operationId; raises `RelayError` as the API does."""
+        ...
+
+
+class StaticFile(msgspec.Struct, frozen=True):
+    """A file of the dashboard. Its name has a digest, so browsers may keep it."""
+
+    name: str
+    content: bytes
+    content_type: str
+
+
+def _load(stem: str, ending: str, content_type: str) -> StaticFile:
+    content = (resources.files("relay.ui") / "static" / f"{stem}.{ending}").read_bytes()
+    digest = hashlib.sha256(content).hexdigest()[:12]
+    return StaticFile(f"{stem}.{digest}.{ending}", content, content_type)
+
+
+STYLE = _load("app", "css", "text/css")
+SCRIPT = _load("app", "js", "text/javascript")
+ICON = _load("icon", "svg", "image/svg+xml")
+STATIC = {each.name: each for each in (STYLE, SCRIPT, ICON)}
+
+
+class Visit:
+    """A request for a page."""
+
+    def __init__(self, request: web.Request, ask: Ask, clock: Clock) -> None:
+        self.ask = ask
+        self.path: Mapping[str, str] = request.match_info
+        self.query: Mapping[str, str] = dict(request.query)
+        self.now = clock.wall()
+        self.operator, self.scope = name_and_scope(request)
+        depth = request.raw_path.partition("?")[0].count("/") - 2
+        self.root = "../" * depth or "./"
+        """Relative address of `/ui/`. A proxy may serve it under any path."""
+
+    def may(self, scope: Scope) -> bool:
+        """Return whether the operator may use endpoints that need this scope."""
+        return SCOPES.index(self.scope) >= SCOPES.index(scope)
+
+    def link(self, *path: str, **query: str | None) -> str:
+        """Return the relative address of another page; each part of its path is quoted."""
+        given = {name: value for name, value in query.items() if value is not None}
+        address = self.root + "/".join(quote(each, safe="") for each in path)
+        return f"{address}?{urlencode(given, errors='replace')}" if given else address
+
+    def page(self, title: str, *content: Content, section: str = "", status: int = 200) -> web.Response:
+        """Return a whole page; `section` is its path in the navigation."""
+        body = tag(
+            "body",
+            tag("a", "Skip to content", class_="skip", href="#main"),
+            tag("header", self._navigation(section), _search(), self._whoami()),
+            tag("main", tag("h1", title), *content, id="main", tabindex=-1),
+            tag("p", id="status", role="status", aria_live="polite"),
+            tag("footer", f"hookferry {__version__}"),
+            data_root=self.root,
+            data_api=f"{self.root}../api/",
+        )
+        html = join(Markup("<!doctype html>"), tag("html", _head(self.root, title), body, lang="en"))
+        return web.Response(status=status, body=html.encode(), content_type="text/html", charset="utf-8")
+
+    def _navigation(self, section: str) -> Markup:
+        items = [
+            tag("li", tag("a", name, href=self.link(path), aria_current="page" if path == section else None))
+            for name, path in SECTIONS
+        ]
+        return tag("nav", tag("ul", items), aria_label="Pages")
+
+    def _whoami(self) -> Markup:
+        return tag("p", self.operator, " ", tag("small", self.scope), class_="operator")
+
+
+SCOPES: tuple[Scope, ...] = ("read", "operate", "admin")
+
+Screen = Callable[[Visit], Awaitable[web.Response]]
+"""Makes a page."""
+
+
+def _head(root: str, title: str) -> Markup:
+    return tag(
+        "head",
+        tag("meta", charset="utf-8"),
+        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        tag("meta", name="color-scheme", content="light dark"),
+        tag("title", f"{title} · hookferry"),
+        tag("link", rel="icon", href=f"{root}static/{ICON.name}"),
+        tag("link", rel="stylesheet", href=f"{root}static/{STYLE.name}"),
+        tag("script", src=f"{root}static/{SCRIPT.name}", defer=True),
+    )
+
+
+def _search() -> Markup:
+    """Return the search field; the script opens the page that it finds."""
+    field = tag(
+        "input", type="search", name="find", placeholder="Find an id, subject or type",
+        aria_label="Find an id, subject or type", aria_keyshortcuts="/", autocomplete="off",
+    )  # fmt: skip
+    return tag("form", field, role="search", data_find=True)

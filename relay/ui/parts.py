@@ -1,0 +1,212 @@
+"""Parts that several pages share: times, states, tables, filters, commands and actions."""
+
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
+from typing import Any
+from urllib.parse import urlencode
+
+import msgspec
+
+from relay.api.query_params import filters_of
+from relay.base.clock import SECOND
+from relay.base.units import render_size
+from relay.config.schema import Scope
+from relay.ui.markup import Content, Markup, join, tag
+from relay.ui.page import Visit
+
+NONE = "\N{EN DASH}"
+"""Text in place of a value that is missing."""
+
+SHAPES: Mapping[str, tuple[str, str]] = {
+    "delivered": ("✔", "good"),
+    "pending": ("◔", "wait"),
+    "dead": ("✖", "bad"),
+    "expired": ("▲", "warn"),
+    "cancelled": ("▲", "warn"),
+    "online": ("✔", "good"),
+    "offline": ("✖", "bad"),
+}
+"""Shape and class of each state: no state is shown by its colour alone."""
+
+
+def when(visit: Visit, time: str | None) -> Content:
+    """Return a time as its age, with the exact time in UTC on hover; the script keeps the age current."""
+    if time is None:
+        return NONE
+    passed = visit.now / SECOND - datetime.fromisoformat(time).timestamp()
+    words = f"in {duration(-passed)}" if passed < 0 else f"{duration(passed)} ago"
+    return tag("time", words, datetime=time, title=f"{time[:19].replace('T', ' ')} UTC")
+
+
+def duration(seconds: float) -> str:
+    """Render a duration with its two largest units.
+
+    >>> duration(0.2), duration(59), duration(3_700), duration(180_000)
+    ('0 s', '59 s', '1 h 1 min', '2 d 2 h')
+    """
+    left = int(seconds)
+    parts: list[str] = []
+    for unit, length in (("d", 86_400), ("h", 3600), ("min", 60), ("s", 1)):
+        count, left = divmod(left, length)
+        if count or (unit == "s" and not parts):
+            parts.append(f"{count} {unit}")
+        elif parts:
+            break
+    return " ".join(parts[:2])
+
+
+def state(word: str, text: str | None = None) -> Markup:
+    """Return a state with its shape and colour."""
+    shape, kind = SHAPES.get(word, ("•", "plain"))
+    return tag("span", tag("span", shape, aria_hidden="true"), " ", text or word, class_=f"state {kind}")
+
+
+def number(value: float | None) -> str:
+    """Render a number with separators, or a dash.
+
+    >>> number(1204), number(0.25)
+    ('1,204', '0.2')
+    """
+    if value is None:
+        return NONE
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.1f}"
+
+
+def size(count: int | None) -> str:
+    """Render a number of bytes."""
+    return NONE if count is None else render_size(count)
+
+
+def table(
+    caption: str, heads: Sequence[str], rows: Iterable[Sequence[Content]], *, empty: str = "No entries."
+) -> Markup:
+    """Return a table, or the text `empty`. The first cell of a row names the row.
+
+    On narrow screens, each row becomes a block of lines; each line begins with its column's heading.
+    """
+    body = [
+        tag(
+            "tr",
+            tag("th", row[0], scope="row"),
+            [tag("td", cell, data_head=head) for head, cell in zip(heads[1:], row[1:], strict=True)],
+        )
+        for row in rows
+    ]
+    if not body:
+        return tag("p", empty, class_="empty")
+    head = tag("thead", tag("tr", [tag("th", each, scope="col") for each in heads]))
+    return tag("div", tag("table", tag("caption", caption), head, tag("tbody", body)), class_="wide")
+
+
+def fields(*pairs: tuple[str, Content]) -> Markup:
+    """Return a list of names and values."""
+    return tag("dl", [tag("div", tag("dt", name), tag("dd", value)) for name, value in pairs])
+
+
+def command(*words: str) -> Markup:
+    """Return a `relay` command to copy."""
+    return command_line(shlex.join(("relay", *words)))
+
+
+def command_line(line: str) -> Markup:
+    """Return a command line to copy."""
+    return tag("code", line, class_="command", data_copy=line)
+
+
+def command_of_list(kind: str, *words: str, query: Mapping[str, str]) -> Markup:
+    """Return the command that shows the same list as a page with these query parameters."""
+    options: list[str] = []
+    for each in filters_of(kind):
+        if each.option is not None and each.name != "where" and query.get(each.name):
+            options += (f"--{each.option}", query[each.name])
+    return command(*words, *options)
+
+
+def action(
+    visit: Visit,
+    label: str,
+    *words: str,
+    call: str,
+    body: Mapping[str, Any] | None = None,
+    count: str | None = None,
+    counts: bool = False,
+    scope: Scope = "operate",
+) -> Content:
+    """Return a button for a change; nothing if the operator's scope does not include it.
+
+    The script shows the command and the count, asks for a confirmation, and then sends the request.
+
+    Args:
+        visit: the request for the page.
+        label: of the button.
+        words: the `relay` command that does the same, without `relay`.
+        call: method and path of the endpoint below `/api/`, such as "POST deliveries/retry".
+        body: of the request.
+        count: what the change is about, such as "1 delivery".
+        counts: whether a dry run with the same body returns the count.
+        scope: that the endpoint needs.
+    """
+    if not visit.may(scope):
+        return None
+    return tag(
+        "button",
+        label,
+        type="button",
+        class_="scripted",
+        data_call=call,
+        data_body=msgspec.json.encode(body or {}).decode(),
+        data_command=shlex.join(("relay", *words)),
+        data_count=count,
+        data_counts=counts,
+    )
+
+
+def filter_form(visit: Visit, kind: str) -> Markup:
+    """Return the filters of a list: those in effect, each with a link that removes it, and a form.
+
+    `kind` is a list of `relay.api.query_params.LISTS`. The script turns the form into an address.
+    """
+    known = filters_of(kind)
+    given = {each.name: visit.query[each.name] for each in known if visit.query.get(each.name)}
+    cross = tag("span", " \N{MULTIPLICATION SIGN}", role="img", aria_label="remove")
+    chips = [
+        tag("li", tag("a", f"{name} ", tag("b", value), cross, href=query_link(given, {name: None})))
+        for name, value in given.items()
+    ]
+    rows = [
+        tag("label", tag("span", each.name), _field(each.name, each.choices, given.get(each.name, "")),
+            title=each.help)
+        for each in known
+    ]  # fmt: skip
+    form = tag("form", rows, tag("button", "Filter"), data_filter=True, class_="scripted filters")
+    return join(
+        tag("ul", chips, class_="chips") if chips else None,
+        tag("details", tag("summary", "Filters"), form),
+    )
+
+
+def _field(name: str, choices: Sequence[str], value: str) -> Markup:
+    if not choices:
+        return tag("input", name=name, value=value, autocomplete="off", spellcheck="false")
+    options = [tag("option", each, value=each, selected=each == value) for each in choices]
+    return tag("select", tag("option", "", value=""), options, name=name)
+
+
+def query_link(query: Mapping[str, str], changes: Mapping[str, str | None]) -> str:
+    """Return the address of the same page with other query parameters; None removes one."""
+    given = {name: value for name, value in {**query, **changes}.items() if value is not None}
+    return f"?{urlencode(given, errors='replace')}"
+
+
+def pages(visit: Visit, next_cursor: str | None) -> Content:
+    """Return the links to the first and the next page of a list."""
+    links = [
+        tag("a", "First page", href=query_link(visit.query, {"cursor": None}))
+        if "cursor" in visit.query
+        else None,
+        tag("a", "Next page", href=query_link(visit.query, {"cursor": next_cursor}), rel="next")
+        if next_cursor
+        else None,
+    ]
+    return tag("nav", links, class_="pages", aria_label="Pages of the list") if any(links) else None

@@ -1,0 +1,207 @@
+// The dashboard without scripts shows everything; this script adds search, filters, actions, keys and live figures.
+// It makes elements and sets texts; it never parses HTML, and the pages' policy would not let it.
+"use strict";
+
+const root = document.body.dataset.root;
+const api = document.body.dataset.api;
+document.documentElement.classList.add("scripts");
+
+const status = document.getElementById("status");
+const say = (text) => { status.textContent = text; };
+
+function make(name, text, attributes = {}) {
+  const element = document.createElement(name);
+  if (text) element.textContent = text;
+  for (const [key, value] of Object.entries(attributes)) element.setAttribute(key, value);
+  return element;
+}
+
+// --- requests ---------------------------------------------------------------------------------------------
+
+async function send(call, body) {
+  const [method, path] = call.split(" ");
+  const answer = await fetch(api + path, {
+    method, headers: { "Content-Type": "application/json" }, body: JSON.stringify(body), redirect: "error",
+  });
+  const lines = (await answer.text()).trim().split("\n");
+  let value = {};
+  try { value = JSON.parse(lines[lines.length - 1] || "{}"); } catch { /* an answer of a proxy */ }
+  if (value.error) throw new Error([value.error.message, value.error.hint].filter(Boolean).join(": "));
+  if (!answer.ok) throw new Error(`the relay answered ${answer.status}`);
+  return value.result || value;
+}
+
+// --- actions ----------------------------------------------------------------------------------------------
+
+function confirmed(label, lines, command) {
+  const dialog = make("dialog", "", { "aria-labelledby": "question" });
+  const menu = make("menu");
+  const yes = make("button", label, { type: "button" });
+  const no = make("button", "Cancel", { type: "button" });
+  menu.append(no, yes);
+  dialog.append(make("h2", `${label}?`, { id: "question" }), ...lines.map((line) => make("p", line)),
+    make("code", command, { class: "command" }), menu);
+  document.body.append(dialog);
+  return new Promise((resolve) => {
+    let answer = false;
+    yes.addEventListener("click", () => { answer = true; dialog.close(); });
+    no.addEventListener("click", () => dialog.close());
+    dialog.addEventListener("close", () => { dialog.remove(); resolve(answer); });
+    dialog.showModal();
+    no.focus();
+  });
+}
+
+async function act(button) {
+  const { call, command, count, counts } = button.dataset;
+  const body = JSON.parse(button.dataset.body);
+  button.disabled = true;
+  try {
+    const lines = count ? [`This is about ${count}.`] : [];
+    if (counts !== undefined) {
+      const found = await send(call, { ...body, dry_run: true });
+      lines.push(`${found.count.toLocaleString("en")} selected.`);
+    }
+    button.disabled = false;
+    if (!await confirmed(button.textContent, lines, command)) return;
+    button.disabled = true;
+    const result = await send(call, body);
+    sessionStorage.setItem("said", `${button.textContent}: done. ${summary(result)}`);
+    sessionStorage.setItem("focus", button.dataset.call + button.dataset.body);
+    location.reload();
+  } catch (error) {
+    say(`${button.textContent} failed: ${error.message}`);
+  } finally {
+    button.disabled = false;
+    button.focus();
+  }
+}
+
+const summary = (result) => Object.entries(result)
+  .filter(([, value]) => typeof value === "number" || typeof value === "string")
+  .slice(0, 6).map(([name, value]) => `${name.replaceAll("_", " ")} ${value}`).join(", ");
+
+function afterReload() {
+  const said = sessionStorage.getItem("said");
+  if (said) say(said);
+  const focus = sessionStorage.getItem("focus");
+  const same = [...document.querySelectorAll("button[data-call]")]
+    .find((each) => each.dataset.call + each.dataset.body === focus);
+  if (focus) (same || document.getElementById("main")).focus();
+  sessionStorage.removeItem("said");
+  sessionStorage.removeItem("focus");
+}
+
+// --- search and filters -----------------------------------------------------------------------------------
+
+function find(text) {
+  const given = text.trim();
+  if (!given) return;
+  const page = (path, query) => { location.href = root + path + (query ? `?${new URLSearchParams(query)}` : ""); };
+  if (/^(evt_)?[0-9a-f]{4,8}-?[0-9a-f-]*$/i.test(given)) page(`events/${encodeURIComponent(given)}`);
+  else if (/[.*]/.test(given) && !/\s/.test(given)) page("events", { type: given });
+  else page("events", { subject: given });
+}
+
+function filter(form) {
+  const query = new URLSearchParams();
+  for (const [name, value] of new FormData(form)) if (value.trim()) query.set(name, value.trim());
+  location.search = query;
+}
+
+document.addEventListener("submit", (event) => {
+  event.preventDefault();
+  const form = event.target;
+  if (form.dataset.find !== undefined) find(new FormData(form).get("find"));
+  else if (form.dataset.filter !== undefined) filter(form);
+});
+
+document.addEventListener("click", (event) => {
+  const button = event.target.closest("button[data-call]");
+  if (button) act(button);
+  const copied = event.target.closest("[data-copy]");
+  if (copied && navigator.clipboard && !String(getSelection())) {
+    navigator.clipboard.writeText(copied.dataset.copy).then(() => say("Copied."), () => {});
+  }
+});
+
+// --- times ------------------------------------------------------------------------------------------------
+
+const UNITS = [["d", 86400], ["h", 3600], ["min", 60], ["s", 1]];
+
+function duration(seconds) {
+  let left = Math.floor(seconds);
+  const parts = [];
+  for (const [unit, length] of UNITS) {
+    const count = Math.floor(left / length);
+    left %= length;
+    if (count || (unit === "s" && !parts.length)) parts.push(`${count} ${unit}`);
+    else if (parts.length) break;
+  }
+  return parts.slice(0, 2).join(" ");
+}
+
+function age() {
+  if (document.hidden) return;
+  for (const element of document.querySelectorAll("time[datetime]")) {
+    const passed = (Date.now() - Date.parse(element.dateTime)) / 1000;
+    const text = passed < 0 ? `in ${duration(-passed)}` : `${duration(passed)} ago`;
+    if (element.textContent !== text) element.textContent = text;
+  }
+}
+
+// --- live figures -----------------------------------------------------------------------------------------
+
+let stream = null;
+
+function follow() {
+  const live = [...document.querySelectorAll("[data-live]")];
+  if (!live.length) return;
+  if (document.hidden) {
+    if (stream) stream.close();
+    stream = null;
+  } else if (!stream) {
+    stream = new EventSource(`${api}top`);
+    stream.addEventListener("top", (event) => {
+      const top = JSON.parse(event.data);
+      const pending = Object.fromEntries(top.destinations.map((each) => [each.name, each.pending]));
+      for (const element of live) {
+        const value = pending[element.dataset.live];
+        const text = value === undefined ? null : value.toLocaleString("en");
+        if (text !== null && element.textContent !== text) element.textContent = text;
+      }
+    });
+  }
+}
+
+// --- keys -------------------------------------------------------------------------------------------------
+
+const GO = { n: "", e: "events" };
+let before = "";
+
+function step(by) {
+  const links = [...document.querySelectorAll("tbody tr th a, tbody tr td a")]
+    .filter((link, at, all) => all.findIndex((other) => other.closest("tr") === link.closest("tr")) === at);
+  const now = links.findIndex((link) => link.closest("tr").contains(document.activeElement));
+  const next = links[now + by] || links[now < 0 ? 0 : now];
+  if (next) next.focus();
+}
+
+document.addEventListener("keydown", (event) => {
+  if (event.ctrlKey || event.metaKey || event.altKey || document.querySelector("dialog[open]")) return;
+  if (event.target.matches("input, select, textarea")) {
+    if (event.key === "Escape") event.target.blur();
+    return;
+  }
+  const key = event.key;
+  if (before === "g" && key in GO) location.href = root + GO[key];
+  else if (key === "/") { event.preventDefault(); document.querySelector("[name=find]").focus(); }
+  else if (key === "j") step(1);
+  else if (key === "k") step(-1);
+  before = key;
+});
+
+document.addEventListener("visibilitychange", () => { follow(); age(); });
+afterReload();
+follow();
+setInterval(age, 1000);

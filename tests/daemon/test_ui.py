@@ -1,0 +1,246 @@
+"""The dashboard: its pages, the headers of each answer, and what hostile payloads become."""
+
+import asyncio
+import json
+import re
+import sys
+from html.parser import HTMLParser
+from urllib.parse import urljoin
+
+import pytest
+from daemons import SOURCES, adorn, destination, running, write_config
+from wire import exchange, request
+
+from relay.api.auth import POLICY
+from relay.ui.page import STATIC
+
+TOKENS = """[
+  { secret = "looks", name = "grafana", scope = "read" },
+  { secret = "acts", name = "on-call", scope = "operate" },
+]"""
+HOSTILE = '"><img src=x onerror=alert(1)><script>alert(1)</script>\u202e\x1b[31m'
+HEADERS = {
+    "content-security-policy": POLICY,
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cross-origin-opener-policy": "same-origin",
+    "cross-origin-resource-policy": "same-origin",
+}
+
+
+class Document(HTMLParser):
+    """A page as a browser reads it."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.elements, self.text = [], ""
+        self.feed(html)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        self.text += data
+
+    def all(self, name):
+        return [attributes for tag, attributes in self.elements if tag == name]
+
+
+@pytest.fixture
+def config(tmp_path):
+    hook = destination("crm", "http://127.0.0.1:9/x", "paused = true")
+    other = destination(
+        "bi", "http://127.0.0.1:9/y", 'paused = true\nwhere = { "data.total" = { gte = 100 } }'
+    )
+    path = write_config(tmp_path, SOURCES, hook, other)
+    path.write_text(path.read_text().replace("[admin]", f"[admin]\ntokens = {TOKENS}"))
+    return path
+
+
+async def get(relay, path, **headers):
+    return await exchange(relay.addresses.socket, request("GET", path, **headers))
+
+
+async def page(relay, path):
+    answer = await get(relay, path)
+    assert answer.headers["content-type"] == "text/html; charset=utf-8"
+    return answer.status, Document(answer.body.decode())
+
+
+async def store(relay, **fields):
+    """Send an event and return its id."""
+    answer = await relay.exchange(request("POST", "/v1/events", adorn(**fields)))
+    assert answer.status == 200, answer
+    return (await relay.rows())[-1]["id"]
+
+
+async def test_each_answer_has_the_policy_and_is_not_stored(relay):
+    paths = [
+        "/ui/",
+        "/ui",
+        "/ui/events",
+        "/ui/events/evt_0",
+        "/ui/unknown/x",
+        "/ui/events?state=x",
+        "/ui/static/x.js",
+    ]
+    for path in paths:
+        answer = await get(relay, path)
+        assert HEADERS.items() <= answer.headers.items(), path
+        assert answer.headers["cache-control"] == "no-store"
+        assert "server" not in answer.headers
+    for name in STATIC:
+        answer = await get(relay, f"/ui/static/{name}")
+        assert HEADERS.items() <= answer.headers.items()
+        assert (answer.status, answer.headers["cache-control"]) == (
+            200,
+            "public, max-age=31536000, immutable",
+        )
+    answer = await get(relay, "/api/status")
+    assert answer.headers["content-security-policy"] == "default-src 'none'; frame-ancestors 'none'; sandbox"
+    assert answer.headers["cross-origin-resource-policy"] == "same-origin"
+    assert "content-security-policy" not in (await get(relay, "/health")).headers
+
+
+async def test_the_listener_needs_a_token_and_its_own_name(relay):
+    async def status(token, host):
+        raw = request("GET", "/ui/", host=host, authorization=f"Bearer {token}")
+        answer = await exchange(relay.addresses.admin, raw)
+        assert HEADERS.items() <= answer.headers.items()
+        return answer.status
+
+    assert await status("looks", "localhost") == 200
+    assert await status("unknown", "localhost") == 401
+    assert await status("looks", "evil.example") == 403
+
+
+async def test_pages_link_only_inside_the_dashboard_and_load_at_most_four_files(relay):
+    id_ = await store(relay, total=45)
+    for path in ("/a/b/ui/", "/a/b/ui/events", f"/a/b/ui/events/{id_}"):
+        answer = await get(relay, path.removeprefix("/a/b"))
+        assert answer.status == 200
+        assert len(answer.body) < 60_000
+        found = Document(answer.body.decode())
+        for name in ("a", "link", "script", "img", "form"):
+            for attributes in found.all(name):
+                for key in ("href", "src"):
+                    if key in attributes:
+                        assert urljoin(path, attributes[key]).startswith("/a/b/ui/"), attributes
+        assert len(found.all("link") + found.all("script") + found.all("img")) + 1 <= 4
+        [body] = found.all("body")
+        assert urljoin(path, body["data-api"]) == "/a/b/api/"
+        assert urljoin(path, body["data-root"]) == "/a/b/ui/"
+        assert not [each for _, each in found.elements if "style" in each]
+    moved = await get(relay, "/ui")
+    assert (moved.status, urljoin("/a/b/ui", moved.headers["location"])) == (308, "/a/b/ui/")
+
+
+def test_the_files_of_the_dashboard_are_small_and_contain_no_foreign_address():
+    sizes = {name.rpartition(".")[2]: len(each.content) for name, each in STATIC.items()}
+    assert sizes["js"] <= 25_000
+    assert sizes["css"] <= 12_000
+    for each in STATIC.values():
+        text = each.content.decode().replace("http://www.w3.org/2000/svg", "")
+        assert not re.search(
+            r"https?://|url\(|@import|innerHTML|insertAdjacentHTML|\beval\b|new Function", text
+        )
+
+
+async def test_an_old_name_of_a_static_file_gets_the_present_file(relay):
+    answer = await get(relay, "/ui/static/app.0123456789ab.js")
+    assert (answer.status, answer.headers["cache-control"]) == (200, "no-store")
+    assert (await get(relay, "/ui/static/other.js")).status == 404
+
+
+async def test_hostile_payloads_stay_texts(relay):
+    id_ = await store(relay, session=HOSTILE, event_type=HOSTILE[:20], note=HOSTILE)
+    harmless = await store(relay)
+    before = len((await page(relay, f"/ui/events/{harmless}"))[1].all("script"))
+    for path in ("/ui/events", f"/ui/events/{id_}", "/ui/"):
+        status, found = await page(relay, path)
+        assert status == 200
+        assert len(found.all("script")) == before
+        assert found.all("img") == []
+        assert not [each for _, each in found.elements if any(key.startswith("on") for key in each)]
+        assert "\x1b" not in found.text
+        assert "\u202e" not in found.text
+    status, found = await page(relay, f"/ui/events/{id_}")
+    assert json.dumps(HOSTILE)[1:-1] in found.text
+    for query in ("?subject=", "?where=", "?state=", "?cursor=", "?<b>="):
+        answer = await get(relay, f"/ui/events{query}%22%3E%3Cscript%3Ealert(1)%3C/script%3E")
+        found = Document(answer.body.decode())
+        assert len(found.all("script")) == before, query
+        assert answer.status in (200, 400)
+
+
+async def test_the_list_takes_the_filters_of_the_api_and_shows_its_command(relay):
+    first = await store(relay, session="s-1")
+    second = await store(relay, session="s-2")
+    status, found = await page(relay, "/ui/events?subject=s-2")
+    links = [each["href"] for each in found.all("a")]
+    assert (f"./events/{second}" in links, f"./events/{first}" in links) == (True, False)
+    assert "relay events list --subject s-2" in found.text
+    status, found = await page(relay, "/ui/events?limit=1")
+    [more] = [each["href"] for each in found.all("a") if each.get("rel") == "next"]
+    status, found = await page(relay, f"/ui/events{more}")
+    assert f"./events/{first}" in [each["href"] for each in found.all("a")]
+    status, found = await page(relay, "/ui/events?sourc=x")
+    assert (status, 'did you mean "source"' in found.text) == (400, True)
+    status, found = await page(relay, "/ui/events?source=adron")
+    assert status == 404
+
+
+async def test_an_event_shows_its_deliveries_and_why_others_get_none(relay):
+    id_ = await store(relay, total=45)
+    status, found = await page(relay, f"/ui/events/{id_[:20]}")
+    assert status == 200
+    assert id_ in found.text
+    assert "pending" in found.text
+    assert "data.total" in found.text
+    assert "45" in found.text
+    buttons = {each["data-call"]: each for each in found.all("button") if "data-call" in each}
+    [delivery] = await relay.rows("deliveries")
+    assert json.loads(buttons["POST deliveries/retry"]["data-body"]) == {"ids": [delivery["id"]]}
+    assert buttons["POST deliveries/cancel"]["data-command"] == f"relay deliveries cancel {delivery['id']}"
+    raw = request("GET", f"/ui/events/{id_}", host="localhost", authorization="Bearer looks")
+    answer = await exchange(relay.addresses.admin, raw)
+    assert b"data-call" not in answer.body
+
+
+async def test_now_shows_problems_with_their_commands(relay):
+    await store(relay)
+    status, found = await page(relay, "/ui/")
+    assert status == 200
+    assert "Needs you" in found.text or "Nothing needs you." in found.text
+    await relay.operator("POST", "/api/sources/adorn/pause")
+    status, found = await page(relay, "/ui/")
+    assert "relay sources resume adorn" in found.text
+    assert {"crm", "bi"} <= {each.get("data-live") for each in found.all("a")}
+
+
+async def test_no_page_changes_anything(relay):
+    await store(relay)
+    for path in ("/ui/", "/ui/events"):
+        for method in ("POST", "PUT", "DELETE", "PATCH"):
+            answer = await exchange(relay.addresses.socket, request(method, path, b"{}"))
+            assert answer.status == 405
+
+
+async def test_without_the_dashboard_nothing_of_it_is_served_or_imported(config):
+    config.write_text(config.read_text().replace("[admin]", "[admin]\nui = false"))
+    async with running(config) as relay:
+        for path in ("/ui", "/ui/", "/ui/events", "/ui/static/app.js"):
+            assert (await get(relay, path)).status == 404
+    code = (
+        "import sys; from pathlib import Path; "
+        "from relay.app import App; from relay.plugin_loading.loader import load; "
+        f"App(load(Path({str(config)!r}))); "
+        "print([each for each in sys.modules if each.startswith('relay.ui')])"
+    )
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", f"import asyncio\nasync def main():\n {code}\nasyncio.run(main())",
+        stdout=asyncio.subprocess.PIPE, cwd=config.parent,
+    )  # fmt: skip
+    out, _ = await asyncio.wait_for(process.communicate(), 30)
+    assert (process.returncode, out.decode().strip()) == (0, "[]")
