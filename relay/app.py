@@ -461,7 +461,10 @@ class App:
             pass
 
     async def _check_disk(self) -> None:
-        """Refuse senders while less than `min_free_disk` is free; stored events are still delivered."""
+        """Refuse senders while less than `min_free_disk` is free; stored events are still delivered.
+
+        Retention runs early if senders are refused, also if only large requests lack room.
+        """
         space = await self.store.upkeep.check_disk()
         if space is None:
             return
@@ -477,7 +480,8 @@ class App:
             )
         self.ingest.admission.disk_full = full
         self.disk_forecast.note(space)
-        if full and self.clock.steady() >= self._retention_due and self.store.failure is None:
+        is_due = self.clock.steady() >= self._retention_due
+        if (full or space.lacking) and is_due and self.store.failure is None:
             self._retention_due = self.clock.steady() + int(RETENTION_EVERY * SECOND)
             self._retention = asyncio.create_task(self.jobs.run(RETENTION))
 

@@ -9,10 +9,11 @@ from relay import __version__
 from relay.api.context import Context
 from relay.api.views import Time, about
 from relay.base.clock import SECOND, rfc3339
-from relay.base.units import render_duration
+from relay.base.units import render_duration, render_size
 from relay.delivery.destination_health import NO_STORAGE
 from relay.delivery.lane import Lane
 from relay.doctor import FAILING
+from relay.store import DiskSpace
 
 FEW_DAYS = 7
 """With fewer days until the disk is full, the disk is a problem."""
@@ -140,14 +141,22 @@ def _problems_of_disk(context: Context, reasons: list[str]) -> Iterator[StatusPr
     """Yield the reasons why the relay is not ready, and whether its disk will be full soon."""
     disk, is_full = context.disk.space, context.ingest.admission.disk_full
     for reason in reasons:
-        is_disk = reason.startswith("less free space")
-        yield StatusProblem(
-            f"not ready: {reason}", f"df -h {disk.folder}" if disk and is_disk else "relay doctor"
-        )
+        if disk is not None and reason.startswith("less free space"):
+            yield StatusProblem(f"not ready: {reason}; {_space(disk)}", f"df -h {disk.folder}")
+        else:
+            yield StatusProblem(f"not ready: {reason}", "relay doctor")
+    if disk is not None and disk.lacking and not is_full:
+        what = f"large requests are refused with 503, because the disk has no room for them; {_space(disk)}"
+        yield StatusProblem(what, f"df -h {disk.folder}")
     days = context.disk.days_left
     if days is not None and days < FEW_DAYS and not is_full:
         what = f"at the pace of the last day, the disk is full in {_roughly(days * 86_400)}"
         yield StatusProblem(what, "relay db status")
+
+
+def _space(disk: DiskSpace) -> str:
+    free, floor = render_size(disk.free), render_size(disk.floor)
+    return f"{free} free in {disk.folder}, min_free_disk is {floor}"
 
 
 def _problems_of_jobs(context: Context) -> Iterator[StatusProblem]:

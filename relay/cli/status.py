@@ -41,7 +41,8 @@ def status(ctx: click.Context, daemon: Daemon, *, as_json: bool) -> None:
 
     Example: relay status
 
-    On a terminal, the output begins with the problems, each with the next command.
+    The output has the problems, each with the next command: on a terminal at its beginning, in a pipe
+    on stderr.
     While the daemon is not ready, the output has the reasons and the exit code is 1.
     """
     answer = _gathered(daemon)
@@ -80,6 +81,8 @@ def _print(answer: dict[str, Any]) -> None:
     click.echo(f"workers: {screen.cell(answer['workers']) or '0'}")
     click.echo(f"backlog: {count(_backlog(answer), 'delivery')}")
     print_items(_DESTINATION, answer["destinations"], ())
+    for problem in answer["problems"]:
+        click.echo(f"{problem['what']}\n  {problem['next']}", err=True)
 
 
 def _head(answer: dict[str, Any], separator: str) -> str:

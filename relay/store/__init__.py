@@ -473,6 +473,7 @@ class DiskSpace(msgspec.Struct, frozen=True):
     free: int  # bytes
     floor: int  # bytes that senders leave free
     is_full: bool  # whether senders must be refused
+    lacking: int = 0  # bytes that the latest refused request needs above the floor; 0: requests fit
 
 
 class Upkeep(Protocol):

@@ -106,6 +106,7 @@ async def test_the_status_is_one_screen(commands):
     assert (sources, workers) == ("5 sources, paused: moddy", "workers: 2 ONLINE")
     assert backlog.startswith("backlog: ")
     assert rows[0].startswith("crm\t")
+    assert "moddy is paused: its senders get 503\n  relay sources resume moddy\n" in result.err
     assert (await commands("status", "--json")).json["workers"] == {"ONLINE": 2}
 
 

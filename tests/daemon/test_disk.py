@@ -47,11 +47,11 @@ async def accepted(url, session="s", **more):
     return answer.json["event_id"]
 
 
-async def until_accepted(url, seconds=HEALED):
+async def until_accepted(url, seconds=HEALED, **more):
     """Send until an event is taken, and return its id."""
     async with asyncio.timeout(seconds + 5):
         began = time.monotonic()
-        while (answer := await exchange(url, post("healed"))).status != 200:
+        while (answer := await exchange(url, post("healed", **more))).status != 200:
             assert time.monotonic() - began < seconds, answer
             await asyncio.sleep(0.05)
         return answer.json["event_id"]
@@ -405,6 +405,33 @@ async def test_retention_alone_frees_a_disk_that_the_relay_filled(tmp_path, disk
         assert done.error is None
         assert await until_accepted(relay.addresses.public)
         assert disk.free >= MIB
+
+
+async def test_large_requests_that_find_no_room_are_reported_and_retention_runs_early(
+    tmp_path, disk, monkeypatch
+):
+    monkeypatch.setattr("relay.app.RETENTION_EVERY", 0.5)
+    config = write_config(tmp_path, SOURCES, '[retention]\nevents = "1d"\n')
+    async with running(config) as relay:
+        payload = {"t": "x" * 400_000}
+        refused_twice = False
+        while not refused_twice:
+            while (await exchange(relay.addresses.public, post(payload=payload))).status == 200:
+                pass
+            await relay.app.store.upkeep.compact()  # the log is in the file: no more room comes from it
+            refused_twice = (await exchange(relay.addresses.public, post(payload=payload))).status == 503
+        assert disk.free >= MIB
+        await until(lambda: relay.app.disk_forecast.space.lacking)
+        assert await accepted(relay.addresses.public)  # a small one fits
+        status = await relay.operator("GET", "/api/status")
+        assert status["ready"] is True
+        [problem] = status["problems"]
+        assert problem["what"].startswith("large requests are refused with 503")
+        config.write_text(config.read_text().replace('"1d"', '"1s"'))
+        await relay.operator("POST", "/api/reload")
+        await until_accepted(relay.addresses.public, 3 * HEALED, payload=payload)
+        await until(lambda: not relay.app.disk_forecast.space.lacking)
+        assert (await relay.operator("GET", "/api/status"))["problems"] == []
 
 
 async def test_an_import_stops_at_the_floor(tmp_path, disk):

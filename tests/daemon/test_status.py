@@ -133,10 +133,18 @@ async def test_each_problem_names_the_next_command_the_worst_first(troubled, tmp
         ("moddy is paused: its senders get 503", "relay sources resume moddy"),
         ("the certificate of old expires in 10 days", "relay destinations test old"),
     ]
+    relay.app.disk_forecast.space = DiskSpace(tmp_path, 3 * 2**20, 2**20, is_full=False, lacking=2**22)
+    space = f"3 MiB free in {tmp_path}, min_free_disk is 1 MiB"
+    lacking = await relay.operator("GET", "/api/status")
+    assert lacking["ready"] is True
+    assert problems(lacking)[0] == (
+        f"large requests are refused with 503, because the disk has no room for them; {space}",
+        f"df -h {tmp_path}",
+    )  # fmt: skip
     relay.app.ingest.admission.disk_full = True
     full = await relay.operator("GET", "/api/status")
     assert problems(full)[0] == (
-        "not ready: less free space than min_free_disk", f"df -h {tmp_path}",
+        f"not ready: less free space than min_free_disk; {space}", f"df -h {tmp_path}",
     )  # fmt: skip
     assert not any("at the pace" in each["what"] for each in full["problems"])
     items = (await relay.operator("GET", "/api/destinations"))["items"]

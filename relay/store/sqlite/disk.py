@@ -42,6 +42,7 @@ class Disk:
         self._handle: int | None = None  # descriptor of the folder
         self._size = ballast
         self.room: float = 0  # bytes that may be reserved before the next measurement
+        self.lacking = 0  # bytes that the latest refused request needs, until they fit
 
     def free(self) -> int:
         """Return the free bytes for this user, also after the folder was moved."""
@@ -53,12 +54,14 @@ class Disk:
         free = self.free()
         self.room = free - self.floor - COPIES * promised
         self.is_near_floor = self.room < NEAR
+        if self.lacking <= self.room:
+            self.lacking = 0
         return free
 
     @property
     def scarce(self) -> bool:
-        """Whether senders must be refused; reads the free space."""
-        return self.released > 0 or self.measure() < self.floor
+        """Whether senders are refused, all of them or the large requests; reads the free space."""
+        return self.measure() < self.floor or self.released > 0 or self.lacking > 0
 
     def admits(self, size: int, promised: int) -> bool:
         """Return whether a request of `size` bytes leaves the floor free; if so, reserve its space."""
@@ -68,6 +71,7 @@ class Disk:
         if needed > self.room:
             self.measure(promised)
             if needed > self.room:
+                self.lacking = needed
                 return False
         self.room -= needed
         return True

@@ -20,6 +20,7 @@ from relay.store import Stop, checks
 from relay.store.checks import failed, passed
 from relay.store.ledger import counts_of
 from relay.store.sqlite.connection import OLDEST, has_wal_reset_bug
+from relay.store.sqlite.disk import COPIES, OVERHEAD
 from relay.store.sqlite.ledger import AUDIT_SQL
 from relay.store.sqlite.losses import WHAT_TO_DO, reports_of
 from relay.store.sqlite.mark import HIGHEST_SQL, mark_in, read_mark
@@ -28,6 +29,7 @@ from relay.store.sqlite.read_only import opened
 from relay.store.sqlite.schema import MIGRATIONS
 from relay.store.sqlite.wal import log_of, read_log
 
+LARGE = 2**20  # bytes of a request for which the disk must have room
 LONG_LOG = 128 * 2**20  # bytes: twice the size to which checkpoints cut the log
 SLOW_FSYNC = 0.1  # seconds
 FSYNCS = 5
@@ -149,12 +151,17 @@ def disk(examined: Examined) -> Check:
         free = shutil.disk_usage(examined.path.parent).free
     except OSError as error:
         return failed("disk", f"{examined.path.parent}: {error.strerror}", "see state_dir in config.toml")
-    detail = f"{render_size(free)} free in {examined.path.parent}"
+    folder = examined.path.parent
+    detail, floor = f"{render_size(free)} free in {folder}", render_size(examined.min_free)
+    hint = (
+        f"find what takes the space: df -h {folder}, relay db status; delete other programs' files, or "
+        "shorten [retention] and run: relay reload && relay jobs run retention"
+    )
     if free < examined.min_free:
-        floor = render_size(examined.min_free)
-        return failed(
-            "disk", f"{detail}, min_free_disk is {floor}", "free disk space, or shorten [retention]"
-        )
+        return failed("disk", f"{detail}, min_free_disk is {floor}", hint)
+    if free < examined.min_free + COPIES * LARGE + OVERHEAD:
+        what = f"{detail}, min_free_disk is {floor}: no room for a request of {render_size(LARGE)}"
+        return failed("disk", what, hint)
     return passed("disk", detail)
 
 

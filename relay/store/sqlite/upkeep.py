@@ -41,7 +41,7 @@ class SqliteUpkeep:
             await asyncio.to_thread(self._disk.restore_reserve)
         free = self._disk.measure()
         is_full = free < self._disk.floor or self._disk.released > 0
-        return DiskSpace(self._database.path.parent, free, self._disk.floor, is_full)
+        return DiskSpace(self._database.path.parent, free, self._disk.floor, is_full, self._disk.lacking)
 
     async def prune(self, policy: Policy, seconds: float = PASS) -> Pruned:
         """See `Upkeep.prune`."""
