@@ -169,7 +169,20 @@ def test_a_file_that_others_can_read_is_found(path, clock):
 
 def test_a_disk_below_its_floor_is_found(path, clock):
     free = shutil.disk_usage(path.parent).free
-    assert list(failed(path, clock, min_free=free * 2)) == ["disk"]
+    [(name, (detail, hint))] = failed(path, clock, min_free=free * 2).items()
+    assert (name, "min_free_disk is" in detail) == ("disk", True)
+    assert hint.startswith(f"find what takes the space: df -h {path.parent}, relay db status;")
+    assert hint.endswith("run: relay reload && relay jobs run retention")
+
+
+def test_a_disk_without_room_for_a_large_request_is_found(path, clock, monkeypatch):
+    free = 10 * 2**20
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(0, 0, free))
+    assert failed(path, clock, min_free=free - 3 * 2**20) == {}
+    [(name, (detail, _))] = failed(path, clock, min_free=free - 2 * 2**20).items()
+    assert (name, detail) == (
+        "disk", f"10 MiB free in {path.parent}, min_free_disk is 8 MiB: no room for a request of 1 MiB",
+    )  # fmt: skip
 
 
 def test_a_slow_disk_is_found(path, clock, monkeypatch):
