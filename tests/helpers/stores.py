@@ -17,8 +17,11 @@ from relay.store import Acceptance, opening
 KINDS = tuple(os.environ.get("RELAY_TEST_STORES", "sqlite").split(","))
 """Engines that the tests of the store's contract run against."""
 
-only_sqlite = pytest.mark.skipif(KINDS[0] != "sqlite", reason="looks at the file or the plans of SQLite")
-"""For tests about SQLite itself; the tests of the other engine look at its own."""
+
+def only_sqlite(reason):
+    """Return the mark of tests about SQLite itself; a run on another engine skips and counts them."""
+    return pytest.mark.skipif(KINDS[0] != "sqlite", reason=f"SQLite's own: {reason}")
+
 
 _HOOKS = weakref.WeakKeyDictionary()
 
@@ -125,6 +128,18 @@ async def change_rows(store, sql, values=()):
 async def set_pragma(store, text):
     """Set a PRAGMA on the connection of an SQLite store's writer."""
     await store.database.connection.execute(f"PRAGMA {text}")
+
+
+async def watch_statements(store):
+    """Return a list that gets each statement of the store from now on."""
+    statements = []
+    if is_postgres(store):
+        for connection in (store.database.writer.connection, *store.database._idle):
+            connection._raw.add_query_logger(lambda record: statements.append(record.query))
+    else:
+        for connection in (store.database.connection, store.database.reader):
+            await connection.set_trace_callback(statements.append)
+    return statements
 
 
 async def refuse_writes(store, *, now):

@@ -7,12 +7,14 @@ import sqlite3
 import stat
 
 import pytest
-from stores import end, ids, opened, rows, send
+from stores import end, ids, only_sqlite, opened, rows, send
 from support import until
 
 from relay.errors import StorageError
 from relay.store.sqlite import backup, read_only
 from relay.store.sqlite.backup import back_up
+
+pytestmark = only_sqlite("backups of its file")
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import logging
 
 import pytest
 from machines import small_disk
-from stores import change_rows, opened, send
+from stores import change_rows, only_sqlite, opened, send
 
 from relay.config.schema import BackupConfig, Config, Storage
 from relay.errors import StorageError
@@ -13,6 +13,7 @@ from relay.jobs.scheduler import Jobs
 from relay.metrics import Metrics
 from relay.store.sqlite import backup
 
+pytestmark = only_sqlite("backups of its file")
 DAY = 86_400.0
 
 

@@ -1,10 +1,12 @@
 """Comparing ledger and table reads pending rows only."""
 
 import pytest
-from stores import opened, rows
+from stores import only_sqlite, opened, rows
 from support import FakeClock
 
 from relay.store.sqlite.ledger import AUDIT_SQL
+
+pytestmark = only_sqlite("plans of its statements")
 
 
 @pytest.fixture

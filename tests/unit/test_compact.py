@@ -1,10 +1,12 @@
 """Compacting returns free space to the disk, and empties the log."""
 
 import pytest
-from stores import opened, rows, send
+from stores import only_sqlite, opened, rows, send
 
 from relay.model import Compacted
 from relay.store import pruning
+
+pytestmark = only_sqlite("compaction of its file")
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import json
 
 import pytest
 from lanes import CLOCK, SECRET, Receiver, destination, dispatcher_for, ended, route, send
-from stores import change_rows, hooks
+from stores import change_rows, hooks, ids
 from support import until
 
 from relay.config.schema import CircuitConfig, RetryConfig
@@ -211,7 +211,7 @@ async def test_a_body_that_does_not_match_its_digest_is_never_sent(store, receiv
         hooks(store).route = route([destination("crm", other.url)])
         await send(store)
         await change_rows(store, "UPDATE events SET body = x'7b7d'")
-        store.deliveries.release([1])
+        store.deliveries.release(await ids(store, "deliveries"))
         async with dispatcher_for(store, destination("crm", other.url)):
             [row] = await ended(store)
     assert (row["state"], row["reason"]) == ("dead", "corrupt")
@@ -255,7 +255,7 @@ async def test_a_paused_destination_keeps_everything_and_resumes(store, receiver
 async def test_a_restart_sends_pending_deliveries(store, receiver):
     hooks(store).route = route([destination("crm", receiver.url)])
     sent = await send(store)
-    store.deliveries.release([1])
+    store.deliveries.release(await ids(store, "deliveries"))
     async with dispatcher_for(store, destination("crm", receiver.url)):
         await ended(store)
     assert receiver.requests[0][0]["webhook-id"] == sent

@@ -7,7 +7,7 @@ import sqlite3
 from pathlib import Path
 
 import pytest
-from stores import end, hooks, opened, send
+from stores import end, hooks, only_sqlite, opened, send
 
 from relay.base.clock import SECOND
 from relay.model import Heartbeat, Register, Target, Unregister
@@ -15,6 +15,7 @@ from relay.store import Acceptance, Stop, checks
 from relay.store.sqlite import doctor
 from relay.store.sqlite.doctor import Examined, examine
 
+pytestmark = only_sqlite("checks of its file, before any connection")
 NAMES = [
     "sqlite", "permissions", "disk", "fsync", "losses", "version", "history", "integrity", "conservation",
     "stuck", "dead", "bodies", "clock", "room", "destinations", "sources", "workers",

@@ -204,7 +204,7 @@ async def test_an_import_runs_in_small_transactions_and_reports_progress(store, 
     assert [step.new for step in steps] == [2, 4, 5]
 
 
-@only_sqlite
+@only_sqlite("plans of its statements")
 async def test_deliveries_of_an_export_are_found_without_a_scan(store):
     sql = f"EXPLAIN QUERY PLAN {EXPORTED_SQL.format(marks='?, ?')}"
     steps = [row[3] for row in await rows(store, sql, (1, 2))]

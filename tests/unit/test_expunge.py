@@ -104,7 +104,7 @@ async def test_counts_and_idempotency_keys_outlive_deleted_events(store, clock):
 
 
 @pytest.mark.parametrize("sql", [events.PENDING_SQL, events.COST_SQL])
-@only_sqlite
+@only_sqlite("plans of its statements")
 async def test_deletions_scan_no_table(store, sql):
     plan = await rows(store, f"EXPLAIN QUERY PLAN {sql.format(marks='?, ?')}", (1, 2))
     steps = [row[3] for row in plan]

@@ -208,7 +208,7 @@ async def test_many_expire_in_small_transactions(store, clock, monkeypatch):
     assert [len(news.dropped) for news in store.news if news.dropped] == [20, 5]
 
 
-@only_sqlite
+@only_sqlite("plans of its statements")
 @pytest.mark.parametrize(
     ("sql", "values"),
     [

@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 from client import Stopwatch
 from lanes import CLOCK, Receiver, destination, dispatcher_for, ended, send, send_many
+from stores import is_postgres, watch_statements
 from support import until
 
 from relay.base.clock import SECOND
@@ -169,16 +170,17 @@ async def test_a_fresh_event_reaches_an_idle_lane_without_a_database_read(store,
     receiver.gate.clear()
     async with dispatcher_for(store, destination("crm", receiver.url)) as dispatcher:
         await until(lambda: not dispatcher.lanes["crm"]._tasks)  # it has queried the store
-        statements = []
-        for connection in (store.database.connection, store.database.reader):
-            await connection.set_trace_callback(statements.append)
-        await send(store)
+        await send(store)  # asyncpg reads types of columns before the first statement
         await until(lambda: receiver.requests)
+        statements = await watch_statements(store)
+        await send(store)
+        await until(lambda: len(receiver.requests) == 2)
         verbs = [statement.split()[0] for statement in statements]
         receiver.gate.set()
-    assert verbs[0] == "BEGIN"
-    assert verbs[-1] == "COMMIT"
-    assert set(verbs[1:-1]) == {"INSERT"}
+    if is_postgres(store):
+        assert verbs == ["WITH"]
+    else:
+        assert (verbs[0], set(verbs[1:-1]), verbs[-1]) == ("BEGIN", {"INSERT"}, "COMMIT")
 
 
 async def paused(lane, receiver):

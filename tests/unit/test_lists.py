@@ -185,7 +185,7 @@ async def test_since_is_included_and_until_is_not(store, clock, filters, found):
     assert [row["received_at"] for row in await store.queries.find("events", **filters)] == found
 
 
-@only_sqlite
+@only_sqlite("the times of its blocks of events")
 async def test_times_narrow_a_search_to_blocks_of_events(store, clock, monkeypatch):
     monkeypatch.setattr(event_times, "SHIFT", 1)
     for at in (100, 200, 300, 200, 500, 600):
@@ -237,6 +237,19 @@ async def end_all(store):
     attempt = Attempt(started_at=1, duration_ms=1.0, result="ok", status=200)
     for delivery in list(store.fresh):
         await store.deliveries.settle(Outcome(delivery=delivery, attempt=attempt, state="delivered"))
+
+
+async def test_the_filters_of_delivery_and_event_must_both_match(store, clock):
+    events = [await send(store, clock) for _ in range(2)]
+    await end_all(store)
+    delivery = next(each for each in store.fresh if each.event_id == events[0].id)
+    for event, found in ((events[0], [delivery.public_id]), (events[1], [])):
+        rows = await store.queries.find("deliveries", id=delivery.public_id, event_id=event.public_id)
+        assert [row["id"] for row in rows] == found
+        attempts = await store.queries.find(
+            "attempts", delivery_id=delivery.public_id, event_id=event.public_id, result="ok"
+        )
+        assert [row["delivery_id"] for row in attempts] == found
 
 
 @pytest.mark.parametrize("most", [1, 10_000])

@@ -135,7 +135,7 @@ async def test_a_clock_that_jumps_ahead_makes_nothing_old(store, clock, monkeypa
     assert (await store.upkeep.prune(POLICY)).events == 0
 
 
-@only_sqlite
+@only_sqlite("row ids without the time")
 async def test_events_from_the_future_do_not_keep_other_events(store, clock, monkeypatch):
     await send(store, clock)
     with monkeypatch.context() as ahead:
@@ -163,7 +163,7 @@ async def test_attempts_keys_and_counts_have_their_own_retention(store, clock):
     assert [await rows(store, name) for name in ("events", "attempts", "dedupe", "stats")] == [1, 0, 0, 0]
 
 
-@only_sqlite
+@only_sqlite("the times of its blocks of events")
 async def test_times_and_repetitions_are_deleted_with_their_events(store, clock, monkeypatch):
     monkeypatch.setattr(event_times, "SHIFT", 0)
     monkeypatch.setattr(prune, "FORGET_SQL", event_times.FORGET_SQL.replace("10", "0"))
@@ -183,7 +183,7 @@ async def test_counts_outlive_their_events(store, clock):
     assert (await rows(store, "events"), await rows(store, "stats")) == (0, 1)
 
 
-@only_sqlite
+@only_sqlite("transactions of its retention")
 async def test_many_events_are_deleted_in_small_transactions_between_those_of_senders(store, clock):
     for size, count in ((2, 10_000), (2, 9_500), (20_000, 500)):
         await asyncio.gather(*(store.events.append(accept(clock, body=b"x" * size)) for _ in range(count)))
@@ -239,7 +239,7 @@ async def test_a_pass_ends_in_time_and_the_next_one_continues(store, clock):
     assert await left(store) == []
 
 
-@only_sqlite
+@only_sqlite("cursors of its retention")
 async def test_kept_events_are_not_read_again_until_the_next_round(store, clock, monkeypatch):
     for _ in range(10):
         await send(store, clock, "pending")
@@ -261,7 +261,7 @@ async def test_kept_events_are_not_read_again_until_the_next_round(store, clock,
     assert len(candidates_read) == 20
 
 
-@only_sqlite
+@only_sqlite("transactions of its retention")
 async def test_ended_commands_are_deleted_some_at_a_time(store, clock, monkeypatch):
     monkeypatch.setattr("relay.store.sqlite.upkeep.PRUNE_AT_ONCE", 2)
     for number in range(4):
@@ -277,7 +277,7 @@ async def test_ended_commands_are_deleted_some_at_a_time(store, clock, monkeypat
     assert [row["id"] for row in await store.queries.find("worker_commands")] == ["cmd_1"]
 
 
-@only_sqlite
+@only_sqlite("pages of its file")
 async def test_free_pages_are_returned_when_they_are_a_tenth_of_the_file(store, clock):
     await asyncio.gather(*(store.events.append(accept(clock, body=b"x" * 50_000)) for _ in range(300)))
     size = store.path.stat().st_size
@@ -291,7 +291,7 @@ async def test_free_pages_are_returned_when_they_are_a_tenth_of_the_file(store, 
     assert store.path.stat().st_size < size / 5
 
 
-@only_sqlite
+@only_sqlite("pages of its file")
 async def test_deleted_bodies_are_overwritten(store, clock):
     for number in range(20):
         await send(store, clock, body=b"a secret %d" % number)
@@ -320,7 +320,7 @@ STATEMENTS = {
 
 
 @pytest.mark.parametrize("name", STATEMENTS)
-@only_sqlite
+@only_sqlite("plans of its statements")
 async def test_no_statement_of_retention_scans_a_table(store, name):
     sql, values = STATEMENTS[name]
     plan = await store.database.connection.execute_fetchall(f"EXPLAIN QUERY PLAN {sql}", values)

@@ -275,7 +275,7 @@ async def test_too_many_ids_are_refused(store):
         ({"state": "pending"}, "deliveries_retry (destination=?)"),
     ],
 )
-@only_sqlite
+@only_sqlite("plans of its statements")
 async def test_every_selection_uses_an_index(store, shops, fields, index):
     traced = Traced(store.database.reader)
     reader = SqliteReader(Database.reading(store.path, traced))
@@ -289,7 +289,7 @@ async def test_every_selection_uses_an_index(store, shops, fields, index):
     ("sql", "index"),
     list(zip(PENDING_SQL, ["deliveries_first"] * 2 + ["deliveries_retry"], strict=True)),
 )
-@only_sqlite
+@only_sqlite("plans of its statements")
 async def test_every_group_of_pending_deliveries_uses_an_index_without_sorting(store, sql, index):
     values = {"destination": "crm", "last": 9, "due": 0, "id": 0, "page": 9}
     steps = [row[3] for row in await read_rows(store, f"EXPLAIN QUERY PLAN {sql}", values)]

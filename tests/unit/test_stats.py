@@ -91,7 +91,7 @@ async def test_filters_other_than_source_type_and_time_are_refused(store):
         await read(store, subject="a")
 
 
-@only_sqlite
+@only_sqlite("plans of its statements")
 async def test_a_page_of_counts_scans_no_table(store):
     values = {"since": 0, "hour": 1, "source": "", "type": "", "page": 1}
     plan = await rows(store, f"EXPLAIN QUERY PLAN {STATS_SQL}", values)

@@ -3,7 +3,7 @@
 import sqlite3
 
 import pytest
-from stores import call_writer, make_store, set_pragma
+from stores import call_writer, make_store, only_sqlite, set_pragma
 from support import FakeClock
 
 from relay.errors import StorageUnavailableError
@@ -22,6 +22,7 @@ async def store(tmp_path, died):
     await store.close()
 
 
+@only_sqlite("its errors")
 async def test_a_full_disk_fails_a_call_and_leaves_no_transaction_open(store, died):
     async def fill(connection):
         await connection.execute("BEGIN IMMEDIATE")
@@ -34,6 +35,7 @@ async def test_a_full_disk_fails_a_call_and_leaves_no_transaction_open(store, di
     assert (store.failure, died) == (None, [])
 
 
+@only_sqlite("its errors")
 async def test_a_failed_fsync_in_a_call_stops_the_daemon(store, died):
     async def fail(_connection):
         error = sqlite3.OperationalError("disk I/O error")
