@@ -136,6 +136,7 @@ async def test_events_and_deliveries_have_the_same_filters(relay, event, kind, q
 
 
 async def test_attempts_are_filtered_by_result(relay, event):
+    [delivery] = (await relay.operator("GET", f"/api/events/{event}"))["owed"]
     for query, found in (
         ("result=ok", 1),
         ("result=5xx", 0),
@@ -145,6 +146,8 @@ async def test_attempts_are_filtered_by_result(relay, event):
         ("failed=0", 1),
         (f"event_id={event}", 1),
         (f"event_id={event}&failed=1", 0),
+        (f"event_id={event}&delivery_id={delivery['id']}", 1),
+        (f"event_id={event}&delivery_id={delivery['id']}&failed=1", 0),
     ):
         assert len((await relay.operator("GET", f"/api/attempts?{query}"))["items"]) == found, query
 

@@ -104,7 +104,8 @@ async def _plans(
 ) -> list[QueryPlan]:
     """Return the plans that lead to the rows; `own` and `event` are row ids from filters."""
     if own is not None:
-        return [QueryPlan(ids=(own,))]
+        is_of_event = event is None or own in await _deliveries_of(reader, event)
+        return [QueryPlan(ids=(own,) if is_of_event else ())]
     if event is not None:
         return [QueryPlan(deliveries_by("event_id"), [(event,)])]
     if by_event:
@@ -163,17 +164,21 @@ async def _attempts_page(reader: Reader, limit: int, cursor: Cursor, wanted: dic
 
 async def _attempts_plan(reader: Reader, wanted: Mapping[str, Any]) -> tuple[_Take, tuple[str, ...]]:
     """Return a function that yields candidates, and the filters that all candidates fulfil."""
+    of_event = None
+    if (given := wanted.get("event_id")) is not None:
+        of_event = await _deliveries_of(reader, await _row_of(reader, "events", given) or 0)
     if (given := wanted.get("delivery_id")) is not None:
-        delivery = await _row_of(reader, "deliveries", given)
+        delivery = await _row_of(reader, "deliveries", given) or 0
+        if of_event is not None and delivery not in of_event:
+            delivery = 0
 
         async def take_own(before: Cursor, count: int) -> list[tuple[int, int]]:
-            return [(id_, id_) for id_ in await reader.attempts_of(delivery or 0, before.key, count)]
+            return [(id_, id_) for id_ in await reader.attempts_of(delivery, before.key, count)]
 
-        return take_own, ("delivery_id",)
+        return take_own, ("delivery_id", "event_id")
     listed, done = None, "destination"
-    if (given := wanted.get("event_id")) is not None:
-        event = await _row_of(reader, "events", given)
-        listed, done = await _deliveries_of(reader, event or 0), "event_id"
+    if of_event is not None:
+        listed, done = of_event, "event_id"
     elif "destination" in wanted:
         listed = await few_deliveries(reader, Selection(destination=wanted["destination"]))
     if listed is not None:
@@ -196,7 +201,7 @@ async def _attempts_plan(reader: Reader, wanted: Mapping[str, Any]) -> tuple[_Ta
 
 
 async def _deliveries_of(reader: Reader, event: int) -> list[int]:
-    """Return the row ids of all deliveries of an event, replays included."""
+    """Return the row ids of all deliveries of an event, including replays."""
     plan, found, end = QueryPlan(deliveries_by("event_id"), [(event,)]), list[int](), TOP.key
     while True:
         ids, reached = await plan.take(reader, end, 0, PORTION)
