@@ -174,6 +174,33 @@ class RefusedRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     event_id: str | None = None  # public id of the event that a retry stored
 
 
+class Login(msgspec.Struct, frozen=True):
+    """A browser's login to the dashboard, or a code that one browser may exchange for a login, once."""
+
+    digest: bytes  # of the cookie or the code; neither is stored
+    is_code: bool
+    name: str  # of the operator
+    scope: str
+    binding: bytes | None  # digest of the cookie or code and the admin token that began it; None: no token
+    created_at: int  # wall clock
+    seen_at: int  # wall clock: about its latest use
+
+
+class AuditEntry(msgspec.Struct, frozen=True):
+    """One change over the admin API."""
+
+    at: int  # wall clock
+    operator: str
+    access: str  # how the operator proved the name: "socket", "token", "login" or "proxy"
+    remote: str  # address of the client; "" on the socket
+    method: str
+    path: str
+    body: str  # shortened; "" if it may contain a secret
+    status: int | None  # of the response; None: the client disconnected before it
+    request_id: str
+    node: str
+
+
 class News(msgspec.Struct, frozen=True):
     """The changes of one commit that lanes and plugins need to know."""
 

@@ -18,6 +18,7 @@ from relay.base.clock import SECOND
 from relay.config.schema import WorkerRules
 from relay.errors import StorageError
 from relay.model import (
+    AuditEntry,
     Backlog,
     Backup,
     Check,
@@ -30,6 +31,7 @@ from relay.model import (
     Expunged,
     GeneratedEvent,
     Imported,
+    Login,
     Measured,
     Named,
     News,
@@ -458,6 +460,57 @@ class Refused(Protocol):
         ...
 
 
+class Logins(Protocol):
+    """Logins to the dashboard, and the codes that begin them. Nodes share them."""
+
+    async def add(self, login: Login, *, before: int, most: int) -> None:
+        """Store a login or a code.
+
+        Deletes those that were last used before `before` (wall clock), and the oldest beyond `most` in all.
+        """
+        ...
+
+    async def find(self, digest: bytes) -> Login | None:
+        """Return a login."""
+        ...
+
+    async def take(self, digest: bytes, *, is_code: bool) -> Login | None:
+        """Delete and return a login or a code; of several callers, one gets it."""
+        ...
+
+    async def note_use(self, digest: bytes, at: int) -> None:
+        """Store when a login was used (wall clock)."""
+        ...
+
+    async def clear(self) -> int:
+        """Delete all logins and codes; returns their number."""
+        ...
+
+
+class Audit(Protocol):
+    """The audit trail: the latest changes over the admin API."""
+
+    async def add(self, entry: AuditEntry, most: int) -> None:
+        """Store an entry, and delete the oldest ones beyond `most`."""
+        ...
+
+    async def page(
+        self,
+        *,
+        limit: int,
+        cursor: str | None = None,
+        operator: str | None = None,
+        since: int | None = None,
+        until: int | None = None,
+    ) -> tuple[tuple[AuditEntry, ...], str | None]:
+        """List entries, newest first; also returns the cursor of the next page.
+
+        Raises:
+            RelayError: the cursor is invalid.
+        """
+        ...
+
+
 class Ledger(LedgerReads, Protocol):
     """The ledger of the open store."""
 
@@ -703,6 +756,16 @@ class Store(Protocol):
     @property
     def refused(self) -> Refused:
         """Refused requests."""
+        ...
+
+    @property
+    def logins(self) -> Logins:
+        """Logins to the dashboard."""
+        ...
+
+    @property
+    def audit(self) -> Audit:
+        """The audit trail."""
         ...
 
     @property

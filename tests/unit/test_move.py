@@ -87,6 +87,8 @@ async def file(tmp_path, clock):
     with closing(sqlite3.connect(path)) as database, database:
         sql = "INSERT INTO refused VALUES (NULL, ?, 5, 'shop', 'no_token', 9, NULL, NULL, x'7b7d', ?)"
         database.executemany(sql, [("ref_1", b"\x00"), ("ref_2", None)])
+        sql = "INSERT INTO audit VALUES (NULL, 5, ?, 'token', '', 'POST', '/api', '', ?, 'req_1', 'a')"
+        database.executemany(sql, [("olga", 200), ("on-call", None)])
     return path
 
 

@@ -51,6 +51,7 @@ ROWS_SQL = {
           FROM stats GROUP BY hour, source, type
     """,
     "refused": f"SELECT {', '.join(SMALL['refused'])} FROM refused ORDER BY id",  # noqa: S608 - constants
+    "audit": f"SELECT {', '.join(SMALL['audit'])} FROM audit ORDER BY id",  # noqa: S608 - constants
     "dedupe": """
         SELECT source, key, identity, 'evt_' || event_id, expires_at FROM dedupe WHERE identity <> ''
     """,

@@ -274,6 +274,30 @@ CREATE TABLE refused (                         -- requests that were refused, wi
 );
 CREATE INDEX refused_source ON refused (source, id);
 CREATE INDEX refused_reason ON refused (reason, id);
+
+CREATE TABLE logins (                          -- to the dashboard, and the codes that begin them
+    digest     bytea   PRIMARY KEY,            -- of the cookie or the code
+    is_code    boolean NOT NULL,
+    name       text    NOT NULL,               -- of the operator
+    scope      text    NOT NULL,
+    binding    bytea,                          -- digest that includes an admin token; NULL: no token
+    created_at bigint  NOT NULL,               -- wall clock
+    seen_at    bigint  NOT NULL                -- wall clock: about its latest use
+);
+
+CREATE TABLE audit (                           -- changes over the admin API
+    id         bigint  GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    at         bigint  NOT NULL,               -- wall clock
+    operator   text    COLLATE "C" NOT NULL,
+    access     text    NOT NULL,               -- how the operator proved the name
+    remote     text    NOT NULL,
+    method     text    NOT NULL,
+    path       text    NOT NULL,
+    body       text    NOT NULL,
+    status     integer,                        -- NULL: the client disconnected
+    request_id text    NOT NULL,
+    node       text    NOT NULL
+);
 """
 
 META = """

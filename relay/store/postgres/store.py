@@ -17,6 +17,7 @@ from relay.store import Listener, Nodes, Resolve, Route, Rules
 from relay.store.claims import Claims
 from relay.store.ledger import counts_of
 from relay.store.nodes import OneNode
+from relay.store.postgres.audit import PostgresAudit
 from relay.store.postgres.commit import PostgresCommitter
 from relay.store.postgres.connection import (
     CONNECT_TIMEOUT,
@@ -32,6 +33,7 @@ from relay.store.postgres.connection import (
 from relay.store.postgres.deliveries import PostgresDeliveries
 from relay.store.postgres.events import PostgresEvents
 from relay.store.postgres.ledger import TOTALS_SQL, PostgresLedger
+from relay.store.postgres.logins import PostgresLogins
 from relay.store.postgres.nodes import PostgresNodes
 from relay.store.postgres.owner import RENEW_EVERY, Owner, refuse_single
 from relay.store.postgres.partitions import LOCK_SQL, make_partitions
@@ -108,6 +110,8 @@ class PostgresStore:
         self.queries = PostgresQueries(self.database)
         self.ledger = PostgresLedger(self.database)
         self.refused = PostgresRefused(self.database)
+        self.logins = PostgresLogins(self.database)
+        self.audit = PostgresAudit(self.database)
         self.upkeep = PostgresUpkeep(self.database, clock)
         self.nodes: Nodes = self._shared or OneNode(clock, node, digest)
         self.events = PostgresEvents(

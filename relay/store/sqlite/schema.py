@@ -240,6 +240,31 @@ CREATE INDEX refused_source ON refused (source, id);
 CREATE INDEX refused_reason ON refused (reason, id);
 """
 
+OPERATORS = """
+CREATE TABLE logins (                          -- to the dashboard, and the codes that begin them
+    digest     BLOB    PRIMARY KEY,            -- of the cookie or the code
+    is_code    INTEGER NOT NULL,
+    name       TEXT    NOT NULL,               -- of the operator
+    scope      TEXT    NOT NULL,
+    binding    BLOB,                           -- digest that includes an admin token; NULL: no token
+    created_at INTEGER NOT NULL,               -- wall clock
+    seen_at    INTEGER NOT NULL                -- wall clock: about its latest use
+) STRICT, WITHOUT ROWID;
+CREATE TABLE audit (                           -- changes over the admin API
+    id         INTEGER PRIMARY KEY AUTOINCREMENT,
+    at         INTEGER NOT NULL,               -- wall clock
+    operator   TEXT    NOT NULL,
+    access     TEXT    NOT NULL,               -- how the operator proved the name
+    remote     TEXT    NOT NULL,
+    method     TEXT    NOT NULL,
+    path       TEXT    NOT NULL,
+    body       TEXT    NOT NULL,
+    status     INTEGER,                        -- NULL: the client disconnected
+    request_id TEXT    NOT NULL,
+    node       TEXT    NOT NULL
+) STRICT;
+"""
+
 MIGRATIONS: tuple[str, ...] = (
     EVENTS + DELIVERIES + HELD + WORKERS + DEDUPE + STATS + META,
     LISTS,
@@ -247,5 +272,6 @@ MIGRATIONS: tuple[str, ...] = (
     GROUPS,
     PAUSES,
     REFUSED,
+    OPERATORS,
 )
 """Each runs in one transaction; never edit one that has been released, append another."""

@@ -19,6 +19,7 @@ from relay.store.claims import Claims
 from relay.store.ledger import counts_of
 from relay.store.nodes import OneNode
 from relay.store.queries import PagedQueries
+from relay.store.sqlite.audit import SqliteAudit
 from relay.store.sqlite.commit import SqliteCommitter
 from relay.store.sqlite.compact import empty_log
 from relay.store.sqlite.connection import (
@@ -39,6 +40,7 @@ from relay.store.sqlite.events import SqliteEvents
 from relay.store.sqlite.file_watch import FileWatch
 from relay.store.sqlite.files import Files
 from relay.store.sqlite.ledger import TOTALS_SQL, SqliteLedger
+from relay.store.sqlite.logins import SqliteLogins
 from relay.store.sqlite.losses import check_after_open, check_before_open
 from relay.store.sqlite.mark import HIGHEST_SQL, mark_in
 from relay.store.sqlite.queries import SqliteReader
@@ -89,6 +91,8 @@ class SqliteStore:
         self.queries = PagedQueries(SqliteReader(self.database))
         self.ledger = SqliteLedger(self.database)
         self.refused = SqliteRefused(self.database)
+        self.logins = SqliteLogins(self.database)
+        self.audit = SqliteAudit(self.database)
         self.upkeep = SqliteUpkeep(self.database, clock, self.disk)
         self.nodes = OneNode(clock, node, digest)
         self.events = SqliteEvents(
