@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from relay.api.words import END_REASONS
 from relay.base.text import printable
 from relay.cli import screen
 from relay.cli.api_client import Daemon
@@ -52,14 +53,7 @@ ATTEMPT_SHAPE = (
     screen.word("result"),
     RESPONSE._replace(long="wrap"),
 )  # fmt: skip
-REASONS: Mapping[str, str] = {
-    "exhausted": "all attempts failed", "final_status": "the response ends the delivery (final_statuses)",
-    "aborted": "the receiver refused further attempts", "corrupt": "the stored event is damaged",
-    "operator": "by an operator", "ttl": "older than ttl",
-    "superseded": "a newer event replaced it (latest_by)",
-    "backlog_full": "max_pending was reached", "held": "held for longer than [retention] held",
-}  # fmt: skip
-"""Why a delivery ended, in words."""
+
 
 _MOST_ANSWERS = 3
 _LONGEST_ANSWER = 1000  # characters of a response that are shown; --json has up to 16 KiB
@@ -148,7 +142,7 @@ def delivery_fields(delivery: Mapping[str, Any]) -> list[Field]:
         Field("Destination", delivery["destination"]),
         Field(
             "State",
-            state if reason is None else f"{state}: {REASONS.get(reason, reason)}",
+            state if reason is None else f"{state}: {END_REASONS.get(reason, reason)}",
             screen.colour_of("state", state),
         ),
         Field("Attempts", screen.number_text(delivery["attempts"])),

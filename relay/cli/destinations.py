@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from relay.api.words import held_text, hold_advice
 from relay.base.units import parse_time_span
 from relay.cli import screen
 from relay.cli.api_client import Daemon
@@ -14,23 +15,8 @@ from relay.cli.main import Group
 from relay.cli.options import checked, quiet_option
 from relay.cli.output import print_fields, print_items, print_note, print_page
 from relay.cli.screen import Field
-from relay.model import PAUSED_IN_CONFIG
 
 COLUMNS = ("name", "held", "pending", "in_flight", "delivered", "dead", "expired", "cancelled")
-_HELD = {
-    "resting": "backing off", "not_in_config": "not in config.toml", "disabled: gone": "disabled (410 Gone)",
-    "disabled: asked": "disabled (by the receiver)", "disabled: failing": "disabled (failing for too long)",
-    "disabled: operator": "disabled (by an operator)",
-}  # fmt: skip
-
-
-def held_text(held: str | None) -> str:
-    """Return the state of a destination for a terminal.
-
-    >>> held_text(None), held_text("resting"), held_text("paused")
-    ('delivering', 'backing off', 'paused')
-    """
-    return "delivering" if held is None else _HELD.get(held, held)
 
 
 def _state_text(destination: Mapping[str, Any]) -> str:
@@ -63,24 +49,6 @@ _DELIVERY_SHAPE = (
     screen.Column("next_attempt_at", "next try", screen.each(screen.due), rank=3),
 )  # fmt: skip
 _STEPS = ("dns", "connect", "tls", "first_byte")
-_ADVICE = {
-    "paused": "resume it with `relay destinations resume {name}`",
-    PAUSED_IN_CONFIG: "set `paused = false` in its table of config.toml and run `relay reload`",
-    "not_in_config": "add it to config.toml and run `relay reload`, or cancel its deliveries:"
-    " `relay deliveries cancel --destination {name}`",
-    "circuit open": "the destination is failing; the relay probes it, and delivers the backlog when it is up;"
-    " if it is repaired, test it and deliver now: `relay destinations test {name} --close-circuit`",
-    "resting": "the destination requested a pause, or its address is refused; deliveries continue afterwards;"
-    " to test the destination and deliver now, run `relay destinations test {name} --close-circuit`",
-    "out of file descriptors": "this machine has no free file descriptor; raise LimitNOFILE of the service",
-    "out of memory": "this machine has no free memory; deliveries continue when memory is free",
-    "retried": "failed deliveries are retried on schedule; to retry them now, run"
-    " `relay deliveries retry --destination {name} --state pending`",
-    **{
-        f"disabled: {reason}": "enable it with `relay destinations enable {name}`; it then gets its backlog"
-        for reason in ("gone", "asked", "failing", "operator")
-    },
-}
 
 
 @click.group(cls=Group)
@@ -288,5 +256,5 @@ def _print_state(answer: Any, name: str) -> None:
 
 def _print_advice(name: str, held: str | None) -> None:
     """Print how a hold ends."""
-    if held in _ADVICE:
-        print_note(_ADVICE[held].format(name=name))
+    if advice := hold_advice(name, held):
+        print_note(advice)

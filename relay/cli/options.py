@@ -1,7 +1,5 @@
 """Options and filters that several commands share."""
 
-import json
-import re
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -16,7 +14,7 @@ from relay.base.units import parse_rate
 from relay.cli.completion import complete
 from relay.cli.main import OneOf, file_error
 from relay.cli.screen import utc_option
-from relay.routing.conditions import compile_conditions
+from relay.routing.condition_text import read_conditions
 
 COMPLETED = ("source", "destination", "event", "delivery")
 """Filters whose values the daemon completes."""
@@ -100,74 +98,12 @@ def page_options(command: Callable[..., Any]) -> Callable[..., Any]:
     )(command)
 
 
-_CONDITION = re.compile(
-    r"""(?P<path>(?:"[^"]*"|'[^']*'|[^"'=!<>~])+)(?:(?P<operator>!=|>=|<=|[=<>~])(?P<value>.*))?""", re.DOTALL
-)
-_ORDERS = {">=": "gte", ">": "gt", "<=": "lte", "<": "lt"}
-
-
 def _where(_context: click.Context, _option: click.Parameter, texts: Sequence[str]) -> dict[str, Any] | None:
-    return conditions(texts)
-
-
-def conditions(texts: Sequence[str]) -> dict[str, Any] | None:
-    """Return the API's table of conditions for `--where` options; all must hold. None without an option.
-
-    Raises:
-        BadParameter: a condition is malformed, contradicts another one, or has an unknown path.
-
-    >>> conditions(["data.sale_made=true", "data.total>=100", "data.total<500", "subject~s-*", "data.note"])
-    ... # doctest: +NORMALIZE_WHITESPACE
-    {'data.sale_made': {'in': [True]}, 'data.total': {'gte': 100, 'lt': 500},
-     'subject': {'glob': 's-*'}, 'data.note': {'exists': True}}
-    >>> conditions(["type!=adorn.a", "type!=adorn.b", "data.gone=null"])
-    {'type': {'not': {'in': ['adorn.a', 'adorn.b']}}, 'data.gone': {'exists': False}}
-    """
-    table: dict[str, Any] = {}
-    for text in texts:
-        match = _CONDITION.fullmatch(text)
-        if match is None:
-            raise _invalid(f'invalid condition "{text}"')
-        tests = table.setdefault(match["path"].strip(), {})
-        name, operand = _test(match["operator"], (match["value"] or "").strip())
-        if name == "not" and name in tests:
-            tests[name]["in"] += operand["in"]
-        elif name in tests:
-            raise _invalid(f'"{text}" contradicts or repeats another condition')
-        else:
-            tests[name] = operand
-    if not table:
-        return None
     try:
-        compile_conditions(table)
+        return read_conditions(texts)
     except ValueError as error:
-        raise _invalid(str(error)) from None
-    return table
-
-
-def _test(operator: str | None, text: str) -> tuple[str, Any]:
-    value = _value(text)
-    if operator is None:
-        return "exists", True
-    if operator in ("=", "!=") and value is None:
-        return "exists", operator == "!="
-    if operator == "=":
-        return "in", [value]
-    if operator == "!=":
-        return "not", {"in": [value]}
-    return ("glob", text) if operator == "~" else (_ORDERS[operator], value)
-
-
-def _value(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text
-
-
-def _invalid(why: str) -> click.BadParameter:
-    examples = "data.sale_made=true, data.total>=100, type!=adorn.a, subject~s-*, data.note"
-    return click.BadParameter(f"{why}; examples: {examples}", param_hint="--where")
+        examples = "data.sale_made=true, data.total>=100, type!=adorn.a, subject~s-*, data.note"
+        raise click.BadParameter(f"{error}; examples: {examples}", param_hint="--where") from None
 
 
 def read_data(data: str, option: str = "--data") -> bytes:

@@ -13,11 +13,11 @@ from typing import Any
 
 import click
 
+from relay.api.words import held_text
 from relay.base.text import Colour, paint, wants_colour
 from relay.base.units import render_duration
 from relay.cli import screen
 from relay.cli.api_client import Daemon, follow_stream
-from relay.cli.destinations import held_text
 from relay.cli.endpoint import daemon_options
 from relay.cli.full_screen import FullScreen
 from relay.cli.main import INTERRUPTED, UNREACHABLE, CommandError

@@ -14,11 +14,11 @@ FLOORS = (
     ("relay", "errors", "base", "model", "process"),
     (
         "config.problems", "config.secrets", "config.signatures", "keys", "signing", "routing.envelope",
-        "routing.conditions", "routing.subscription",
+        "routing.conditions", "routing.condition_text", "routing.subscription",
         "schemas", "config", "formats", "delivery.retry", "workers.rules", "store.retention_policy",
         "metrics", "routing",
     ),
-    ("ingest.implementation", "source", "hookspecs", "store", "api.query_params", "api.views"),
+    ("ingest.implementation", "source", "hookspecs", "store", "api.query_params", "api.words", "api.views"),
     ("plugin_loading", "ingest", "delivery", "jobs.replay", "workers", "jobs", "state",
      "reload", "doctor", "diagnosis"),
     ("api", "ui"),

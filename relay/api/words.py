@@ -1,0 +1,58 @@
+"""Words for the states and reasons that the API returns as codes, for the command line and the dashboard."""
+
+from collections.abc import Mapping
+
+from relay.model import PAUSED_IN_CONFIG
+
+END_REASONS: Mapping[str, str] = {
+    "exhausted": "all attempts failed", "final_status": "the response ends the delivery (final_statuses)",
+    "aborted": "the receiver refused further attempts", "corrupt": "the stored event is damaged",
+    "operator": "by an operator", "ttl": "older than ttl",
+    "superseded": "a newer event replaced it (latest_by)",
+    "backlog_full": "max_pending was reached", "held": "held for longer than [retention] held",
+}  # fmt: skip
+"""Why a delivery ended."""
+
+_HELD = {
+    "resting": "backing off", "not_in_config": "not in config.toml", "disabled: gone": "disabled (410 Gone)",
+    "disabled: asked": "disabled (by the receiver)", "disabled: failing": "disabled (failing for too long)",
+    "disabled: operator": "disabled (by an operator)",
+}  # fmt: skip
+
+
+def held_text(held: str | None) -> str:
+    """Return the state of a destination in words.
+
+    >>> held_text(None), held_text("resting"), held_text("paused")
+    ('delivering', 'backing off', 'paused')
+    """
+    return "delivering" if held is None else _HELD.get(held, held)
+
+
+_ADVICE = {
+    "paused": "resume it with `relay destinations resume {name}`",
+    PAUSED_IN_CONFIG: "set `paused = false` in its table of config.toml and run `relay reload`",
+    "not_in_config": "add it to config.toml and run `relay reload`, or cancel its deliveries:"
+    " `relay deliveries cancel --destination {name}`",
+    "circuit open": "the destination is failing; the relay probes it, and delivers the backlog when it is up;"
+    " if it is repaired, test it and deliver now: `relay destinations test {name} --close-circuit`",
+    "resting": "the destination requested a pause, or its address is refused; deliveries continue afterwards;"
+    " to test the destination and deliver now, run `relay destinations test {name} --close-circuit`",
+    "out of file descriptors": "this machine has no free file descriptor; raise LimitNOFILE of the service",
+    "out of memory": "this machine has no free memory; deliveries continue when memory is free",
+    "retried": "failed deliveries are retried on schedule; to retry them now, run"
+    " `relay deliveries retry --destination {name} --state pending`",
+    **{
+        f"disabled: {reason}": "enable it with `relay destinations enable {name}`; it then gets its backlog"
+        for reason in ("gone", "asked", "failing", "operator")
+    },
+}
+
+
+def hold_advice(name: str, held: str | None) -> str | None:
+    """Return how a hold of the destination `name` ends; None if it is not held.
+
+    `held` may also be "retried": not held, but its deliveries fail and wait for their retries.
+    """
+    advice = None if held is None else _ADVICE.get(held)
+    return None if advice is None else advice.format(name=name)
