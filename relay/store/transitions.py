@@ -3,14 +3,14 @@
 An engine reads rows, asks for the decision, and writes it in the same transaction.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
 
 from relay.base.clock import SECOND
 from relay.model import OPERATOR_SOURCE, Delivery, GeneratedEvent, Outcome, Target
-from relay.store.batch import Batch
+from relay.store.batch import Batch, HeldDestinations
 from relay.store.claims import Claims
 
 EXPIRE_AT_ONCE = 1000
@@ -39,6 +39,16 @@ class GroupTimes(NamedTuple):
 
     times: dict[int, int]  # by row id
     full: Sequence[Place]  # groups whose stored deliveries are due now
+
+
+class HeldChanges(NamedTuple):
+    """What changes about the destinations that accept nothing. All times are steady, like due times."""
+
+    gone: Sequence[str]  # they accept deliveries again
+    new: Sequence[str]
+    to_warn: Mapping[str, int]  # destinations whose operator may need a warning, and the times since when
+    to_expire: Sequence[str]
+    before: int  # deliveries of `to_expire` that were due before expire
 
 
 def apply_cancellations(outcomes: Iterable[Outcome], claims: Claims) -> list[Outcome]:
@@ -125,6 +135,23 @@ def group_times(batch: Batch, deliveries: Sequence[Delivery], waiting: Sequence[
             del groups[place]
             full[place] = None
     return GroupTimes(times, list(full))
+
+
+def held_changes(batch: Batch, held: HeldDestinations, known: Mapping[str, tuple[int, bool]]) -> HeldChanges:
+    """Decide about the destinations that accept nothing: their deliveries expire a day after a warning.
+
+    `known` has the stored ones, each with the time since when, and whether the operator was warned. The time
+    is stored so that a restart does not extend it. Destinations of other nodes stay as they are.
+    """
+    before, notice = batch.steady - held.kept, min(NOTICE, held.kept // 2)
+    scope, since = batch.scope, {name: known[name][0] for name in sorted(held.names & known.keys())}
+    return HeldChanges(
+        gone=[each for each in sorted(known.keys() - held.names) if scope is None or scope.covers(each)],
+        new=sorted(held.names - known.keys()),
+        to_warn={name: at for name, at in since.items() if not known[name][1] and at <= before + notice},
+        to_expire=[name for name, at in since.items() if at <= before],
+        before=before,
+    )
 
 
 def is_warning_due(batch: Batch, since: int, kept: int, first: int | None) -> int | None:

@@ -23,9 +23,9 @@ from relay.store.postgres.transaction import Transaction
 from relay.store.transitions import (
     EXPIRE_AT_ONCE,
     HELD_AT_ONCE,
-    NOTICE,
     Pending,
     group_times,
+    held_changes,
     is_warning_due,
     supersede,
     warn_of_expiry,
@@ -321,25 +321,18 @@ async def _group_times(batch: Batch, transaction: Transaction) -> dict[int, int]
 async def _expire_held(
     batch: Batch, transaction: Transaction, claims: Claims, held: HeldDestinations
 ) -> None:
-    """Expire deliveries of destinations that accept nothing, a day after a warning.
-
-    The table `held` stores the start of the time in which they accept nothing, so a restart does not extend
-    that time. All times are steady, like due times.
-    """
+    """Expire deliveries of destinations that accept nothing."""
     rows = await transaction.fetch("SELECT destination, since, warned FROM held")
-    known = {name: (since, warned) for name, since, warned in rows}
-    if gone := sorted(name for name in known.keys() - held.names if _ends_here(batch, name)):
-        await transaction.fetch("DELETE FROM held WHERE destination = ANY($1::text[])", gone)
-    if new := sorted(held.names - known.keys()):
+    changes = held_changes(batch, held, {name: (since, warned) for name, since, warned in rows})
+    if changes.gone:
+        await transaction.fetch("DELETE FROM held WHERE destination = ANY($1::text[])", changes.gone)
+    if changes.new:
         sql = "INSERT INTO held (destination, since) SELECT name, $2 FROM unnest($1::text[]) AS n (name)"
-        await transaction.fetch(sql, new, batch.steady)
-    notice = min(NOTICE, held.kept // 2)
-    for name in sorted(held.names & known.keys()):
-        since, warned = known[name]
-        if not warned and since <= batch.steady - held.kept + notice:
-            await _warn(batch, transaction, name, held.kept, since)
-        if since <= batch.steady - held.kept:
-            await _expire_destination(batch, transaction, claims, name, batch.steady - held.kept)
+        await transaction.fetch(sql, changes.new, batch.steady)
+    for name, since in changes.to_warn.items():
+        await _warn(batch, transaction, name, held.kept, since)
+    for name in changes.to_expire:
+        await _expire_destination(batch, transaction, claims, name, changes.before)
 
 
 async def _warn(batch: Batch, transaction: Transaction, name: str, kept: int, since: int) -> None:

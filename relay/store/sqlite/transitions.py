@@ -12,8 +12,8 @@ from relay.store.sqlite.transaction import Row, Transaction
 from relay.store.transitions import (
     EXPIRE_AT_ONCE,
     HELD_AT_ONCE,
-    NOTICE,
     Pending,
+    held_changes,
     is_warning_due,
     warn_of_expiry,
 )
@@ -114,24 +114,17 @@ async def free(batch: Batch, transaction: Transaction, keys: Sequence[Row]) -> N
 
 
 async def expire_held(batch: Batch, transaction: Transaction, claims: Claims, held: HeldDestinations) -> None:
-    """Expire deliveries of destinations that accept nothing, a day after a warning.
-
-    The table `held` stores the start of the time in which they accept nothing, so a restart does not extend
-    that time. All times are steady, like due times. The column `told` is 1 after the operator was warned.
-    """
+    """Expire deliveries of destinations that accept nothing. The column `told` is 1 after the warning."""
     rows = await transaction.fetch("SELECT destination, since, told FROM held")
-    known = {name: (since, bool(warned)) for name, since, warned in rows}
-    for name in known.keys() - held.names:
+    changes = held_changes(batch, held, {name: (since, bool(told)) for name, since, told in rows})
+    for name in changes.gone:
         transaction.run("DELETE FROM held WHERE destination = ?", (name,))
-    for name in held.names - known.keys():
+    for name in changes.new:
         transaction.run("INSERT INTO held (destination, since) VALUES (?, ?)", (name, batch.steady))
-    notice = min(NOTICE, held.kept // 2)
-    for name in sorted(held.names & known.keys()):
-        since, warned = known[name]
-        if not warned and since <= batch.steady - held.kept + notice:
-            await _warn(batch, transaction, name, held.kept, since)
-        if since <= batch.steady - held.kept:
-            await _expire(batch, transaction, claims, name, batch.steady - held.kept)
+    for name, since in changes.to_warn.items():
+        await _warn(batch, transaction, name, held.kept, since)
+    for name in changes.to_expire:
+        await _expire(batch, transaction, claims, name, changes.before)
 
 
 async def _warn(batch: Batch, transaction: Transaction, name: str, kept: int, since: int) -> None:
