@@ -10,7 +10,7 @@ from relay.api.responses import error_of
 from relay.base.clock import Clock
 from relay.errors import RelayError, StorageUnavailableError
 from relay.store.opening import is_storage_failure
-from relay.ui import events, now
+from relay.ui import deliveries, destinations, events, now, refused, replays
 from relay.ui.markup import tag
 from relay.ui.page import STATIC, Ask, Screen, Visit
 
@@ -20,6 +20,15 @@ SCREENS: Mapping[str, Screen] = {
     "/": now.show,
     "/events": events.list_,
     "/events/{id}": events.show,
+    "/deliveries": deliveries.list_,
+    "/deliveries/{id}": deliveries.show,
+    "/attempts": deliveries.attempts,
+    "/replays": replays.list_,
+    "/replays/{id}": replays.show,
+    "/destinations": destinations.list_,
+    "/destinations/{name}": destinations.show,
+    "/refused": refused.list_,
+    "/refused/{id}": refused.show,
 }
 """The function that makes each page, by the path below `/ui`. A path takes no final slash."""
 

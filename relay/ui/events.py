@@ -5,11 +5,13 @@ from typing import Any
 
 from aiohttp import web
 
-from relay.ui.markup import Content, Markup, join, tag
+from relay.ui.deliveries import changes_of
+from relay.ui.markup import Content, tag
 from relay.ui.page import Visit
 from relay.ui.parts import (
     NONE,
     action,
+    api_query,
     command,
     command_of_list,
     fields,
@@ -26,7 +28,7 @@ SECTION = "events"
 
 async def list_(visit: Visit) -> web.Response:
     """List events, newest first."""
-    page = await visit.ask("listEvents", query=visit.query)
+    page = await visit.ask("listEvents", query=api_query(visit))
     return visit.page(
         "Events",
         filter_form(visit, "events"),
@@ -97,12 +99,18 @@ def _fates(
 ) -> Iterator[tuple[Content, ...]]:
     """Yield a row for each delivery, and for each destination that does not get the event."""
     for each in deliveries:
-        yield each["destination"], state(each["state"]), _details(visit, each), _actions(visit, each)
+        yield (
+            tag("a", each["destination"], href=visit.link("destinations", each["destination"])),
+            tag("a", state(each["state"]), href=visit.link("deliveries", each["id"])),
+            _details(visit, each),
+            _actions(visit, each),
+        )
     sent = {each["destination"] for each in deliveries}
     for match in matches:
         if match["name"] not in sent:
             word = "not sent" if match["matches"] else "no match"
-            yield match["name"], state("", word), [tag("div", line) for line in match["lines"]], None
+            name = tag("a", match["name"], href=visit.link("destinations", match["name"]))
+            yield name, state("", word), [tag("div", line) for line in match["lines"]], None
 
 
 def _details(visit: Visit, delivery: Mapping[str, Any]) -> Content:
@@ -113,20 +121,11 @@ def _details(visit: Visit, delivery: Mapping[str, Any]) -> Content:
     if delivery["reason"]:
         parts.append(delivery["reason"])
     if delivery["next_attempt_at"]:
-        parts.append(["next attempt ", when(visit, delivery["next_attempt_at"])])
+        parts.append(["due ", when(visit, delivery["next_attempt_at"])])
     elif delivery["finished_at"]:
         parts.append(["ended ", when(visit, delivery["finished_at"])])
     return [[part, " · " if part is not parts[-1] else None] for part in parts]
 
 
-def _actions(visit: Visit, delivery: Mapping[str, Any]) -> Markup:
-    id_, pending = delivery["id"], delivery["state"] == "pending"
-    retry = action(
-        visit, "Now" if pending else "Send again", "deliveries", "retry", id_,
-        call="POST deliveries/retry", body={"ids": [id_]}, count="1 delivery",
-    )  # fmt: skip
-    cancel = action(
-        visit, "Cancel", "deliveries", "cancel", id_,
-        call="POST deliveries/cancel", body={"ids": [id_]}, count="1 delivery",
-    )  # fmt: skip
-    return join(retry, " ", cancel if pending else None)
+def _actions(visit: Visit, delivery: Mapping[str, Any]) -> Content:
+    return [[each, " "] for each in changes_of(visit, delivery)]

@@ -5,11 +5,11 @@ from typing import Any
 
 from aiohttp import web
 
+from relay.ui.destinations import count_link, held
 from relay.ui.markup import Content, Markup, tag
 from relay.ui.page import Visit
-from relay.ui.parts import NONE, command_line, duration, number, state, table
+from relay.ui.parts import NONE, command_line, duration, number, spark, state, table
 
-_BARS = "▁▂▃▄▅▆▇█"
 PERIODS = 30
 """Bars of a history of an hour."""
 
@@ -75,7 +75,7 @@ def _source(visit: Visit, source: Mapping[str, Any], past: Mapping[str, Any]) ->
         name,
         tag("a", _sum(events), href=visit.link("events", source=name, since="1h")),
         spark(events, f"Events of {name} in the last hour"),
-        _sum(refused),
+        tag("a", _sum(refused), href=visit.link("refused", source=name, since="1h")),
         state("expired", word) if word else state("online", "ok"),
     )
 
@@ -86,30 +86,16 @@ def _destination(visit: Visit, each: Mapping[str, Any], past: Mapping[str, Any])
     attempts = [None if a is None and b is None else (a or 0) + (b or 0)
                 for a, b in zip(good, failed, strict=True)]  # fmt: skip
     return (
-        name,
-        _sum(attempts),
+        tag("a", name, href=visit.link("destinations", name)),
+        tag("a", _sum(attempts), href=visit.link("attempts", destination=name, since="1h")),
         spark(attempts, f"Attempts to {name} in the last hour"),
-        _sum(failed),
+        tag("a", _sum(failed), href=visit.link("attempts", destination=name, failed="1", since="1h")),
         f"{slow[-1]:,.0f} ms" if slow else NONE,
-        tag(
-            "a",
-            number(each["pending"]),
-            href=visit.link("events", destination=name, state="pending"),
-            data_live=name,
-        ),
-        state("dead", each["held"]) if each["held"] else state("online", "ok"),
+        count_link(visit, name, "pending", each["pending"]),
+        held(visit, each),
     )
 
 
 def _sum(values: Sequence[float | None]) -> str:
     known = [value for value in values if value is not None]
     return number(round(sum(known))) if known else NONE
-
-
-def spark(values: Sequence[float | None], title: str) -> Content:
-    """Return figures as a row of bars, oldest first; a gap where there is no figure."""
-    most = max((value for value in values if value is not None), default=0)
-    if not most:
-        return None
-    bars = "".join(" " if value is None else _BARS[min(7, round(value / most * 7))] for value in values)
-    return tag("span", bars, class_="spark", role="img", aria_label=f"{title}, at most {most:,.0f}")

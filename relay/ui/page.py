@@ -18,6 +18,10 @@ from relay.ui.markup import Content, Markup, join, tag
 SECTIONS = (
     ("Now", ""),
     ("Events", "events"),
+    ("Deliveries", "deliveries"),
+    ("Destinations", "destinations"),
+    ("Refused", "refused"),
+    ("Replays", "replays"),
 )
 """Name and path of each page in the navigation."""
 

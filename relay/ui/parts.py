@@ -1,5 +1,6 @@
 """Parts that several pages share: times, states, tables, filters, commands and actions."""
 
+import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
@@ -8,10 +9,11 @@ from urllib.parse import urlencode
 
 import msgspec
 
-from relay.api.query_params import filters_of
+from relay.api.query_params import filters_of, read_field
 from relay.base.clock import SECOND
 from relay.base.units import render_size
 from relay.config.schema import Scope
+from relay.routing.condition_text import read_conditions
 from relay.ui.markup import Content, Markup, join, tag
 from relay.ui.page import Visit
 
@@ -114,13 +116,60 @@ def command_line(line: str) -> Markup:
     return tag("code", line, class_="command", data_copy=line)
 
 
+def prose(text: str) -> Content:
+    """Return a text of the API in which `commands` stand between backticks."""
+    return [
+        each if not index % 2 else command_line(each) if each.startswith("relay ") else tag("code", each)
+        for index, each in enumerate(text.split("`"))
+    ]
+
+
 def command_of_list(kind: str, *words: str, query: Mapping[str, str]) -> Markup:
     """Return the command that shows the same list as a page with these query parameters."""
+    return command(*words, *options_of(kind, query))
+
+
+def options_of(kind: str, query: Mapping[str, str]) -> list[str]:
+    """Return the options of a command for the filters of a list in a page's query."""
     options: list[str] = []
     for each in filters_of(kind):
-        if each.option is not None and each.name != "where" and query.get(each.name):
-            options += (f"--{each.option}", query[each.name])
-    return command(*words, *options)
+        if each.option is not None and query.get(each.name):
+            texts = _conditions(query[each.name]) if each.name == "where" else [query[each.name]]
+            options += [word for text in texts for word in (f"--{each.option}", text)]
+    return options
+
+
+def api_query(visit: Visit, kind: str | None = None) -> dict[str, Any]:
+    """Return a page's query for the API: conditions on the event become its table of conditions.
+
+    With `kind`, a list of `relay.api.query_params.LISTS`, return only its filters, for the body of a request.
+
+    Raises:
+        RelayError: the conditions are invalid.
+    """
+    query: dict[str, Any] = {name: value for name, value in visit.query.items() if value}
+    if kind is not None:
+        known = {each.name for each in filters_of(kind)}
+        query = {name: value for name, value in query.items() if name in known}
+    if "where" in query:
+        table = read_field("where", read_conditions, _conditions(query["where"]), hint=_WHERE)
+        query["where"] = table if kind is not None else msgspec.json.encode(table).decode()
+    return query
+
+
+_AND = re.compile(r"\s+and\s+")
+_WHERE = "example: data.total>=100 and data.sale_made=true"
+
+
+def _conditions(text: str) -> list[str]:
+    return _AND.split(text.strip())
+
+
+def attempt_result(attempt: Mapping[str, Any]) -> Markup:
+    """Return the result of an attempt with its status or error."""
+    detail = attempt["error"] or ("" if attempt["status"] is None else f"HTTP {attempt['status']}")
+    result = attempt["result"]
+    return state("delivered" if result == "ok" else "dead", f"{result}: {detail}" if detail else result)
 
 
 def action(
@@ -131,6 +180,7 @@ def action(
     body: Mapping[str, Any] | None = None,
     count: str | None = None,
     counts: bool = False,
+    danger: bool = False,
     scope: Scope = "operate",
 ) -> Content:
     """Return a button for a change; nothing if the operator's scope does not include it.
@@ -145,6 +195,7 @@ def action(
         body: of the request.
         count: what the change is about, such as "1 delivery".
         counts: whether a dry run with the same body returns the count.
+        danger: whether it cannot be undone.
         scope: that the endpoint needs.
     """
     if not visit.may(scope):
@@ -153,7 +204,7 @@ def action(
         "button",
         label,
         type="button",
-        class_="scripted",
+        class_="scripted danger" if danger else "scripted",
         data_call=call,
         data_body=msgspec.json.encode(body or {}).decode(),
         data_command=shlex.join(("relay", *words)),
@@ -210,3 +261,15 @@ def pages(visit: Visit, next_cursor: str | None) -> Content:
         else None,
     ]
     return tag("nav", links, class_="pages", aria_label="Pages of the list") if any(links) else None
+
+
+_BARS = "▁▂▃▄▅▆▇█"
+
+
+def spark(values: Sequence[float | None], title: str) -> Content:
+    """Return figures as a row of bars, oldest first; a gap where there is no figure."""
+    most = max((value for value in values if value is not None), default=0)
+    if not most:
+        return None
+    bars = "".join(" " if value is None else _BARS[min(7, round(value / most * 7))] for value in values)
+    return tag("span", bars, class_="spark", role="img", aria_label=f"{title}, at most {most:,.0f}")

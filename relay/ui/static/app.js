@@ -57,7 +57,7 @@ async function act(button) {
   const body = JSON.parse(button.dataset.body);
   button.disabled = true;
   try {
-    const lines = count ? [`This is about ${count}.`] : [];
+    const lines = count ? [`${count[0].toUpperCase()}${count.slice(1)}.`] : [];
     if (counts !== undefined) {
       const found = await send(call, { ...body, dry_run: true });
       lines.push(`${found.count.toLocaleString("en")} selected.`);
@@ -66,9 +66,11 @@ async function act(button) {
     if (!await confirmed(button.textContent, lines, command)) return;
     button.disabled = true;
     const result = await send(call, body);
-    sessionStorage.setItem("said", `${button.textContent}: done. ${summary(result)}`);
+    sessionStorage.setItem("said", `${button.textContent}: ${summary(result)}`);
     sessionStorage.setItem("focus", button.dataset.call + button.dataset.body);
-    location.reload();
+    if (/^rpl_/.test(result.id) && result.state) location.href = `${root}replays/${result.id}`;
+    else if (/^evt_/.test(result.event_id)) location.href = `${root}events/${result.event_id}`;
+    else location.reload();
   } catch (error) {
     say(`${button.textContent} failed: ${error.message}`);
   } finally {
@@ -77,9 +79,13 @@ async function act(button) {
   }
 }
 
-const summary = (result) => Object.entries(result)
-  .filter(([, value]) => typeof value === "number" || typeof value === "string")
-  .slice(0, 6).map(([name, value]) => `${name.replaceAll("_", " ")} ${value}`).join(", ");
+// A test of a destination has a verdict in words; other results are numbers and words by name.
+function summary(result) {
+  if (result.verdict) return [result.verdict, result.hint].filter(Boolean).join(". ");
+  const parts = Object.entries(result).filter(([, value]) => typeof value === "number")
+    .map(([name, value]) => `${name.replaceAll("_", " ")} ${value.toLocaleString("en")}`);
+  return ["done", ...parts.slice(0, 4)].join(", ");
+}
 
 function afterReload() {
   const said = sessionStorage.getItem("said");
@@ -174,9 +180,26 @@ function follow() {
   }
 }
 
+// --- progress ---------------------------------------------------------------------------------------------
+
+async function progress() {
+  const element = document.querySelector("[data-progress]");
+  if (!element) return;
+  while (!document.hidden) {
+    const answer = await fetch(api + element.dataset.progress);
+    if (!answer.ok) return;
+    const { count, done, state } = await answer.json();
+    element.querySelector("progress").value = done;
+    element.querySelector("[data-progress-text]").textContent =
+      `${done.toLocaleString("en")} of ${count.toLocaleString("en")}`;
+    if (state !== "running" && state !== "cancelling") { location.reload(); return; }
+    await new Promise((resolve) => { setTimeout(resolve, 1000); });
+  }
+}
+
 // --- keys -------------------------------------------------------------------------------------------------
 
-const GO = { n: "", e: "events" };
+const GO = { n: "", e: "events", l: "deliveries", d: "destinations", r: "refused" };
 let before = "";
 
 function step(by) {
@@ -201,7 +224,8 @@ document.addEventListener("keydown", (event) => {
   before = key;
 });
 
-document.addEventListener("visibilitychange", () => { follow(); age(); });
+document.addEventListener("visibilitychange", () => { follow(); age(); progress().catch(() => {}); });
+progress().catch(() => {});
 afterReload();
 follow();
 setInterval(age, 1000);

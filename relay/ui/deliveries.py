@@ -1,0 +1,213 @@
+"""Deliveries and attempts: find those that need a change, change all that match, or look at one."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from aiohttp import web
+
+from relay.api.words import END_REASONS
+from relay.errors import RelayError
+from relay.ui.markup import Content, Markup, tag
+from relay.ui.page import Visit
+from relay.ui.parts import (
+    NONE,
+    action,
+    api_query,
+    attempt_result,
+    command,
+    command_of_list,
+    fields,
+    filter_form,
+    options_of,
+    pages,
+    state,
+    table,
+    when,
+)
+
+SECTION = "deliveries"
+
+
+async def list_(visit: Visit) -> web.Response:
+    """List deliveries; changes apply to all that match the filter, on every page."""
+    page = await visit.ask("listDeliveries", query=api_query(visit))
+    return visit.page(
+        "Deliveries",
+        filter_form(visit, "deliveries"),
+        tag("p", *_changes(visit), class_="actions"),
+        table(
+            "Newest first",
+            ("Event", "Destination", "State", "Attempts", "Last result", "Created", "Due"),
+            [_row(visit, each) for each in page["items"]],
+            empty="No delivery matches on this page; there may be more."
+            if page["next_cursor"]
+            else "No deliveries.",
+        ),
+        pages(visit, page["next_cursor"]),
+        tag("p", command_of_list("deliveries", "deliveries", "list", query=visit.query)),
+        section=SECTION,
+    )
+
+
+def _row(visit: Visit, each: Mapping[str, Any]) -> tuple[Content, ...]:
+    return (
+        tag("a", each["type"], href=visit.link(SECTION, each["id"])),
+        tag("a", each["destination"], href=visit.link("destinations", each["destination"])),
+        state(each["state"]),
+        each["attempts"],
+        _last(each),
+        when(visit, each["created_at"]),
+        when(visit, each["next_attempt_at"]),
+    )
+
+
+def _last(delivery: Mapping[str, Any]) -> str:
+    if delivery["last_error"]:
+        return str(delivery["last_error"])
+    return NONE if delivery["last_status"] is None else f"HTTP {delivery['last_status']}"
+
+
+def _changes(visit: Visit) -> Iterator[Content]:
+    """Yield the changes of all deliveries that match the page's filter.
+
+    A dry run with the same filter counts them before the confirmation. The API selects by the fields of
+    `selection`, so there are none for a list of one event.
+    """
+    query = {name: value for name, value in visit.query.items() if name not in ("cursor", "limit") and value}
+    chosen = query.get("state")
+    if "id" in query or "event_id" in query or not set(query) - {"state"}:
+        return
+    selected = {**api_query(visit, "selection"), **({"state": chosen} if chosen else {})}
+    words = options_of("selection", query)
+    if chosen is not None:
+        label = "Retry all now" if chosen == "pending" else "Send all again"
+        yield action(
+            visit, label, "deliveries", "retry", *words,
+            call="POST deliveries/retry", body={"filter": selected}, counts=True,
+        )  # fmt: skip
+    if chosen in (None, "pending"):
+        yield action(
+            visit, "Cancel all pending", "deliveries", "cancel", *words,
+            call="POST deliveries/cancel", body={"filter": selected}, counts=True, danger=True,
+        )  # fmt: skip
+
+
+async def show(visit: Visit) -> web.Response:
+    """Show a delivery: its attempts with their responses, and the request that it sends."""
+    id_ = visit.path["id"]
+    shown = await visit.ask("showDelivery", {"id": id_})
+    ended = END_REASONS.get(shown["reason"] or "", shown["reason"])
+    return visit.page(
+        f"{shown['type']} to {shown['destination']}",
+        tag("p", state(shown["state"], f"{shown['state']}: {ended}" if ended else None), class_="summary"),
+        tag("p", *changes_of(visit, shown), class_="actions"),
+        fields(
+            ("Delivery", tag("code", shown["id"], data_copy=shown["id"])),
+            ("Event", tag("a", shown["event_id"], href=visit.link("events", shown["event_id"]))),
+            (
+                "Destination",
+                tag("a", shown["destination"], href=visit.link("destinations", shown["destination"])),
+            ),
+            ("Created", when(visit, shown["created_at"])),
+            ("Ended", when(visit, shown["finished_at"])),
+            ("Due", when(visit, shown["next_attempt_at"])),
+            ("Repeats", _delivery_link(visit, shown["replay_of"])),
+            *([("Group", shown["group_key"])] if shown["group_key"] is not None else []),
+        ),
+        tag("h2", "Attempts"),
+        attempts_table(visit, shown["tries"], "Latest first"),
+        *_answers(visit, shown["tries"]),
+        tag("h2", "Request"),
+        await _request(visit, shown),
+        tag("p", command("deliveries", "show", shown["id"])),
+        section=SECTION,
+    )
+
+
+def _delivery_link(visit: Visit, id_: str | None) -> Content:
+    return NONE if id_ is None else tag("a", id_, href=visit.link(SECTION, id_))
+
+
+def changes_of(visit: Visit, delivery: Mapping[str, Any]) -> Iterator[Content]:
+    """Yield the changes of one delivery."""
+    id_, pending = delivery["id"], delivery["state"] == "pending"
+    yield action(
+        visit, "Send now" if pending else "Send again", "deliveries", "retry", id_,
+        call="POST deliveries/retry", body={"ids": [id_]}, count="1 delivery",
+    )  # fmt: skip
+    if pending:
+        yield action(
+            visit, "Cancel", "deliveries", "cancel", id_,
+            call="POST deliveries/cancel", body={"ids": [id_]}, count="1 delivery", danger=True,
+        )  # fmt: skip
+
+
+def attempts_table(visit: Visit, attempts: list[dict[str, Any]], caption: str) -> Markup:
+    """Return a table of attempts of one delivery."""
+    rows = [
+        (when(visit, each["started_at"]), attempt_result(each), f"{each['duration_ms']:,.1f} ms")
+        for each in attempts
+    ]
+    return table(caption, ("Started", "Result", "Took"), rows, empty="No attempt yet.")
+
+
+def _answers(visit: Visit, attempts: list[dict[str, Any]]) -> Iterator[Content]:
+    """Yield the bodies of the latest different responses, as text."""
+    latest: dict[str, dict[str, Any]] = {}
+    for each in attempts:
+        if each["answer"].strip():
+            latest.setdefault(each["answer"], each)
+    for text, each in list(latest.items())[:3]:
+        cut = ", cut off" if each["truncated"] else ""
+        summary = tag("summary", f"Response {each['status']}{cut}, ", when(visit, each["started_at"]))
+        yield tag("details", summary, tag("pre", "\n", text, tabindex=0, aria_label="Response"))
+
+
+async def _request(visit: Visit, delivery: Mapping[str, Any]) -> Content:
+    try:
+        made = await visit.ask("showRequest", {"id": delivery["id"]})
+    except RelayError as error:
+        return tag("p", error.message)
+    head = "\n".join((f"{made['method']} {made['url']}", *(f"{k}: {v}" for k, v in made["headers"].items())))
+    body = made["body"] if made["body"] is not None else f"(not text; Base64)\n{made['body_base64']}"
+    cut = tag("p", f"The first {_MOST_BODY:,} of {len(body):,} characters.") if body[_MOST_BODY:] else None
+    return [
+        tag("p", "As an attempt would send it now; secrets and signatures are masked."),
+        tag("pre", "\n", head, tabindex=0, aria_label="Head of the request"),
+        tag("pre", "\n", body[:_MOST_BODY], tabindex=0, aria_label="Body of the request"),
+        cut,
+        tag("p", command("deliveries", "request", delivery["id"], "--curl")),
+    ]
+
+
+_MOST_BODY = 16 * 1024
+"""Characters of a request's body that are shown."""
+
+
+async def attempts(visit: Visit) -> web.Response:
+    """List attempts, newest first."""
+    page = await visit.ask("listAttempts", query=api_query(visit))
+    return visit.page(
+        "Attempts",
+        filter_form(visit, "attempts"),
+        table(
+            "Newest first",
+            ("Event", "Destination", "Result", "Took", "Started"),
+            [
+                (
+                    tag("a", each["type"], href=visit.link(SECTION, each["delivery_id"])),
+                    tag("a", each["destination"], href=visit.link("destinations", each["destination"])),
+                    attempt_result(each),
+                    f"{each['duration_ms']:,.1f} ms",
+                    when(visit, each["started_at"]),
+                )
+                for each in page["items"]
+            ],
+            empty="No attempt matches on this page; there may be more."
+            if page["next_cursor"]
+            else "No attempts.",
+        ),
+        pages(visit, page["next_cursor"]),
+        tag("p", command_of_list("attempts", "attempts", "list", query=visit.query)),
+        section=SECTION,
+    )

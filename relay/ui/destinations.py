@@ -1,0 +1,262 @@
+"""Destinations: the list, and one with its backlog, its failures and what a change would do."""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from aiohttp import web
+
+from relay.api.words import held_text, hold_advice
+from relay.config.effective import as_toml
+from relay.ui.markup import Content, Markup, join, tag
+from relay.ui.page import Visit
+from relay.ui.parts import (
+    NONE,
+    action,
+    attempt_result,
+    command,
+    duration,
+    fields,
+    number,
+    prose,
+    spark,
+    state,
+    table,
+    when,
+)
+
+SECTION = "destinations"
+FAILURES = 100
+"""Failed attempts that are read to group them: each may have a response body of 16 KiB."""
+
+_UNTIL_FIXED = ("circuit open", "resting")
+"""Holds that a successful test can end."""
+
+
+async def list_(visit: Visit) -> web.Response:
+    """List the destinations of config.toml, and others with pending deliveries."""
+    page = await visit.ask("listDestinations")
+    return visit.page(
+        "Destinations",
+        table(
+            "Deliveries by state",
+            ("Destination", "State", "Pending", "Dead", "Delivered", "Last success", "Host"),
+            [_row(visit, each) for each in page["items"]],
+            empty="config.toml has no destinations.",
+        ),
+        tag("p", command("destinations", "list")),
+        section=SECTION,
+    )
+
+
+def _row(visit: Visit, each: Mapping[str, Any]) -> tuple[Content, ...]:
+    name = each["name"]
+    return (
+        tag("a", name, href=visit.link(SECTION, name)),
+        held(visit, each),
+        count_link(visit, name, "pending", each["pending"]),
+        count_link(visit, name, "dead", each["dead"]),
+        count_link(visit, name, "delivered", each["delivered"]),
+        when(visit, each["last_success"]),
+        each["url_host"] or NONE,
+    )
+
+
+def held(visit: Visit, each: Mapping[str, Any]) -> Content:
+    """Return whether deliveries are sent, and if not, why and until when."""
+    reason, until = each["held"], each.get("paused_until")
+    word = "delivered" if reason is None else "expired" if reason.startswith("paused") else "dead"
+    text = held_text(reason)
+    return [state(word, text), [", ends ", when(visit, until)] if until else None]
+
+
+def count_link(visit: Visit, destination: str, word: str, count: int) -> Markup:
+    """Return a number of deliveries as a link to the list of them."""
+    address = visit.link("deliveries", destination=destination, state=word)
+    return tag("a", number(count), href=address, data_live=destination if word == "pending" else None)
+
+
+async def show(visit: Visit) -> web.Response:
+    """Show whether a destination gets its deliveries, why not, and what letting them go would mean."""
+    name = visit.path["name"]
+    shown = await visit.ask("showDestination", {"name": name})
+    config = (await visit.ask("showConfig"))["config"]["destinations"].get(name)
+    past: Mapping[str, Any] = next(
+        (each for each in (await visit.ask("history"))["destinations"] if each["name"] == name), {}
+    )
+    failed = await visit.ask(
+        "listAttempts", query={"destination": name, "failed": "1", "since": "1h", "limit": str(FAILURES)}
+    )
+    retried = shown["held"] is None and shown["oldest"] is not None and shown["oldest"]["last_error"]
+    advice = hold_advice(name, "retried" if retried else shown["held"])
+    return visit.page(
+        name,
+        tag("p", held(visit, shown), [" · ", prose(advice)] if advice else None, class_="summary"),
+        tag("p", *_actions(visit, shown, config), class_="actions"),
+        fields(*_facts(visit, shown)),
+        tag("h2", "Last hour"),
+        _history(past),
+        tag("h2", "Failures of the last hour"),
+        table(
+            f"By result, of the newest {FAILURES}" if failed["next_cursor"] else "By result",
+            ("Result", "Attempts", "Latest"),
+            list(_failures(visit, name, failed["items"])),
+            empty="No failed attempt.",
+        ),
+        tag("h2", "Pending deliveries"),
+        tag("p", _forecast(shown, config, past)),
+        _oldest(visit, shown),
+        _settings(name, config),
+        tag("p", command("destinations", "show", name)),
+        section=SECTION,
+    )
+
+
+def _facts(visit: Visit, shown: Mapping[str, Any]) -> Iterator[tuple[str, Content]]:
+    name = shown["name"]
+    yield "Host", shown["url_host"] or NONE
+    if shown.get("node"):
+        yield "Node", shown["node"]
+    yield "Events", ", ".join(shown.get("events") or ()) or NONE
+    yield "Last success", when(visit, shown["last_success"])
+    if shown.get("failing_since"):
+        yield "Failing since", when(visit, shown["failing_since"])
+    if shown.get("disabled_at"):
+        yield "Disabled", when(visit, shown["disabled_at"])
+    if shown.get("held_until") and not shown["paused_until"]:
+        yield "Next attempt", when(visit, shown["held_until"])
+    if shown["certificate_expires"]:
+        yield "Certificate", ["expires ", when(visit, shown["certificate_expires"])]
+    counts = [
+        [count_link(visit, name, word, shown[word]), f" {word}"]
+        for word in ("pending", "delivered", "dead", "expired", "cancelled")
+    ]
+    yield "Deliveries", [[each, " · " if each is not counts[-1] else None] for each in counts]
+    created = shown["created"]
+    ended = sum(shown[word] for word in ("delivered", "dead", "expired", "cancelled"))
+    missing = created - ended - shown["pending"]
+    proof = state("delivered", "balanced") if not missing else state("dead", f"{missing:+,} unaccounted")
+    yield "Ledger", [f"{number(created)} created = ended + pending: ", proof]
+
+
+def _actions(visit: Visit, shown: Mapping[str, Any], config: Mapping[str, Any] | None) -> Iterator[Content]:
+    """Yield the buttons that apply to the destination's state."""
+    name, reason, pending = shown["name"], shown["held"], shown["pending"]
+    base = f"POST destinations/{name}"
+    waiting = f"{pending:,} pending {'delivery' if pending == 1 else 'deliveries'}"
+    chosen = {"destination": name, "state": "pending"}
+    where = ("--destination", name, "--state", "pending")
+    if config is not None:
+        yield action(
+            visit, "Test", "destinations", "test", name, call=f"{base}/test",
+            count="one signed ping; it changes nothing",
+        )  # fmt: skip
+        if reason in _UNTIL_FIXED:
+            yield action(
+                visit, "Test and deliver", "destinations", "test", name, "--close-circuit",
+                call=f"{base}/test", body={"close_circuit": True},
+                count=f"one signed ping; after a 2xx, the {waiting} go out, one at a time at first",
+            )  # fmt: skip
+        if reason == "paused":
+            yield action(
+                visit, "Resume", "destinations", "resume", name, call=f"{base}/resume", count=waiting
+            )
+        elif reason is None or not reason.startswith(("paused", "disabled")):
+            yield action(
+                visit, "Pause", "destinations", "pause", name, call=f"{base}/pause",
+                count=f"{waiting}, and later ones; they wait until you resume it",
+            )  # fmt: skip
+        if reason is not None and reason.startswith("disabled"):
+            yield action(
+                visit, "Enable", "destinations", "enable", name, call=f"{base}/enable", count=waiting
+            )
+    if pending and reason is None:
+        yield action(
+            visit, "Retry pending now", "deliveries", "retry", *where,
+            call="POST deliveries/retry", body={"filter": chosen}, counts=True,
+        )  # fmt: skip
+    if pending:
+        yield action(
+            visit, "Cancel pending", "deliveries", "cancel", *where,
+            call="POST deliveries/cancel", body={"filter": chosen}, counts=True, danger=True,
+        )  # fmt: skip
+
+
+def _history(past: Mapping[str, Any]) -> Markup:
+    rows = []
+    for key, label, unit in (
+        ("succeeded", "Successful attempts", ""),
+        ("failed", "Failed attempts", ""),
+        ("p95_ms", "95 % took at most", " ms"),
+        ("pending", "Pending", ""),
+    ):
+        values = [value for value in past.get(key, ()) if value is not None]
+        if unit or key == "pending":
+            figure = f"{values[-1]:,.0f}{unit} now, at most {max(values):,.0f}{unit}" if values else NONE
+        else:
+            figure = number(round(sum(values))) if values else NONE
+        rows.append((label, figure, spark(past.get(key, ()), label)))
+    return table("Oldest minute first", ("Figure", "Value", "Minutes"), rows)
+
+
+def _failures(
+    visit: Visit, name: str, attempts: Sequence[Mapping[str, Any]]
+) -> Iterator[tuple[Content, ...]]:
+    """Yield a row for each kind of failure, the most frequent first."""
+    counted: Counter[tuple[str, int | None]] = Counter()
+    latest: dict[tuple[str, int | None], Mapping[str, Any]] = {}
+    for each in attempts:
+        kind = (each["result"], each["status"])
+        counted[kind] += 1
+        latest.setdefault(kind, each)
+    for kind, count in counted.most_common():
+        address = visit.link("attempts", destination=name, result=kind[0], since="1h")
+        newest = latest[kind]
+        yield (
+            attempt_result(newest),
+            tag("a", number(count), href=address),
+            [
+                tag("a", newest["type"], href=visit.link("deliveries", newest["delivery_id"])),
+                " ",
+                when(visit, newest["started_at"]),
+            ],
+        )
+
+
+def _forecast(shown: Mapping[str, Any], config: Mapping[str, Any] | None, past: Mapping[str, Any]) -> str:
+    """Return how long the backlog takes, from the duration of the latest attempts and the limits."""
+    pending = shown["pending"]
+    if not pending:
+        return "None."
+    counts = f"{pending:,} pending, {shown['due']:,} due, {shown['in_flight'] or 0:,} in flight."
+    quick = [value for value in past.get("p50_ms", ()) if value is not None]
+    if config is None or not quick:
+        return counts
+    slots = config["concurrency"]
+    seconds = pending * quick[-1] / 1000 / slots
+    return (
+        f"{counts} At {slots} at once and {quick[-1]:,.0f} ms each, they take about {duration(seconds)}"
+        f"{'' if 'rate' not in config else ' or longer: the rate is limited to ' + str(config['rate'])}."
+    )
+
+
+def _oldest(visit: Visit, shown: Mapping[str, Any]) -> Content:
+    rows = [
+        (
+            tag("a", which, href=visit.link("deliveries", each["id"])),
+            state(each["state"]),
+            each["type"],
+            when(visit, each["created_at"]),
+            each["last_error"] or NONE,
+        )
+        for which, each in (("oldest pending", shown["oldest"]), ("latest", shown["latest"]))
+        if each
+    ]
+    return table("Two deliveries", ("Delivery", "State", "Type", "Created", "Last error"), rows, empty="")
+
+
+def _settings(name: str, config: Mapping[str, Any] | None) -> Content:
+    if config is None:
+        return tag("p", "It is not in config.toml.")
+    lines = "\n".join(as_toml({"destinations": {name: config}})).strip()
+    return tag("details", tag("summary", "Settings, including defaults"), join(tag("pre", "\n", lines)))

@@ -1,0 +1,162 @@
+"""Refused requests: which senders were refused and why, and one request with its head and body."""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from aiohttp import web
+
+from relay.ui.markup import Content, tag
+from relay.ui.page import Visit
+from relay.ui.parts import (
+    NONE,
+    action,
+    api_query,
+    command,
+    command_of_list,
+    fields,
+    filter_form,
+    number,
+    pages,
+    size,
+    state,
+    table,
+    when,
+)
+
+SECTION = "refused"
+NO_SOURCE = "no source owns this path"
+
+
+async def list_(visit: Visit) -> web.Response:
+    """List refused requests, with the counts of the last hour above."""
+    page = await visit.ask("listRefused", query=api_query(visit))
+    history = await visit.ask("history", query={"periods": "1"})
+    return visit.page(
+        "Refused requests",
+        table(
+            "All refused requests of the last hour",
+            ("Source", "Refused", "Of which kept, on this page"),
+            list(_sources(visit, history["sources"], page["items"])),
+            empty="No request to a source was refused in the last hour.",
+        ),
+        filter_form(visit, "refused"),
+        table(
+            "Kept requests, newest first",
+            ("Problem", "Source", "Status", "Request", "Sender", "At", "Retried"),
+            [_row(visit, each) for each in page["items"]],
+            empty="No request matches on this page; there may be more."
+            if page["next_cursor"]
+            else "No refused requests.",
+        ),
+        pages(visit, page["next_cursor"]),
+        tag(
+            "p",
+            "Requests that were refused with 429 or 503 are not kept, because their senders repeat them.",
+            class_="note",
+        ),
+        tag("p", command_of_list("refused", "refused", "list", query=visit.query)),
+        section=SECTION,
+    )
+
+
+def _sources(
+    visit: Visit, history: Sequence[Mapping[str, Any]], items: Sequence[Mapping[str, Any]]
+) -> Iterator[tuple[Content, ...]]:
+    kept: dict[str, Counter[str]] = {}
+    for each in items:
+        kept.setdefault(each["source"] or "", Counter())[each["reason"]] += 1
+    for source in history:
+        count = sum(value or 0 for value in source["refused"])
+        if count:
+            reasons = kept.get(source["name"], Counter()).most_common()
+            yield (
+                tag("a", source["name"], href=visit.link(SECTION, source=source["name"])),
+                number(round(count)),
+                ", ".join(f"{reason} {times}" for reason, times in reasons) or NONE,
+            )
+
+
+def _row(visit: Visit, each: Mapping[str, Any]) -> tuple[Content, ...]:
+    return (
+        tag("a", each["problem"] or each["reason"], href=visit.link(SECTION, each["id"])),
+        each["source"] or NO_SOURCE,
+        f"{each['status']} {each['reason']}",
+        tag("code", f"{each['method']} {each['target']}"),
+        each["remote"],
+        when(visit, each["at"]),
+        _retried(visit, each),
+    )
+
+
+def _retried(visit: Visit, each: Mapping[str, Any]) -> Content:
+    if each["retried_at"] is None:
+        return NONE
+    if each["event_id"] is None:
+        return ["refused again ", when(visit, each["retried_at"])]
+    return tag("a", state("delivered", "stored"), href=visit.link("events", each["event_id"]))
+
+
+async def show(visit: Visit) -> web.Response:
+    """Show a refused request, what to do about it, and its head and body with masked tokens."""
+    id_ = visit.path["id"]
+    shown = await visit.ask("showRefused", {"id": id_})
+    head = [f"{shown['method']} {shown['target']}", *(f"{name}: {value}" for name, value in shown["headers"])]
+    retry = action(
+        visit, "Handle again", "refused", "retry", shown["id"],
+        call=f"POST refused/{shown['id']}/retry",
+        count="1 request; if the source accepts it now, it becomes an event and is delivered",
+    )  # fmt: skip
+    return visit.page(
+        shown["problem"] or shown["reason"],
+        tag("p", state("dead", f"{shown['status']} {shown['reason']}"), class_="summary"),
+        tag("p", retry, class_="actions") if shown["can_retry"] and shown["event_id"] is None else None,
+        fields(
+            ("Request", tag("code", shown["id"], data_copy=shown["id"])),
+            ("Source", _source(visit, shown["source"])),
+            ("Field", shown["field"] or NONE),
+            ("Sender", shown["remote"]),
+            ("At", when(visit, shown["at"])),
+            ("Body", size(shown["size"]) + ("" if shown["can_retry"] else ", not kept")),
+            ("Retried", _retried(visit, shown)),
+        ),
+        tag("h2", "What to do"),
+        tag("p", *_advice(shown)),
+        tag("h2", "Head"),
+        tag("pre", "\n", "\n".join(head), tabindex=0, aria_label="Head"),
+        *_body(shown),
+        tag("p", command("refused", "show", shown["id"])),
+        section=SECTION,
+    )
+
+
+def _source(visit: Visit, name: str | None) -> Content:
+    return NO_SOURCE if name is None else tag("a", name, href=visit.link("sources", name))
+
+
+def _advice(shown: Mapping[str, Any]) -> Iterator[Content]:
+    source = shown["source"]
+    if source is None:
+        yield "Compare the sender's address with the paths of the sources: "
+        yield command("sources", "list")
+    elif shown["reason"] == "auth":
+        yield "Compare the sender's secret with the one in config.toml. To find out why it does not match: "
+        yield command("verify", "--source", source, "--request", "captured.http")
+    elif shown["can_retry"]:
+        yield "Correct the configuration or the plugin, and handle the request again: "
+        yield command("refused", "retry", shown["id"])
+    else:
+        yield "Correct the sender, or the source's settings: "
+        yield command("sources", "show", source)
+
+
+def _body(shown: Mapping[str, Any]) -> Iterator[Content]:
+    if shown["body"] is not None:
+        yield tag("h2", "Body")
+        yield tag("pre", "\n", shown["body"][:_MOST_BODY], tabindex=0, aria_label="Body")
+        if len(shown["body"]) > _MOST_BODY:
+            yield tag("p", f"The first {_MOST_BODY:,} characters.")
+
+
+_MOST_BODY = 16 * 1024
+"""Characters of a body that are shown."""

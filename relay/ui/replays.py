@@ -1,0 +1,77 @@
+"""Replays: the list, and one with its progress, which the script keeps current."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from aiohttp import web
+
+from relay.ui.markup import Content, Markup, tag
+from relay.ui.page import Visit
+from relay.ui.parts import NONE, action, duration, fields, number, state, table, when
+
+SECTION = "replays"
+_STATES = {"running": "pending", "done": "delivered", "failed": "dead", "cancelled": "cancelled"}
+
+
+async def list_(visit: Visit) -> web.Response:
+    """List the replays since the daemon started."""
+    page = await visit.ask("listReplays")
+    return visit.page(
+        "Replays",
+        table(
+            "Since the daemon started",
+            ("Replay", "State", "Done", "Of", "To", "Began"),
+            [_row(visit, each) for each in page["items"]],
+            empty="None since the daemon started.",
+        ),
+        section=SECTION,
+    )
+
+
+def _row(visit: Visit, each: Mapping[str, Any]) -> tuple[Content, ...]:
+    return (
+        tag("a", each["id"], href=visit.link(SECTION, each["id"])),
+        _state(each),
+        number(each["done"]),
+        number(each["count"]),
+        each["to"] or "the same destinations",
+        when(visit, each["began_at"]),
+    )
+
+
+def _state(replay: Mapping[str, Any]) -> Markup:
+    return state(_STATES.get(replay["state"], ""), replay["state"])
+
+
+async def show(visit: Visit) -> web.Response:
+    """Show a replay and its progress."""
+    id_ = visit.path["id"]
+    replay = await visit.ask("showReplay", {"id": id_})
+    running = replay["state"] in ("running", "cancelling")
+    left = replay["eta_seconds"]
+    bar = tag("progress", value=replay["done"], max=max(1, replay["count"]), aria_label="Progress")
+    return visit.page(
+        f"Replay {id_}",
+        tag("p", _state(replay), f": {replay['error']}" if replay["error"] else None, class_="summary"),
+        tag(
+            "p",
+            bar,
+            " ",
+            tag("span", f"{replay['done']:,} of {replay['count']:,}", data_progress_text=True),
+            data_progress=f"replays/{id_}" if running else None,
+        ),
+        action(
+            visit, "Stop", "replays", "cancel", id_,
+            call=f"DELETE replays/{id_}", count="the rest of this replay", danger=True,
+        ) if running else None,
+        fields(
+            ("Created", f"{number(replay['created'])} deliveries"),
+            ("Skipped", f"{number(replay['skipped'])}: already pending"),
+            ("Rate", f"{replay['rate']}, {replay['per_second']:,.1f}/s now"),
+            ("Left", NONE if left is None else duration(left)),
+            ("To", replay["to"] or "the same destinations"),
+            ("Began", when(visit, replay["began_at"])),
+            ("Ended", when(visit, replay["ended_at"])),
+        ),
+        section=SECTION,
+    )  # fmt: skip

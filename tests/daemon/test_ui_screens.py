@@ -1,0 +1,169 @@
+"""The screens of the dashboard: what they show, what their buttons send, and what hostile data become."""
+
+import asyncio
+import json
+
+import pytest
+import receivers
+from daemons import SOURCES, destination, running, write_config
+from test_ui import HEADERS, HOSTILE, get, page, store
+from wire import exchange, request
+
+from relay.ui.app import SCREENS
+
+HELD = "paused = true"
+PAGE = f"<h1>Bad gateway</h1><script>alert(1)</script>{HOSTILE}".encode()
+
+
+@pytest.fixture
+async def relay(tmp_path):
+    """Run a relay with a destination that accepts, one that fails with a hostile page, and a paused one."""
+    async with (
+        receivers.answers(status="201 Created") as good,
+        receivers.answers(status="404 Not Found", body=PAGE) as bad,
+    ):
+        shop = destination("shop", bad.url).replace('["0.1s", "0.1s", "0.1s", "0.1s"]', "[]")
+        config = write_config(
+            tmp_path, SOURCES, destination("crm", good.url), shop, destination("bi", good.url, HELD)
+        )
+        async with running(config) as relay:
+            yield relay
+
+
+async def ended(relay, name, state):
+    """Store a hostile event; return its delivery to this destination when it has this state."""
+    event = await store(relay, session=HOSTILE, total=45)
+    async with asyncio.timeout(30):
+        while True:
+            for row in await relay.rows("deliveries"):
+                if row["event_id"] == event and row["destination"] == name and row["state"] == state:
+                    return row
+            await asyncio.sleep(0.01)
+
+
+def buttons(found):
+    """Return the changes that a page offers, by their commands."""
+    return {each["data-command"]: each for each in found.all("button") if "data-call" in each}
+
+
+async def refuse(relay, path="/nowhere"):
+    """Send a request that no source accepts; return its id among the refused ones."""
+    await relay.exchange(request("POST", path, b"{}"))
+    await relay.app.ingest.refused.flush()
+    [[refused], _] = await relay.app.store.refused.page(limit=1)
+    return refused.id
+
+
+async def test_every_screen_shows_hostile_data_as_text(relay):
+    dead = await ended(relay, "shop", "dead")
+    refused = await refuse(relay, f"/%22%3E%3Cscript%3Ealert(1)%3C/script%3E?a={'<img/src=x>'}")
+    replay = {"filter": {"state": "dead", "destination": "shop"}}
+    answer = await exchange(
+        relay.addresses.socket, request("POST", "/api/deliveries/retry", json.dumps(replay).encode())
+    )
+    ids = {
+        "/events/{id}": dead["event_id"], "/deliveries/{id}": dead["id"], "/refused/{id}": refused,
+        "/replays/{id}": json.loads(answer.body)["id"],
+    }  # fmt: skip
+    for path in SCREENS:
+        address = path.replace("{id}", ids.get(path, "")).replace("{name}", "shop")
+        answer = await get(relay, f"/ui{address}")
+        assert HEADERS.items() <= answer.headers.items()
+        status, found = await page(relay, f"/ui{address}")
+        assert status == 200, address
+        assert len(found.all("script")) == 1, address
+        assert found.all("img") == []
+        assert not [each for _, each in found.elements if any(key.startswith("on") for key in each)]
+        assert not {"\x1b", "\u202e"} & set(found.text)
+        assert len(answer.body) < 60_000
+
+
+async def test_a_destination_shows_its_failures_and_ledger(relay):
+    await ended(relay, "shop", "dead")
+    status, found = await page(relay, "/ui/destinations/shop")
+    assert status == 200
+    assert "4xx: HTTP 404 Not Found" in found.text
+    assert "1 created = ended + pending: ✔ balanced" in found.text
+    links = [each["href"] for each in found.all("a")]
+    assert "../attempts?destination=shop&result=4xx&since=1h" in links
+    assert "../deliveries?destination=shop&state=dead" in links
+    assert "127.0.0.1" in found.text
+    status, found = await page(relay, "/ui/destinations/ship")
+    assert (status, 'did you mean "shop"' in found.text) == (404, True)
+
+
+async def test_the_buttons_of_a_destination_fit_its_state(relay):
+    await store(relay)
+    _, found = await page(relay, "/ui/destinations/bi")
+    assert "relay destinations resume bi" not in buttons(found)
+    assert "paused = false" in found.text
+    assert "1 pending" in found.text
+    _, found = await page(relay, "/ui/destinations/crm")
+    assert {"relay destinations test crm", "relay destinations pause crm"} <= buttons(found).keys()
+    await relay.operator("POST", "/api/destinations/crm/pause")
+    _, found = await page(relay, "/ui/destinations/crm")
+    assert buttons(found)["relay destinations resume crm"]["data-call"] == "POST destinations/crm/resume"
+    await relay.operator("POST", "/api/destinations/crm/resume")
+    await relay.operator("POST", "/api/destinations/crm/disable")
+    _, found = await page(relay, "/ui/destinations/crm")
+    assert "relay destinations enable crm" in buttons(found)
+    assert "relay destinations pause crm" not in buttons(found)
+
+
+async def test_changes_of_a_list_apply_to_its_filter(relay):
+    await ended(relay, "shop", "dead")
+    query = "destination=shop&state=dead&since=2h&where=type~adorn.*+and+subject"
+    status, found = await page(relay, f"/ui/deliveries?{query}")
+    assert status == 200
+    words = (
+        "relay deliveries retry --since 2h --destination shop --state dead"
+        " --where 'type~adorn.*' --where subject"
+    )
+    button = buttons(found)[words]
+    assert button["data-call"] == "POST deliveries/retry"
+    body = json.loads(button["data-body"])
+    assert body == {
+        "filter": {
+            "destination": "shop", "state": "dead", "since": "2h",
+            "where": {"type": {"glob": "adorn.*"}, "subject": {"exists": True}},
+        }
+    }  # fmt: skip
+    assert "relay deliveries list --since 2h" in found.text
+    counted = await exchange(
+        relay.addresses.socket,
+        request("POST", "/api/deliveries/retry", json.dumps({**body, "dry_run": True}).encode()),
+    )
+    shown = [each["href"] for each in found.all("a") if each["href"].startswith("./deliveries/dlv_")]
+    assert json.loads(counted.body) == {"count": len(shown)} == {"count": 1}
+    _, found = await page(relay, "/ui/deliveries?where=data.total%3E%3D100&state=dead")
+    assert "No deliver" in found.text
+    status, found = await page(relay, "/ui/deliveries?where=%3E%3D")
+    assert (status, "data.total>=100 and data.sale_made=true" in found.text) == (400, True)
+
+
+@pytest.mark.parametrize("query", ["", "?state=dead", "?event_id=evt_0&state=dead", "?id=dlv_0"])
+async def test_there_is_no_change_of_everything(relay, query):
+    _, found = await page(relay, f"/ui/deliveries{query}")
+    assert not buttons(found)
+
+
+async def test_a_delivery_shows_attempts_response_and_request(relay):
+    dead = await ended(relay, "shop", "dead")
+    _, found = await page(relay, f"/ui/deliveries/{dead['id']}")
+    assert "dead: all attempts failed" in found.text
+    assert "<h1>Bad gateway</h1><script>alert(1)</script>" in found.text
+    assert "webhook-id: " in found.text
+    assert "relay deliveries request" in found.text
+    assert json.loads(buttons(found)[f"relay deliveries retry {dead['id']}"]["data-body"]) == {
+        "ids": [dead["id"]]
+    }
+
+
+async def test_a_refused_request_shows_what_to_do(relay):
+    id_ = await refuse(relay)
+    _, found = await page(relay, "/ui/refused")
+    assert f"./refused/{id_}" in [each["href"] for each in found.all("a")]
+    _, found = await page(relay, f"/ui/refused/{id_}")
+    assert "no source owns this path" in found.text
+    assert "relay sources list" in found.text
+    assert not buttons(found)
