@@ -2,6 +2,7 @@
 
 import asyncio
 
+import asyncpg
 import pytest
 from postgres import needs_postgres
 from postgres_stores import emptied, url_of
@@ -76,6 +77,42 @@ class Node:
     async def settle(self, delivery, state="delivered"):
         attempt = Attempt(started_at=CLOCK.wall(), duration_ms=1.0, result="ok", status=200)
         return await self.store.deliveries.settle(Outcome(delivery=delivery, attempt=attempt, state=state))
+
+
+def hold_commits(node):
+    """Let the transactions of a node wait before they commit.
+
+    Returns two events: the first is set when one has written its rows, the second lets it commit.
+    """
+    writer = node.store.database.writer
+    make, written, allowed = writer._transaction, asyncio.Event(), asyncio.Event()
+
+    def held():
+        transaction = make()
+        commit = transaction.commit
+
+        async def wait_and_commit():
+            await transaction.run()
+            written.set()
+            await allowed.wait()
+            await commit()
+
+        transaction.commit = wait_and_commit
+        return transaction
+
+    writer._transaction = held
+    return written, allowed
+
+
+async def waits_or_ends(node, task):
+    """Wait until a statement in the node's database waits for a lock, or the task has ended."""
+    sql = """
+        SELECT count(*) FROM pg_stat_activity
+         WHERE datname = current_database() AND wait_event_type = 'Lock'
+    """
+    async with asyncio.timeout(30):
+        while not (task.done() or await node.store.database.value(sql)):  # noqa: ASYNC110 - the server knows
+            await asyncio.sleep(0.01)
 
 
 @pytest.fixture(autouse=True)
@@ -237,6 +274,64 @@ async def test_an_ordered_key_is_woken_at_the_node_that_owns_its_lane(nodes):
     assert await second.claim("erp") == ()
     assert await second.settle(follower)
     assert len(await second.claim("erp")) == 1
+
+
+@needs_postgres
+@pytest.mark.parametrize("is_end_first", [False, True], ids=["insert-first", "end-first"])
+async def test_no_delivery_is_stuck_behind_one_that_ends_at_another_node(nodes, is_end_first):
+    """Neither transaction sees the rows of the other, so the second one must wait for the first."""
+    first, second = nodes
+    for node in nodes:
+        node.options["erp"] = {"order_key": "k"}
+    await first.send()
+    [head] = await second.claim("erp")
+    written, allowed = hold_commits(second if is_end_first else first)
+    steps = [first.send, lambda: second.settle(head)]
+    if is_end_first:
+        steps.reverse()
+    before = asyncio.ensure_future(steps[0]())
+    await asyncio.wait_for(written.wait(), 30)
+    after = asyncio.ensure_future(steps[1]())
+    await waits_or_ends(first, after)
+    allowed.set()
+    await asyncio.gather(before, after)
+    [follower] = await second.claim("erp")
+    assert await second.settle(follower)
+
+
+@needs_postgres
+async def test_commits_of_two_nodes_do_not_wait_for_each_other(nodes):
+    """Both count deliveries of the same destinations and events of the same type."""
+    first, second = nodes
+    await first.send()
+    written, allowed = hold_commits(first)
+    held = asyncio.ensure_future(first.send())
+    await asyncio.wait_for(written.wait(), 30)
+    other = asyncio.ensure_future(second.send())
+    await waits_or_ends(second, other)
+    has_ended = other.done()
+    allowed.set()
+    await asyncio.gather(held, other)
+    assert has_ended
+
+
+@needs_postgres
+async def test_a_wake_up_is_not_part_of_the_commit(nodes):
+    """PostgreSQL runs commits with NOTIFY one after another, so another session sends it."""
+    first, second = nodes
+    senders = []
+    listener = await asyncpg.connect(first.store.database.address.dsn)
+    try:
+        await listener.add_listener("relay", lambda _connection, pid, *_: senders.append(pid))
+        await first.send()
+        await until(lambda: ("erp", False) in second.attendant.woken)
+        await listener.execute("SELECT pg_notify('relay', '')")
+        await until(lambda: listener.get_server_pid() in senders)
+    finally:
+        await listener.close()
+    writers = {node.store.database.writer.connection.pid for node in nodes}
+    assert set(senders) - {listener.get_server_pid()}
+    assert not writers & set(senders)
 
 
 @needs_postgres

@@ -1,0 +1,211 @@
+"""Mutants of the cluster: faults that several nodes on one database must not have, each found by a test.
+
+Run `python -m tests.torture.mutants`, or with the name of a mutant. For each, it copies the source, changes a
+few lines of the copy, and runs the tests that should fail.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+
+ROOT = Path(__file__).parents[2]
+COPIED = ("relay", "plugins", "tests", "bench", "pyproject.toml")
+POSTGRES = "relay/store/postgres"
+LIMIT = 120.0  # seconds for the tests of one mutant
+
+NODES = "tests/unit/test_postgres_nodes.py"
+SHARED = "tests/unit/test_postgres_shared.py"
+STORE = "tests/unit/test_postgres_store.py"
+OWNER = "tests/unit/test_owner.py"
+
+
+@dataclass(frozen=True)
+class Change:
+    """One text of a file, which occurs once, and what replaces it."""
+
+    path: str
+    old: str
+    new: str
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """Changes that make one fault, and the files with tests that must find it."""
+
+    changes: Sequence[Change]
+    tests: Sequence[str]
+
+
+MUTANTS = {
+    "renew-by-name": Mutant(
+        [
+            Change(
+                f"{POSTGRES}/nodes.py",
+                "WHERE l.name = h.name AND l.epoch = h.epoch AND l.incarnation = $1::uuid AND l.until >"
+                " clock_timestamp()\n    RETURNING l.name",
+                "WHERE l.name = h.name AND ($1::uuid, h.epoch) IS NOT NULL\n    RETURNING l.name",
+            )
+        ],
+        [NODES],
+    ),
+    "settle-without-compare-and-set": Mutant(
+        [
+            Change(
+                f"{POSTGRES}/commit.py",
+                "WHERE o.id = s.id AND o.attempts = s.before\n        RETURNING o.id, o.event_id",
+                "WHERE o.id = s.id\n        RETURNING o.id, o.event_id",
+            ),
+            Change(
+                f"{POSTGRES}/commit.py",
+                "WHERE o.id = s.id AND o.attempts = s.before\n        RETURNING o.id)",
+                "WHERE o.id = s.id\n        RETURNING o.id)",
+            ),
+        ],
+        [SHARED, STORE],
+    ),
+    "notify-in-the-transaction": Mutant(
+        [
+            Change(
+                f"{POSTGRES}/transaction.py",
+                """return f"WITH {', '.join(expressions)} {' UNION ALL '.join(results)}\"""",
+                """notify = "SELECT length(pg_notify('relay', '')::text)::bigint"
+    return f"WITH {', '.join(expressions)} {' UNION ALL '.join([*results, notify])}\"""",
+            )
+        ],
+        [SHARED],
+    ),
+    "shared-ledger-row": Mutant(
+        [
+            Change(
+                f"{POSTGRES}/commit.py",
+                "counts, sequences.slot, list(batch.ledger)",
+                "counts, 0, list(batch.ledger)",
+            )
+        ],
+        [SHARED],
+    ),
+    "shared-row-of-statistics": Mutant(
+        [Change(f"{POSTGRES}/commit.py", "STATS,\n            slot,", "STATS,\n            0 * slot,")],
+        [SHARED],
+    ),
+    "ordered-end-in-one-statement": Mutant(
+        [
+            Change(
+                f"{POSTGRES}/transitions.py",
+                "    places = await _lock(transaction, Counter({key: -count for key, count in"
+                " Counter(keys).items()}))\n"
+                "    rows = await transaction.fetch(FREE_SQL, *places, batch.steady)\n",
+                "    counts = sorted((name, text(key), -count) for (name, key), count in"
+                " Counter(keys).items())\n"
+                "    places = [row[0] for row in counts], [row[1] for row in counts]\n"
+                "    sql = f\"WITH locked AS ({LOCK_SQL}) {FREE_SQL.replace('$3', '$4')}\"\n"
+                "    changes = [row[2] for row in counts]\n"
+                "    rows = await transaction.fetch(sql, *places, changes, batch.steady)\n",
+            )
+        ],
+        [SHARED, STORE],
+    ),
+    "ordered-end-without-lock": Mutant(
+        [
+            Change(
+                f"{POSTGRES}/transitions.py",
+                "    places = await _lock(transaction, Counter({key: -count for key, count in"
+                " Counter(keys).items()}))\n",
+                "    places = [name for name, _ in keys], [text(key) for _, key in keys]\n",
+            )
+        ],
+        [SHARED, STORE],
+    ),
+    "ordered-insert-without-lock": Mutant(
+        [
+            Change(
+                f"{POSTGRES}/transitions.py",
+                "        places = await _lock(transaction, ordered)\n",
+                "        places = [name for name, _ in ordered], [text(key) for _, key in ordered]\n",
+            )
+        ],
+        [SHARED, STORE],
+    ),
+    "attempts-after-the-deadline": Mutant(
+        [
+            Change(
+                "relay/delivery/lane.py",
+                "or ((until := self.health.owned_until) != FOREVER and until <= self._clock.steady())\n",
+                "",
+            )
+        ],
+        [OWNER],
+    ),
+    "trust-from-the-answer": Mutant(
+        [
+            Change(
+                f"{POSTGRES}/nodes.py",
+                "            if name in renewed:\n                self._trust(name, asked)",
+                "            if name in renewed:\n                self._trust(name, self._clock.steady())",
+            )
+        ],
+        [NODES],
+    ),
+}
+
+
+def apply(mutant: Mutant, root: Path) -> None:
+    """Change the source below a folder; raises ValueError if a text does not occur once."""
+    for change in mutant.changes:
+        path = root / change.path
+        text = path.read_text()
+        if text.count(change.old) != 1:
+            raise ValueError(f"{change.path}: expected once: {change.old}")
+        path.write_text(text.replace(change.old, change.new))
+
+
+def run(mutant: Mutant) -> str:
+    """Return the first test that fails with this mutant; empty: all pass."""
+    with tempfile.TemporaryDirectory(prefix="relay-mutant-") as folder:
+        for name in COPIED:
+            source, target = ROOT / name, Path(folder) / name
+            if source.is_dir():
+                shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                shutil.copy(source, target)
+        apply(mutant, Path(folder))
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-n", "0", "-p", "no:cacheprovider"]
+        done = subprocess.run(
+            [*command, *mutant.tests],
+            cwd=folder,
+            env={**os.environ, "PYTHONPATH": folder},
+            capture_output=True,
+            text=True,
+            timeout=LIMIT,
+            check=False,
+        )
+    if done.returncode == 0:
+        return ""
+    failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED ", "ERROR "))]
+    if not failed:
+        raise RuntimeError(f"the tests did not run:\n{done.stdout}\n{done.stderr}")
+    return failed[0].split(" - ")[0].partition(" ")[2]
+
+
+@click.command()
+@click.argument("names", nargs=-1, type=click.Choice(list(MUTANTS)))
+def main(names: Sequence[str]) -> None:
+    """Run the tests against mutants, by default all, and show which test finds each."""
+    survived = []
+    for name in names or MUTANTS:
+        found = run(MUTANTS[name])
+        click.echo(f"{name}: {found or 'SURVIVED'}")
+        if not found:
+            survived.append(name)
+    sys.exit(1 if survived else 0)
+
+
+if __name__ == "__main__":
+    main()
