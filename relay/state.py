@@ -21,7 +21,7 @@ from relay.plugin_loading.loader import Setup
 from relay.routing.router import Router
 from relay.store import Store
 from relay.store.retention_policy import Policy
-from relay.workers.watch import Rulebook, Watch
+from relay.workers.watch import SWEEP, Rulebook, Watch
 
 
 class Draft(msgspec.Struct, frozen=True, kw_only=True):
@@ -120,12 +120,16 @@ class State:
         self.router.adopt(draft.router)
         self.dispatcher.adopt(draft.lanes)
 
+    def _census(self, source: str, status: str) -> int:
+        """Count workers for the metrics; in a cluster, on the node that marks the silent ones."""
+        return self._store.workers.count(source, status) if self._store.nodes.lead(SWEEP) else 0
+
     def _count(self, config: Config) -> None:
         """Create the metrics of every source and destination, exported as 0 from the start."""
         for name, source in config.sources.items():
             self._metrics.add_source(name)
             self._metrics.plugin_errors.labels(source.plugin)
-            self._metrics.count_workers(name, self._store.workers.count)
+            self._metrics.count_workers(name, self._census)
         for name in config.destinations:
             self._metrics.add_destination(name)
 

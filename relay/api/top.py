@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -16,17 +16,17 @@ from relay.api.stream import Followers, LostView, frame, stream
 from relay.api.views import ABSENT, Time, about
 from relay.base.clock import SECOND, rfc3339
 from relay.delivery.lane import Lane
-from relay.metrics import Reading
+from relay.metrics import STATUSES, Reading
 
 log = logging.getLogger("relay.api")
 
 EVERY = 1.0  # seconds between two snapshots
 
 _EVENTS, _ATTEMPTS = "relay_events_received_total", "relay_delivery_attempts_total"
-_FINISHED, _WORKERS = "relay_deliveries_finished_total", "relay_workers"
+_FINISHED = "relay_deliveries_finished_total"
 _COMMIT = "relay_storage_commit_duration_seconds"
 _LAG = "relay_event_loop_lag_seconds"
-_NAMES = (_EVENTS, _ATTEMPTS, _FINISHED, _WORKERS, f"{_COMMIT}_sum", f"{_COMMIT}_count", _LAG)
+_NAMES = (_EVENTS, _ATTEMPTS, _FINISHED, f"{_COMMIT}_sum", f"{_COMMIT}_count", _LAG)
 
 
 class TopSource(msgspec.Struct):
@@ -138,8 +138,14 @@ class TopApi:
                 for name, mount in context.ingest.mounts.items()
             ],
             "destinations": [{**each, **rates.of_destination(each["name"])} for each in destinations],
-            "workers": _workers(now.all(_WORKERS)),
+            "workers": self._workers(),
         }
+
+    def _workers(self) -> dict[str, int]:
+        """Return the number of workers by status, without zeros, as `relay status` shows them."""
+        count, sources = self._context.store.workers.count, self._context.ingest.mounts
+        found = {status: sum(count(name, status) for name in sources) for status in STATUSES}
+        return {status: number for status, number in found.items() if number}
 
 
 class _Rates:
@@ -218,12 +224,3 @@ def _destination(lane: Lane, pending: int) -> dict[str, Any]:
 def _last_error(failure: tuple[int, str] | None) -> dict[str, str | None]:
     at, error = failure or (None, None)
     return {"last_error": error, "last_error_at": None if at is None else rfc3339(at)}
-
-
-def _workers(census: Mapping[tuple[str, ...], float]) -> dict[str, int]:
-    """Return the number of workers by status, without zeros, as `relay status` shows them."""
-    found: dict[str, int] = {}
-    for (_, status), number in census.items():
-        if number:
-            found[status] = found.get(status, 0) + int(number)
-    return found

@@ -132,7 +132,7 @@ def _complete(
             sources[name] = source
     _check_claims(binder, claiming)
     if config.cluster.enabled:
-        _check_cluster(binder, config, sources)
+        _check_cluster(binder, config)
     if blame:
         _check_formats(binder, config, formats)
     if binder.problems:
@@ -144,14 +144,10 @@ def _complete(
     return msgspec.structs.replace(config, sources=sources, warnings=warnings)
 
 
-def _check_cluster(binder: Binder, config: Config, sources: Mapping[str, SourceConfig]) -> None:
+def _check_cluster(binder: Binder, config: Config) -> None:
     """Report settings that need a daemon that is alone on its database."""
     if config.storage.url.reveal().partition(":")[0] not in validators.POSTGRES:
         binder.report(("cluster", "enabled"), "several nodes need a postgresql:// URL in [storage] url")
-    for name, source in sources.items():
-        if type(source.settings).sign_of_life is not Source.sign_of_life:
-            problem = "keeps workers, which the nodes of a cluster cannot share yet; give it a daemon alone"
-            binder.report(("sources", name), problem)
 
 
 def discover(dirs: Sequence[Path]) -> tuple[Offers, list[Problem]]:

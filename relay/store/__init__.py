@@ -314,7 +314,8 @@ class Workers(Protocol):
 
         Workers that left with a refused request are unregistered and returned as well. Each change is in one
         transaction with its event. With `extend`, every deadline is extended first, so that time for which
-        the relay itself was stopped counts against no worker. Requests that arrived before the call count,
+        the relay itself was stopped counts against no worker; a node of a cluster does so only if no other
+        node was there. Requests that arrived before the call count,
         even if the disk takes long to store them.
         """
         ...

@@ -138,13 +138,22 @@ class StoredWorkerChanges:
             key = (row.source, row.id)
             silence = rules.silent(self.workers.get(key, row), now)
             if silence is not None and key not in self.forgotten:
-                after, generated = silence
-                self._set(key, after)
-                self.generated.append((row.source, generated))
-                marked.append(after)
+                marked.append(self._mark(key, silence))
                 if len(marked) == most:
                     break
         return marked
+
+    def mark_silent(self, key: WorkerKey, at: int) -> Worker | None:
+        """Mark one worker as `sweep` does; returns its new row, None: it is not silent."""
+        row = self.get(key)
+        silence = None if row is None else rules.silent(row, Now(wall=self._now.wall, steady=at))
+        return None if silence is None else self._mark(key, silence)
+
+    def _mark(self, key: WorkerKey, silence: tuple[Worker, GeneratedEvent]) -> Worker:
+        after, generated = silence
+        self._set(key, after)
+        self.generated.append((after.source, generated))
+        return after
 
     def _set(self, key: WorkerKey, worker: Worker) -> None:
         self.forgotten.discard(key)
@@ -296,9 +305,7 @@ class StoredWorkerChanges:
         return sent
 
     def _measure(self, key: WorkerKey, worker: Worker) -> None:
-        gauges = (worker.cpu, worker.memory, worker.uptime, worker.message_count)
-        due = self._now.steady - self._roster.measured.get(key, -MEASURE_EVERY) >= MEASURE_EVERY
-        if due and any(gauge is not None for gauge in gauges):
+        if is_measurement_due(self._roster, worker, self._now.steady):
             self.measured[key] = worker
 
     def _take_over(self, source: str, change: Register) -> None:
@@ -340,6 +347,13 @@ class StoredWorkerChanges:
         for key in self.forgotten:
             roster.drop(key)
         return changed
+
+
+def is_measurement_due(roster: Roster, worker: Worker, now: int) -> bool:
+    """Return whether a worker has gauges, and its next row of `worker_metrics` is due (`now` is steady)."""
+    gauges = (worker.cpu, worker.memory, worker.uptime, worker.message_count)
+    last = roster.measured.get((worker.source, worker.id), -MEASURE_EVERY)
+    return now - last >= MEASURE_EVERY and any(gauge is not None for gauge in gauges)
 
 
 def _is_live(worker: Worker) -> bool:

@@ -74,9 +74,9 @@ class StoredWorkers:
         """See `Workers.flush`."""
         dirty, self.roster.dirty = list(self.roster.dirty), set()
         while dirty:
-            flush = partial(_flush, dirty[-ROWS_AT_ONCE:])
+            some = dirty[-ROWS_AT_ONCE:]
             try:
-                await self._database.writer.submit(Job(flush))
+                await self._submit(partial(_flush, some), some)
             except StorageError:
                 self.roster.dirty.update(dirty)
                 raise
@@ -87,12 +87,10 @@ class StoredWorkers:
         # Fixed before the sweep waits in the queue: workers whose heartbeats queue behind it are not silent.
         moment = self._clock.steady() if at is None else at
         if extend:
-            await self._database.writer.submit(Job(lambda batch: batch.workers.extend_deadlines()))
+            await self._submit(lambda batch: batch.workers.extend_deadlines(), ())
         marked: list[Worker] = []
         while True:
-            some: list[Worker] = await self._database.writer.submit(
-                Job(lambda batch: batch.workers.sweep(moment, ROWS_AT_ONCE))
-            )
+            some = await self._submit(lambda batch: batch.workers.sweep(moment, ROWS_AT_ONCE), ())
             marked += some
             if len(some) < ROWS_AT_ONCE:
                 return tuple(marked)
@@ -110,13 +108,17 @@ class StoredWorkers:
         changed: list[Worker] = []
         while due:
             some, due = due[:ROWS_AT_ONCE], due[ROWS_AT_ONCE:]
-            follow = partial(_follow_plans, some)
-            changed += await self._database.writer.submit(Job(follow))
+            changed += await self._submit(partial(_follow_plans, some), some)
         return tuple(changed)
 
     async def change(self, request: Callable[[WorkerChanges], T]) -> T:
         """See `Workers.change`."""
-        return await self._database.writer.submit(Job(lambda batch: request(batch.workers)))
+        return await self._submit(lambda batch: request(batch.workers), None)
+
+    async def _submit(self, apply_: Callable[[Batch], T], keys: Sequence[WorkerKey] | None) -> T:
+        """Apply a change that concerns these workers, or any workers (None), in one transaction."""
+        _ = keys
+        return await self._database.writer.submit(Job(apply_))
 
     def all(self) -> tuple[Worker, ...]:
         """See `Workers.all`."""

@@ -96,8 +96,7 @@ class Watch:
         are read only before the next sweep.
 
         In a cluster, one node marks silent workers. Each node unregisters the workers whose unregister
-        requests it refused. A node that takes over extends all deadlines: heartbeats may have stopped with
-        the other node.
+        requests it refused. If a node takes over, the store knows whether another one has swept meanwhile.
         """
         now = self._clock.steady()
         if not self._store.nodes.lead(SWEEP):

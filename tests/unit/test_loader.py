@@ -722,13 +722,11 @@ def test_a_loaded_setup_is_immutable(setup):
 # --- several nodes ------------------------------------------------------------------------------
 
 
-def test_a_cluster_needs_postgresql_and_refuses_sources_with_workers(problems_of, setup):
+def test_a_cluster_needs_postgresql(problems_of, setup):
     head = 'state_dir = "state"\n[cluster]\nenabled = true\n[storage]\nurl = "{}"\n'
-    found = problems_of(
-        head.format("sqlite:relay.db") + '[sources.wa]\nplugin = "whatsapp"\ntokens = [{ env = "TOKEN" }]\n'
-    )
+    found = problems_of(head.format("sqlite:relay.db"))
     assert [problem.partition(": ")[2] for problem in found] == [
         "cluster.enabled: several nodes need a postgresql:// URL in [storage] url",
-        "sources.wa: keeps workers, which the nodes of a cluster cannot share yet; give it a daemon alone",
     ]
-    setup(head.format("postgresql://db/relay") + '[sources.adorn]\nplugin = "adorn"\n')
+    whatsapp = '[sources.wa]\nplugin = "whatsapp"\ntokens = [{ env = "TOKEN" }]\n'
+    setup(head.format("postgresql://db/relay") + whatsapp)

@@ -10,8 +10,8 @@ from support import until
 
 from relay.base.clock import SECOND, SystemClock
 from relay.errors import StorageError
-from relay.model import Attempt, DestinationState, Outcome, Register, Target
-from relay.store import Acceptance, opening
+from relay.model import Attempt, DestinationState, Outcome, Target
+from relay.store import opening
 
 pytest.importorskip("asyncpg")
 
@@ -358,12 +358,6 @@ async def test_each_node_keeps_the_times_of_its_own_held_destinations(nodes):
     await second.store.deliveries.expire_held(set(), kept)
     rows = await first.store.database.fetch("SELECT destination FROM held ORDER BY 1")
     assert [row["destination"] for row in rows] == ["crm"]
-
-
-@needs_postgres
-async def test_workers_are_refused(nodes):
-    with pytest.raises(StorageError, match="cannot share workers"):
-        await nodes[0].store.events.append(Acceptance(source="wa", change=Register(worker_id="w1")))
 
 
 @needs_postgres

@@ -16,7 +16,7 @@ from relay.model import Attempt, Outcome, Register, Target
 from relay.store import opening
 from relay.store.postgres import partitions, transaction
 from relay.store.postgres.rows import first_id, micros_of
-from relay.store.postgres.schema import PARTITIONED
+from relay.store.postgres.schema import MIGRATIONS, PARTITIONED
 
 pytestmark = needs_postgres
 DAY = 86_400
@@ -419,5 +419,5 @@ async def test_a_database_of_a_newer_version_is_refused_with_both_versions(store
         with pytest.raises(StorageError, match=r"version 99.*knows \d"):
             await store.open()
     finally:
-        await change(store, "UPDATE meta SET value = '1' WHERE name = 'version'")
+        await change(store, f"UPDATE meta SET value = '{len(MIGRATIONS)}' WHERE name = 'version'")
     await store.open()

@@ -17,6 +17,14 @@ from relay.store.postgres.connection import Connection
 from relay.store.postgres.nodes import PostgresNodes
 from relay.store.postgres.rows import IdSequences, text, uuid_of
 from relay.store.postgres.transaction import Part, Transaction
+from relay.store.postgres.workers import (
+    COMMANDS,
+    FORGOTTEN,
+    METRICS,
+    WORKERS,
+    SharedWorkers,
+    columns_of,
+)
 from relay.store.rows import command_row, event_row, measurement_row, worker_row
 from relay.store.transitions import apply_cancellations, handle_dead
 from relay.store.worker_changes import StoredWorkerChanges
@@ -175,44 +183,6 @@ REPEATED_HERE = Part("""
 """)
 """Repetitions of events that the same statement stores."""
 
-WORKERS = Part("""
-    new_workers AS (
-        INSERT INTO workers AS w (source, id, status, last_heartbeat, deadline, record)
-        SELECT * FROM unnest($1::text[], $2::text[], $3::text[], $4::bigint[], $5::bigint[], $6::bytea[])
-        ON CONFLICT (source, id)
-        DO UPDATE SET version = w.version + 1, status = excluded.status,
-                      last_heartbeat = excluded.last_heartbeat, deadline = excluded.deadline,
-                      record = excluded.record)
-""")
-
-FORGOTTEN = Part("""
-    forgotten AS (
-        DELETE FROM workers AS w USING unnest($1::text[], $2::text[]) AS f (source, id)
-         WHERE w.source = f.source AND w.id = f.id)
-""")
-
-METRICS = Part("""
-    new_metrics AS (
-        INSERT INTO worker_metrics (source, worker_id, at, status, cpu, memory, uptime, message_count,
-                                    sessions)
-        SELECT * FROM unnest($1::text[], $2::text[], $3::bigint[], $4::text[], $5::float8[], $6::float8[],
-                             $7::float8[], $8::bigint[], $9::bytea[])
-        ON CONFLICT (source, worker_id, at)
-        DO UPDATE SET status = excluded.status, cpu = excluded.cpu, memory = excluded.memory,
-                      uptime = excluded.uptime, message_count = excluded.message_count,
-                      sessions = excluded.sessions)
-""")
-
-COMMANDS = Part("""
-    new_commands AS (
-        INSERT INTO worker_commands (public_id, source, worker_id, state, created_at, expires_at, sent_at,
-                                     body)
-        SELECT * FROM unnest($1::text[], $2::text[], $3::text[], $4::text[], $5::bigint[], $6::bigint[],
-                             $7::bigint[], $8::bytea[])
-        ON CONFLICT (public_id)
-        DO UPDATE SET state = excluded.state, sent_at = excluded.sent_at, expires_at = excluded.expires_at)
-""")
-
 _STATE_COLUMNS = DestinationState.__struct_fields__
 _STATE_TYPES = {"name": "text", "paused": "bool", "disabled_reason": "text"}
 STATES = Part(f"""
@@ -236,12 +206,15 @@ class PostgresCommitter(Committer):
 
     sequences: IdSequences
     nodes: PostgresNodes | None = None  # None: this daemon uses the database alone
+    shared_workers: SharedWorkers | None = None  # None: as well
 
     async def begin(self, transaction: Transaction, jobs: Sequence[Job[Any]]) -> Batch:
         """Return an empty batch whose row ids begin at the present time."""
         if self.nodes is not None:
             self.sequences.use(self.nodes.slot)
         self.sequences.lift(self._clock.wall())
+        if self.shared_workers is not None:
+            await self.shared_workers.prepare(transaction, jobs)
         batch = await super().begin(transaction, jobs)
         if self.nodes is not None:
             batch.scope = self.nodes.scope
@@ -252,6 +225,14 @@ class PostgresCommitter(Committer):
         if self.nodes is not None:
             self._tell_others(batch, self.nodes)
         super().publish(batch)
+        if self.shared_workers is not None and batch.worker_changes is not None:
+            self.shared_workers.note_committed(batch.worker_changes)
+
+    def forget(self) -> None:
+        """See `Committer.forget`."""
+        super().forget()
+        if self.shared_workers is not None:
+            self.shared_workers.note_undone()
 
     def _tell_others(self, batch: Batch, nodes: PostgresNodes) -> None:
         """Announce due deliveries of lanes that other nodes own; only the others are claimed here."""
@@ -281,7 +262,11 @@ class PostgresCommitter(Committer):
     async def write(self, transaction: Transaction, batch: Batch) -> None:
         """Write a batch inside its transaction; what needs no statement before is written with the commit."""
         transaction.batch = batch
-        await _write(batch, transaction, self._claims, self.sequences)
+        if self.shared_workers is not None and batch.worker_changes is not None:
+            await self.shared_workers.write(batch.worker_changes, transaction)
+        await _write(
+            batch, transaction, self._claims, self.sequences, with_workers=self.shared_workers is None
+        )
 
     async def look_again(self, connection: Connection, transaction: Transaction) -> bool | None:
         """Return whether a batch is stored whose commit got no response; None: the database does not show it.
@@ -327,7 +312,9 @@ async def _counted(connection: Connection, outcomes: Sequence[Outcome]) -> froze
     return frozenset(id_ for (id_,) in rows)
 
 
-async def _write(batch: Batch, transaction: Transaction, claims: Claims, sequences: IdSequences) -> None:
+async def _write(
+    batch: Batch, transaction: Transaction, claims: Claims, sequences: IdSequences, *, with_workers: bool
+) -> None:
     if batch.worker_changes is not None:
         batch.add_all_generated()
     counts = COUNTS
@@ -338,7 +325,7 @@ async def _write(batch: Batch, transaction: Transaction, claims: Claims, sequenc
     _add_events(batch, transaction, sequences.slot)
     if batch.deliveries:
         await _add_deliveries(batch, transaction, claims)
-    _add_others(batch, transaction)
+    _add_others(batch, transaction, with_workers=with_workers)
     batch.ledger = count_transitions(batch)
     if batch.ledger or counts is COUNTS_WITH_ENDS:
         rows = batch.ledger.values()
@@ -355,7 +342,8 @@ async def _write_outcomes(
         batch.outcomes = apply_cancellations(batch.outcomes, claims)
     ends = _add_outcomes(batch, transaction, sequences)
     if not (
-        batch.ungrouped
+        transaction.has_begun
+        or batch.ungrouped
         or transitions.is_requested(batch)
         or any(map(_has_consequences, batch.outcomes))
         or any(map(transitions.waits_for_others, batch.deliveries))
@@ -476,12 +464,12 @@ async def _add_deliveries(batch: Batch, transaction: Transaction, claims: Claims
     transaction.add(DELIVERIES, *_columns(rows), batch.wall)
 
 
-def _add_others(batch: Batch, transaction: Transaction) -> None:
+def _add_others(batch: Batch, transaction: Transaction, *, with_workers: bool) -> None:
     """Add new idempotency keys, changes to workers, and states of destinations and sources."""
     if batch.keys is not None and batch.keys.new:
         _add_keys(batch, transaction)
     if batch.worker_changes is not None:
-        _add_workers(batch.worker_changes, transaction, batch.wall)
+        _add_workers(batch.worker_changes, transaction, batch.wall, with_rows=with_workers)
     if batch.states:
         states = {state.name: state for state in batch.states}.values()
         transaction.add(STATES, *([getattr(s, column) for s in states] for column in _STATE_COLUMNS))
@@ -501,21 +489,18 @@ def _add_keys(batch: Batch, transaction: Transaction) -> None:
     transaction.add(KEYS, *_columns(row for _, row in sorted(rows.items())), batch.steady)
 
 
-def _add_workers(changes: StoredWorkerChanges, transaction: Transaction, wall: int) -> None:
-    workers = {**changes.seen, **changes.workers}
+def _add_workers(
+    changes: StoredWorkerChanges, transaction: Transaction, wall: int, *, with_rows: bool
+) -> None:
+    """Add what belongs to workers; `with_rows`, also their rows."""
+    workers = {**changes.seen, **changes.workers} if with_rows else {}
     if rows := [worker_row(w) for key, w in sorted(workers.items()) if key not in changes.forgotten]:
-        transaction.add(WORKERS, *_escaped(rows, 2))
+        transaction.add(WORKERS, *columns_of(rows, 2))
     if changes.measured:
         measured = [measurement_row(worker, wall) for _, worker in sorted(changes.measured.items())]
-        transaction.add(METRICS, *_escaped(measured, 2))
+        transaction.add(METRICS, *columns_of(measured, 2))
     if changes.commands:
         commands = [command_row(command) for _, command in sorted(changes.commands.items())]
-        transaction.add(COMMANDS, *_escaped(commands, 3))
-    if changes.forgotten:
-        transaction.add(FORGOTTEN, *_escaped(sorted(changes.forgotten), 2))
-
-
-def _escaped(rows: Sequence[tuple[Any, ...]], texts: int) -> list[list[Any]]:
-    """Return the columns of rows, the first of which are texts that a sender chooses."""
-    columns = _columns(rows)
-    return [list(map(text, column)) for column in columns[:texts]] + columns[texts:]
+        transaction.add(COMMANDS, *columns_of(commands, 3))
+    if changes.forgotten and with_rows:
+        transaction.add(FORGOTTEN, *columns_of(sorted(changes.forgotten), 2))

@@ -2,9 +2,8 @@
 
 from collections.abc import Sequence
 
-from relay.errors import StorageError
-from relay.model import Expunged, Receipt, StoredEvent
-from relay.store import Acceptance, Queries
+from relay.model import Expunged, StoredEvent
+from relay.store import Queries
 from relay.store.deliveries import StoredDeliveries
 from relay.store.events import StoredEvents
 from relay.store.postgres.connection import Connection, Database
@@ -49,18 +48,10 @@ class PostgresEvents(StoredEvents):
         deliveries: StoredDeliveries,
         queries: Queries,
         workers: StoredWorkers,
-        is_shared: bool,
     ) -> None:
         super().__init__(database, queries=queries, workers=workers)
         self._postgres = database
         self._deliveries = deliveries
-        self._is_shared = is_shared  # with other daemons
-
-    async def append(self, acceptance: Acceptance) -> Receipt:
-        """See `Events.append`; the nodes of a cluster cannot share workers yet."""
-        if self._is_shared and acceptance.change is not None:
-            raise StorageError("the nodes of a cluster cannot share workers yet")
-        return await super().append(acceptance)
 
     async def load(self, event_ids: Sequence[int]) -> dict[int, StoredEvent]:
         """See `Events.load`."""

@@ -168,7 +168,7 @@ WORKERS = """
 CREATE TABLE workers (
     source         text   COLLATE "C",
     id             text   COLLATE "C",
-    version        bigint NOT NULL DEFAULT 0,  -- grows with each change
+    version        bigint NOT NULL DEFAULT 0,  -- id of the last transaction; see workers.py
     status         text   COLLATE "C" NOT NULL CHECK (status IN ('ONLINE', 'OFFLINE', 'MAINTENANCE')),
     last_heartbeat bigint NOT NULL,            -- wall clock, for display
     deadline       bigint NOT NULL,            -- steady clock
@@ -304,5 +304,9 @@ META = """
 CREATE TABLE IF NOT EXISTS meta (name text COLLATE "C" PRIMARY KEY, value text NOT NULL);
 """
 
-MIGRATIONS: tuple[str, ...] = (EVENTS + DELIVERIES + WORKERS + OTHERS,)
+FLUSHES = """
+ALTER TABLE nodes ADD COLUMN flushed bigint;   -- steady clock: all heartbeats until then are in `workers`
+"""
+
+MIGRATIONS: tuple[str, ...] = (EVENTS + DELIVERIES + WORKERS + OTHERS, FLUSHES)
 """Each runs in one transaction; never edit one that has been released, append another."""

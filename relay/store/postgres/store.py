@@ -42,7 +42,7 @@ from relay.store.postgres.refused import PostgresRefused
 from relay.store.postgres.rows import IdSequences
 from relay.store.postgres.schema import META, MIGRATIONS
 from relay.store.postgres.upkeep import PostgresUpkeep
-from relay.store.postgres.workers import load_roster
+from relay.store.postgres.workers import SharedWorkers, load_roster
 from relay.store.postgres.writer import PostgresWriter
 from relay.store.workers import StoredWorkers
 
@@ -103,9 +103,14 @@ class PostgresStore:
         self._owner = Owner(folder)
         self.database = Database(address)
         self.claims = Claims()
-        self.workers = StoredWorkers(self.database, clock, rules)
         # None: this daemon uses the database alone, which its lease ensures.
         self._shared = None if cluster is None else self._make_nodes(node, cluster, digest)
+        self._shared_workers: SharedWorkers | None = None
+        if self._shared is not None and cluster is not None:
+            self._shared_workers = SharedWorkers(
+                self.database, clock, rules, incarnation=self._shared.incarnation, lease=cluster
+            )
+        self.workers = self._shared_workers or StoredWorkers(self.database, clock, rules)
         self.deliveries = PostgresDeliveries(self.database, self.claims, clock, self._shared)
         self.queries = PostgresQueries(self.database)
         self.ledger = PostgresLedger(self.database)
@@ -119,7 +124,6 @@ class PostgresStore:
             deliveries=self.deliveries,
             queries=self.queries,
             workers=self.workers,
-            is_shared=self._shared is not None,
         )
         self._committer = PostgresCommitter(
             clock=clock,
@@ -133,7 +137,7 @@ class PostgresStore:
             listeners=listeners,
             on_status_change=on_status_change,
         )
-        self._committer.nodes = self._shared
+        self._committer.nodes, self._committer.shared_workers = self._shared, self._shared_workers
         self._maintenance: asyncio.Task[None] | None = None
         self.opened = False
         self.failure: str | None = None  # see `Store.failure`; of the latest `open`, then of the writer
@@ -184,6 +188,8 @@ class PostgresStore:
         await self._count_pending(connection)
         roster.take_over(self.workers.roster, self._rules)
         self.workers.roster = roster
+        if self._shared_workers is not None:
+            await self._shared_workers.reload(connection)
         writer = PostgresWriter(
             connection,
             self._committer,
@@ -261,6 +267,8 @@ class PostgresStore:
     async def refresh(self, connection: Connection) -> None:
         """Read the numbers of pending deliveries again, and let all lanes look for due ones."""
         await self._count_pending(connection)
+        if self._shared_workers is not None:
+            await self._shared_workers.reload(connection)
         names = frozenset(name for name, count in self.ledger.pending_counts.items() if count)
         for name in names:
             self.deliveries.forget_cursor(name)
