@@ -158,9 +158,8 @@ def add(
     Example: relay sources add github --public-url https://hooks.example
 
     KIND is `generic`, a preset such as github, or another kind that `relay plugins list` lists; on a terminal
-    without KIND, the command asks. The table is checked and appended; the rest of the file stays unchanged.
-    Afterwards the command prints the URL and the steps at the sender's side, and where to store the secret.
-    `relay reload` adds the source to the running daemon.
+    without KIND, the command asks. It checks the new table and appends it to the file. Then it prints where
+    to store the secret, and how to set up the sender. `relay reload` adds the source to the running daemon.
     """
     file = find_config(config)
     known = offered(dirs_of(file))
@@ -227,7 +226,7 @@ def chosen_kind(kind: str, known: Known, verify: str | None) -> Kind:
     if kind == GENERIC:
         steps: tuple[str, ...] = ("Set the URL of the webhook to {url}",)
         if verify in (None, "bearer"):
-            steps += ("Its header `Authorization` is `Bearer` and the value of {secret}",)
+            steps += ("Set the header `Authorization` to `Bearer`, a space and the value of {secret}",)
         secret = "the secret that the sender uses"  # noqa: S105 - a description
         guide = Guide(title="the sender", docs="", secret=secret, default_path="/hooks/{name}", steps=steps)
         return Kind(guide=guide, verify=_VERIFY[verify or "bearer"])

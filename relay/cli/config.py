@@ -97,7 +97,7 @@ def _print_success(path: Path, config: Config, *, as_json: bool) -> None:
 
 @click.group("config", cls=Group)
 def config_() -> None:
-    """Show the effective configuration or create a starter file."""
+    """Show the effective configuration, create a starter file or print the schema."""
 
 
 @config_.command()

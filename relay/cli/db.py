@@ -48,7 +48,7 @@ _BACKUPS = (
 
 @click.group(cls=Group)
 def db() -> None:
-    """Inspect, back up, check and compact the database."""
+    """Inspect, back up, check, compact and move the database."""
 
 
 @db.command()

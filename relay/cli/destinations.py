@@ -53,7 +53,7 @@ _STEPS = ("dns", "connect", "tls", "first_byte")
 
 @click.group(cls=Group)
 def destinations() -> None:
-    """List, inspect, pause and resume destinations."""
+    """List, inspect, test, pause, resume, disable and enable destinations."""
 
 
 @destinations.command("list")

@@ -116,7 +116,7 @@ def _print_payload(event: Mapping[str, Any]) -> None:
     click.echo("\nPayload")
     click.echo("\n".join(lines[:MOST_LINES]))
     if len(lines) > MOST_LINES or event["payload_truncated"]:
-        click.echo(f"  … all of it: relay events body {event['id']}")
+        click.echo(f"  … whole body: relay events body {event['id']}")
 
 
 @events.command()

@@ -56,9 +56,9 @@ def explain(
     Example: relay explain --source adorn --data @body.json
 
     For each destination that does not get the event, the output shows the condition that failed and the
-    event's value. For each other destination, it shows what happens then: whether deliveries wait now,
-    grouping, order and expiry, and which responses are retried. EVENT is the id of a stored event (any
-    unique prefix works); the daemon evaluates its running configuration. With --source, this command
+    event's value. For each destination that gets it, the output shows whether deliveries wait now, the
+    effects of grouping, order and expiry, and which responses are retried. EVENT is the id of a stored event
+    (any unique prefix works); the daemon evaluates its running configuration. With --source, this command
     evaluates config.toml and the source's plugin; it checks no token, sends nothing and stores nothing.
     """
     if (event is None) == (source is None):

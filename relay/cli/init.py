@@ -126,7 +126,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     help="Take the secret of a source or destination from a file. Repeatable.",
 )
 @click.option(
-    "--overwrite", is_flag=True, help="Replace existing files; the former ones get the suffix .old."
+    "--overwrite", is_flag=True, help="Replace existing files, and keep the old ones with the suffix .old."
 )
 @click.option("-y", "--yes", is_flag=True, help="Ask nothing; use the defaults.")
 @json_option
@@ -150,8 +150,8 @@ def init(
 
     FOLDER is the current folder, or for a service the folder of its configuration. On a terminal, the command
     asks for missing values. Without a terminal, it needs --yes. It writes new secrets to files that only the
-    user of the relay can read, and keeps an existing secret. Then it prints the steps at the senders' side
-    and commands to try.
+    user of the relay can read, and keeps an existing secret. Then it prints how to set up the senders, and
+    commands to try.
     """
     asks = not yes
     if asks and not is_terminal():
@@ -317,7 +317,7 @@ def _secrets(
             about = "" if is_ours else kind.guide.secret
             value = given.get(name, "")
             if about and not value and asks and not (plan.folder / "secrets" / name).exists():
-                what = f"{kind.guide.title}: {about} (empty: later)"
+                what = f"{kind.guide.title}: {about} (leave it empty to set it later)"
                 value = click.prompt(what, default="", hide_input=True, show_default=False)
             if (
                 not value

@@ -30,7 +30,7 @@ _SHAPE = (
 
 @click.group(cls=Group)
 def jobs() -> None:
-    """List periodic jobs and run them."""
+    """List and run periodic jobs."""
 
 
 @jobs.command("list")

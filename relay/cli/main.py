@@ -144,7 +144,10 @@ class OneOf(click.Choice[str]):
 
 COMMANDS = {
     "check-config": ("relay.cli.config:check", "Report every problem in config.toml."),
-    "config": ("relay.cli.config:config_", "Show the effective configuration or create a starter file."),
+    "config": (
+        "relay.cli.config:config_",
+        "Show the effective configuration, create a starter file or print the schema.",
+    ),
     "init": (
         "relay.cli.init:init",
         "Set up a relay: config.toml, secrets and, for a service, its unit.",
@@ -156,13 +159,13 @@ COMMANDS = {
     "deliveries": ("relay.cli.deliveries:deliveries", "List, inspect, retry and cancel deliveries."),
     "destinations": (
         "relay.cli.destinations:destinations",
-        "List, inspect, pause and resume destinations.",
+        "List, inspect, test, pause, resume, disable and enable destinations.",
     ),
     "sources": ("relay.cli.sources:sources", "List, add, inspect, pause and resume sources."),
     "refused": ("relay.cli.refused:refused", "List, inspect and retry refused requests."),
     "workers": ("relay.cli.workers:workers", "Inspect workers and send them commands."),
     "stats": ("relay.cli.stats:stats", "Count received events per hour, source and type."),
-    "jobs": ("relay.cli.jobs:jobs", "List periodic jobs and run them."),
+    "jobs": ("relay.cli.jobs:jobs", "List and run periodic jobs."),
     "nodes": ("relay.cli.nodes:nodes", "List the nodes that share the database, and their lanes."),
     "status": ("relay.cli.status:status", "Show the state of the daemon on one screen."),
     "top": ("relay.cli.top:top", "Live dashboard, refreshed every second."),
@@ -178,7 +181,7 @@ COMMANDS = {
         "Run a local receiver that verifies signatures and prints requests.",
     ),
     "doctor": ("relay.cli.doctor:doctor", "Check database, disk, clock, backlog, jobs and backups."),
-    "db": ("relay.cli.db:db", "Inspect, back up, check and compact the database."),
+    "db": ("relay.cli.db:db", "Inspect, back up, check, compact and move the database."),
     "completion": ("relay.cli.main:completion", "Print a shell completion script."),
     "plugins": ("relay.cli.plugins:plugins", "List plugins and create a new one."),
 }
@@ -213,13 +216,16 @@ def _fail(ctx: click.Context, message: str, code: int) -> Never:
 
 
 def _open_standard_streams() -> None:
-    """Open /dev/null for each standard stream that the caller closed (`>&-`); write any character."""
+    """Open /dev/null for each standard stream that the caller closed (`>&-`).
+
+    Output streams with another encoding than UTF-8 escape characters that they cannot write.
+    """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode))  # noqa: PTH123, SIM115 - open as long as the process
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper) and stream.encoding.lower() != "utf-8":
-            stream.reconfigure(errors="backslashreplace")  # instead of an error for a character that it lacks
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _report_unexpected(error: Exception) -> int:

@@ -27,7 +27,7 @@ def nodes(answer: Any, *, quiet: bool) -> None:
 
     Example: relay nodes
 
-    Nodes with different values of CONFIG have different sources, destinations or rules. With SQLite,
-    there is one node.
+    If the values in the CONFIG column differ, the nodes have different sources, destinations or rules. With
+    SQLite, there is one node.
     """
     print_page(answer, COLUMNS, _SHAPE, quiet=quiet, key="name")

@@ -47,7 +47,7 @@ def list_(config: Path | None, *, as_json: bool, quiet: bool) -> None:
 
     Example: relay plugins list -c /etc/relay/config.toml
 
-    The list has the bundled plugins, the installed ones, and those in `[plugins] dirs` of the
+    Lists the bundled plugins, those in installed packages, and those in `[plugins] dirs` of the
     configuration.
     """
     path = look_for_config(config)

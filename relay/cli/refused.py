@@ -37,8 +37,8 @@ def list_(daemon: Daemon, *, as_json: bool, quiet: bool, **query: Any) -> None:
 
     Example: relay refused list --source moddy --since 1h
 
-    Requests that are refused with 429 or 503 are not kept, because their senders repeat them. Of each
-    source, reason and minute, some requests are kept, and all are counted.
+    Requests that are refused with 429 or 503 are not kept, because their senders repeat them. For each
+    source and reason, the relay keeps a limited number of requests per minute; metrics count all of them.
     """
     page = gather(daemon, "refused", **query)
     print_page(page, COLUMNS, SHAPE, as_json=as_json, quiet=quiet)
@@ -61,7 +61,7 @@ def show(answer: Any, **_: str) -> None:
         [
             Field("Request", answer["id"]),
             Field("Refused", screen.full_time(answer["at"])),
-            Field("Source", "none owns this path" if source is None else source),
+            Field("Source", "no source owns this path" if source is None else source),
             Field("Reason", answer["reason"]),
             Field("Status", str(answer["status"])),
             Field("Problem", answer["problem"]),

@@ -21,8 +21,8 @@ def reload(answer: Any, *, dry_run: bool) -> None:
 
     Example: relay reload && relay destinations list
 
-    Prints each key whose value changes. The reload applies the whole file or nothing. A file with
-    problems changes nothing, and neither does a change that needs a restart; the exit code is then 1.
+    Prints each key whose value changes. The reload applies the whole file or nothing: if the file has a
+    problem, or a change needs a restart, nothing changes and the exit code is 1.
     """
     changes = [f"{kind} {name}" for kind in ("added", "changed", "removed") for name in answer[kind]]
     done = "a reload of" if dry_run else "reloaded"
@@ -38,5 +38,5 @@ def reload(answer: Any, *, dry_run: bool) -> None:
 
 
 def _written(value: Any) -> str:
-    """Return a value as config.toml has it; without a value, a word for that."""
+    """Return a value as JSON; "not set" for None."""
     return "not set" if value is None else json.dumps(value, ensure_ascii=False)

@@ -41,9 +41,8 @@ def status(ctx: click.Context, daemon: Daemon, *, as_json: bool) -> None:
 
     Example: relay status
 
-    The output has the problems, each with the next command: on a terminal at its beginning, in a pipe
-    on stderr.
-    While the daemon is not ready, the output has the reasons and the exit code is 1.
+    Problems are listed with the next command for each: at the top on a terminal, on stderr in a pipe. If the
+    daemon is not ready, the output shows the reasons and the exit code is 1.
     """
     answer = _gathered(daemon)
     if as_json:

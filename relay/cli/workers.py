@@ -156,7 +156,7 @@ _SWITCH = ("on", "off")
 )
 @click.option(
     "--for", "for_", metavar="DURATION", callback=checked(parse_time_span),
-    help='End the maintenance after this time, such as "2h".  [default: with `off`]',
+    help='End the maintenance after this time, such as "2h".  [default: until `off`]',
 )  # fmt: skip
 @json_option
 @daemon_options

@@ -59,7 +59,7 @@ class MessageConfig(msgspec.Struct, frozen=True, kw_only=True):
     dedup_key: Annotated[
         str | None,
         _help(
-            "`pagerduty`: a template; events with the same value share an alert; by default, no two events do"
+            "`pagerduty`: a template; events with the same value share an alert; by default, each has its own"
         ),
     ] = None
 

@@ -42,7 +42,8 @@ class Server(msgspec.Struct, frozen=True, kw_only=True):
         str, _check(validators.listen), _help("`host:port`; IPv6 in brackets; port 0 for any free port")
     ] = "127.0.0.1:8080"
     implementation: Annotated[
-        Literal["fast", "aiohttp"], _help('what serves the listener: `"fast"` or `"aiohttp"`, see below')
+        Literal["fast", "aiohttp"],
+        _help('the implementation of the listener: `"fast"` or `"aiohttp"`, see below'),
     ] = "fast"
     max_body: Annotated[
         Size,
@@ -73,7 +74,7 @@ class Server(msgspec.Struct, frozen=True, kw_only=True):
         _help(
             'the header to which your proxies add the address: `"X-Forwarded-For"` or `"Forwarded"` (RFC '
             "7239). "
-            "The relay never reads the other header, because proxies pass on what the sender wrote there"
+            "The relay never reads the other header, because proxies pass on the sender's own value"
         ),
     ] = "X-Forwarded-For"
     shutdown_grace: Annotated[
@@ -91,7 +92,9 @@ class AdminToken(msgspec.Struct, frozen=True, kw_only=True):
     secret: Annotated[Secret, _help("the token")]
     name: Annotated[
         str,
-        _help("name in the audit log and in metrics; default: of the secret's variable, file or credential"),
+        _help(
+            "name in the audit log and in metrics; default: name of the secret's variable, file or credential"
+        ),
     ] = ""
     scope: Annotated[
         Scope,
@@ -210,7 +213,7 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True):
     enabled: Annotated[
         bool,
         _help(
-            "share the database with other nodes, which have this key, too; without it, a second daemon is "
+            "share the database with other nodes, which also set this key; without it, a second daemon is "
             "refused"
         ),
     ] = False
@@ -453,7 +456,7 @@ class DestinationConfig(msgspec.Struct, frozen=True, kw_only=True):
         bool,
         _help(
             "holds the destination's deliveries, for a test before go-live: events are stored and routed, "
-            "and nothing is sent until the key is `false` or gone and `relay reload` has run. "
+            "and nothing is sent until the key is `false` or removed and `relay reload` has run. "
             "`relay destinations resume` does not end this pause"
         ),
     ] = False
@@ -498,7 +501,7 @@ class DestinationConfig(msgspec.Struct, frozen=True, kw_only=True):
     ] = None
     message: Annotated[
         MessageConfig,
-        _help("what a [message format](messages.md) shows, and the settings of its service"),
+        _help("the texts that a [message format](messages.md) shows, and the settings of its service"),
     ] = MessageConfig()
     method: Annotated[Literal["POST", "PUT"], _help('HTTP method: `"POST"` or `"PUT"`')] = "POST"
     headers: Annotated[
