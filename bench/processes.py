@@ -28,7 +28,7 @@ class Server(msgspec.Struct, frozen=True):
     def cpu(self) -> float:
         """Return the seconds of CPU that the process and all its threads have used.
 
-        Has nanoseconds, like glibc's `clock_getcpuclockid`; `/proc/PID/stat` has steps of 10 ms.
+        The resolution is 1 ns (glibc's `clock_getcpuclockid`); `/proc/PID/stat` has steps of 10 ms.
         """
         return time.clock_gettime(~self.pid << 3 | 2)
 

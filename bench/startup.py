@@ -23,7 +23,7 @@ COMMANDS: tuple[tuple[str, ...], ...] = (
     ("plugins", "list"),
     ("status", "--socket", "absent.sock"),
 )
-"""The last two do something: import every plugin, and find that no relay runs."""
+"""The last two do work: one imports every plugin, the other one looks for a running relay in vain."""
 
 
 def main(times: int = TIMES) -> None:

@@ -28,7 +28,7 @@ from relay.plugin_loading.loader import load
 WARM_UP = 20  # events before the first trace
 TRACES = 9
 DEADLINE = 10.0  # seconds for one event
-SETTLED = 0.02  # seconds after its attempt is visible in the database that an event's way may still take
+SETTLED = 0.02  # seconds of tracing after the event's attempt is visible in the database
 
 _ROOT = Path(__file__).parents[1]
 _PACKAGES = tuple(str(_ROOT / name) + "/" for name in ("relay", "plugins"))

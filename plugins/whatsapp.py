@@ -434,7 +434,7 @@ def _whole(value: Any) -> int | None:
 
 
 _SAMPLE_ID = "hookferry-sample-worker"
-"""No real worker has it, nor the samples' endpoint or session: sending samples touches no live row."""
+"""Worker id of the samples. No real worker has this id, or the endpoint or session of the samples."""
 
 _REGISTER = b"""{
   "workerId": "hookferry-sample-worker",

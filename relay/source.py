@@ -615,7 +615,7 @@ def check_type(type_: str, field: str = "") -> None:
     """Check that an event's type, as sent, has 1 to 200 printable characters.
 
     Raises:
-        Invalid: it has not; names `field`.
+        Invalid: it does not; names `field`.
     """
     if not type_ or len(type_) > _LONGEST_TYPE or not type_.isprintable():
         issue = f"expected 1 to {_LONGEST_TYPE} printable characters"
@@ -637,7 +637,7 @@ def check_id(id_: str, field: str = "") -> str:
     """Return an id if it has 1 to 256 Unicode characters without control characters and surrogates.
 
     Raises:
-        Invalid: it has not; names `field`.
+        Invalid: it does not; names `field`.
     """
     fits = 0 < len(id_) <= LONGEST_ID
     if not fits or not (id_.isprintable() or _clean(id_)):

@@ -35,7 +35,7 @@ from relay.reload import ReloadBody, Reloaded
 
 
 class HealthView(msgspec.Struct):
-    """The process is up. It names no version, because everybody may ask."""
+    """The process is up. Contains no version, because everybody may send this request."""
 
     status: str
 

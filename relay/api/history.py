@@ -34,7 +34,7 @@ class DestinationHistory(msgspec.Struct):
     failed: Annotated[_Counts, _about("Attempts that failed.")]
     p50_ms: Annotated[_Counts, _about("Half of the attempts took at most this long.")]
     p95_ms: Annotated[_Counts, _about("95 % of the attempts took at most this long.")]
-    pending: Annotated[_Counts, _about("Most pending deliveries at one time.")]
+    pending: Annotated[_Counts, _about("Highest number of pending deliveries.")]
 
 
 class HistoryView(msgspec.Struct):

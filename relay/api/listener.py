@@ -34,7 +34,7 @@ class _Protocol(web.RequestHandler):
         request: web.BaseRequest,
         status: int = 500,
         exc: BaseException | None = None,
-        message: str | None = None,  # noqa: ARG002 - aiohttp's words
+        message: str | None = None,  # noqa: ARG002 - aiohttp's name
     ) -> web.StreamResponse:
         """Answer a request that is not HTTP, or that failed outside of the API, and close the connection."""
         if request.writer.output_size > 0:
@@ -86,7 +86,7 @@ class _Written(web.StreamResponse):
     def keep_alive(self) -> bool:
         return False
 
-    async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter | None:  # noqa: ARG002 - aiohttp's
+    async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter | None:  # noqa: ARG002 - aiohttp's name
         return None
 
     async def write_eof(self, data: bytes = b"") -> None:

@@ -12,7 +12,7 @@ from relay.base.clock import rfc3339
 
 
 class NodeView(msgspec.Struct, kw_only=True):
-    """A node that has renewed its leases lately."""
+    """A node that has renewed its leases recently."""
 
     name: str
     version: str

@@ -33,7 +33,7 @@ class RefusedView(msgspec.Struct):
 
 
 class RefusedShown(RefusedView):
-    """A refused request with its head and body."""
+    """A refused request with its headers and body."""
 
     headers: Annotated[list[tuple[str, str]], about("Tokens are masked.")]
     body: Annotated[str | None, about("Invalid UTF-8 is replaced; null: the body was not kept.")]
@@ -71,7 +71,7 @@ class RefusedApi:
         return {"items": [_view(each) for each in found], "next_cursor": cursor}
 
     @endpoint(
-        "GET", "/api/refused/{id}", "showRefused", "Show a refused request with its head and body.",
+        "GET", "/api/refused/{id}", "showRefused", "Show a refused request with its headers and body.",
         returns=RefusedShown,
     )  # fmt: skip
     async def _show(self, request: web.Request) -> dict[str, Any]:
@@ -92,7 +92,7 @@ class RefusedApi:
         found = await self._store.refused.named(request.match_info["id"])
         if found.event_id is not None:
             hint = f"relay events show {found.event_id}"
-            raise RelayError(f"{found.id} was retried already and is an event", hint=hint)
+            raise RelayError(f"{found.id} was already retried and stored as an event", hint=hint)
         try:
             response = await self._ingest.retry(found)
         except Refusal as refusal:

@@ -29,7 +29,7 @@ MOST_KEYS = 20_000
 """Stored items of a follower that are compared with live ones; beyond that, an item may be sent twice."""
 
 KEEP = 30.0
-"""Seconds after its history during which a follower's live items are compared with it."""
+"""Seconds after the end of a follower's history during which live items are compared with the history."""
 
 OVERLAP = 60 * SECOND
 """Time between the start of an item and its commit, in addition to the timeout of an attempt."""
@@ -68,7 +68,8 @@ class TailEvent(msgspec.Struct):
 class TailAttempt(msgspec.Struct):
     """An attempt that was recorded. The event's fields are null if the event is unreadable.
 
-    Of a stored attempt, `attempt`, `reason` and `next_attempt_at` are null, and `state` too unless delivered.
+    For a stored attempt, `attempt`, `reason` and `next_attempt_at` are null, and so is `state` unless it is
+    `delivered`.
     """
 
     delivery_id: str

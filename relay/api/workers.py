@@ -244,7 +244,7 @@ class WorkersApi:
         ]
         if not keys:
             of = "" if body.source is None else f' of source "{body.source}"'
-            hint = "list workers: relay workers list; later ones are included only if one matches now"
+            hint = "list workers: relay workers list; a pattern must match at least one of them"
             raise UnknownError(f'no worker{of} matches "{body.pattern}"', hint=hint)
         for first in range(0, len(keys), AT_ONCE):
             some = keys[first : first + AT_ONCE]
@@ -256,7 +256,7 @@ class WorkersApi:
         if body.for_ is None:
             return Plan("operator", None, pattern)
         if not body.on:
-            raise RelayError('"for" needs "on": true', hint="to end maintenance at once, leave it out")
+            raise RelayError('"for" needs "on": true', hint='to end maintenance now, omit "for"')
         seconds = read_field("for", parse_time_span, body.for_)
         return Plan("operator", self._clock.steady() + int(seconds * SECOND), pattern)
 

@@ -76,7 +76,9 @@ class Owner:
             return await self.steer(found, argument)
         if verb == CLOSE_CIRCUIT:
             return await self.close_circuit(found, argument)
-        raise UnknownError(f"{lane}: this node does not know how to {verb}", hint="update this node")
+        raise UnknownError(
+            f'{lane}: its node does not support "{verb}"', hint="upgrade hookferry on that node"
+        )
 
     async def steer(self, lane: Lane, change: Mapping[str, Any]) -> dict[str, Any]:
         """Change the state of a destination for an operator, on the node that owns its lane.

@@ -211,7 +211,7 @@ class Ingest:
         match = self._routes.find(kept.target.partition("?")[0], kept.method)
         mount, handler = match.mount, match.handlers.get(kept.method)
         if mount.name != kept.source or handler is None:
-            raise NotFound(f"{kept.source} has no route for {kept.method} of this path any more")
+            raise NotFound(f"{kept.source} no longer has a route for {kept.method} on this path")
         incoming = incoming_of(kept, mount.config.prefix, match.params)
         return await self._accept(_Call(None, self._clock.steady(), match, incoming), handler)
 

@@ -207,10 +207,10 @@ class _Protocol(web.RequestHandler):
 
     def handle_error(
         self,
-        request: web.BaseRequest,  # noqa: ARG002 - aiohttp's
-        status: int = 500,  # noqa: ARG002 - aiohttp's
+        request: web.BaseRequest,  # noqa: ARG002 - aiohttp's name
+        status: int = 500,  # noqa: ARG002 - aiohttp's name
         exc: BaseException | None = None,
-        message: str | None = None,  # noqa: ARG002 - aiohttp's
+        message: str | None = None,  # noqa: ARG002 - aiohttp's name
     ) -> web.StreamResponse:
         """Answer bytes that are not HTTP as the fast listener does."""
         self.connection.refuse(exc)
@@ -252,7 +252,7 @@ class _Answered(web.StreamResponse):
     def keep_alive(self) -> bool:
         return self._goes_on
 
-    async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter | None:  # noqa: ARG002 - aiohttp's
+    async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter | None:  # noqa: ARG002 - aiohttp's name
         return None
 
     async def write_eof(self, data: bytes = b"") -> None:

@@ -1,7 +1,7 @@
 """Keeps refused requests for operators, without tokens, and handles a kept request again.
 
 Requests that the sender repeats anyway (429, 503) are not kept. The body is kept only if the sender was
-authenticated: strangers could fill the disk, or leave data that nobody sent on purpose.
+authenticated: otherwise strangers could fill the disk or plant data on it.
 """
 
 import logging
@@ -38,13 +38,13 @@ MOST_WAITING = 256
 """Refused requests that wait to be written; further ones are only counted and logged."""
 
 MOST_WAITING_BYTES = 4 * 2**20
-"""Bytes of their bodies."""
+"""Bytes of the bodies of these requests."""
 
 RATE = Rate(count=10, seconds=1)
 """Kept requests of verified senders, for each source and reason: a faulty client repeats one mistake."""
 
 STRANGERS = Rate(count=10, seconds=60)
-"""The same for all other requests: scanners must not displace the requests of senders."""
+"""Kept requests of strangers, for each source and reason: scanners must not displace those of senders."""
 
 LONGEST_TARGET = 1024  # characters of path and query
 LONGEST_HEADER = 1024  # characters of a header's value
@@ -149,7 +149,7 @@ class RefusedRequests:
             await self._store.prune(before, int(self._config.max_size))
 
     async def flush(self) -> None:
-        """Write what waits, before a list is read or the daemon stops; a failure is only logged."""
+        """Write the waiting requests before a list is read or the daemon stops; a failure is only logged."""
         try:
             await self._write()
         except Exception as error:  # noqa: BLE001 - of the database engine, which may have failed altogether

@@ -193,7 +193,7 @@ def plain(refusal: Refusal) -> Response:
 
 
 def health() -> Response:
-    """Answer `GET /health`, which no source owns. Strangers may ask, so it names no version."""
+    """Answer `GET /health`, which no source owns. Contains no version, because strangers may send it."""
     return render(Reply(body={"status": "ok"}))
 
 

@@ -55,7 +55,7 @@ class WorkerRequests:
                     self._requeue(receipt.sent)
 
     def _note_refused(self, match: Match, incoming: Incoming, refusal: Refusal) -> Heartbeat | None:
-        """Record in memory that a refused request's worker is alive or leaves, unless the token is invalid.
+        """Note in memory that a refused request's worker is alive or unregisters, unless the token is wrong.
 
         Returns the heartbeat of an OFFLINE worker, to be stored, if the request itself caused the refusal.
         """

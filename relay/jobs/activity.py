@@ -288,5 +288,5 @@ def _written_at(path: Path) -> int:
 
 
 def _seconds(read: Callable[[str], int | None], name: str) -> float:
-    """Return a time or a period in seconds, as metrics have them; 0: there is none."""
+    """Convert a time or a period from microseconds to the seconds of metrics; 0 for None."""
     return (read(name) or 0) / SECOND

@@ -80,7 +80,7 @@ def is_overdue(latest: float | None, every: float, now: float) -> bool:
 
 
 class BackupSummary(msgspec.Struct, frozen=True):
-    """The backups of the folder, as of the latest look."""
+    """The backups of the folder, as of the latest `look`."""
 
     last_success: int | None  # time of the latest backup, wall clock
     bytes: int | None  # size of the latest backup

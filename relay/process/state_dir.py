@@ -27,7 +27,7 @@ class StateDir:
         """Create the directory if necessary and lock it.
 
         Raises:
-            RelayError: another daemon uses it, it is not writable, or `relay.lock` is no regular file.
+            RelayError: another daemon uses it, it is not writable, or `relay.lock` is not a regular file.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True, mode=0o700)

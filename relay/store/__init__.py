@@ -301,22 +301,22 @@ class Workers(Protocol):
         ...
 
     def note_refused(self, source: str, change: WorkerChange) -> WorkerStatus | None:
-        """Note that a known worker is alive, or wants to leave, although its request was refused.
+        """Note that a known worker is alive, or unregisters, although its request was refused.
 
-        Returns the worker's unchanged status; None: the worker is unknown or has left. The note is kept in
-        memory only, so this works while writes fail, and a crash may lose it. The next stored sweep
-        unregisters a worker that wants to leave, unless the worker sends a request more than 10 s later.
+        Returns the worker's unchanged status; None: the worker is unknown or unregistered. The note is kept
+        in memory only, so this works while writes fail, and a crash may lose it. The next stored sweep
+        applies a noted unregister request, unless the worker sends another request more than 10 s later.
         """
         ...
 
     async def sweep(self, *, extend: bool = False, at: int | None = None) -> tuple[Worker, ...]:
         """Mark all workers offline whose deadline had passed at a time (steady; None: now); returns them.
 
-        Workers that left with a refused request are unregistered and returned as well. Each change is in one
-        transaction with its event. With `extend`, every deadline is extended first, so that time for which
-        the relay itself was stopped counts against no worker; a node of a cluster does so only if no other
-        node was there. Requests that arrived before the call count,
-        even if the disk takes long to store them.
+        Workers whose unregister request was refused are unregistered and returned as well. Each change is in
+        one transaction with its event. With `extend`, every deadline is extended first, so that time in which
+        the relay itself was stopped counts against no worker; a node of a cluster extends them only if no
+        other node ran meanwhile. Requests that arrived before the call count, even if the disk takes
+        long to store them.
         """
         ...
 
@@ -669,7 +669,7 @@ class Attendant(Protocol):
         ...
 
     async def answer(self, lane: str, verb: str, argument: Any) -> Any:
-        """Do what an operator asked another node, and return the answer, as JSON values.
+        """Execute a request that an operator sent to another node; return the answer as JSON values.
 
         Raises:
             RelayError: it cannot be done.

@@ -198,7 +198,7 @@ class Move:
             elif (position.source, position.totals) != (self._source.location, totals):
                 raise StorageError(
                     f"{self._target.location} has a part of an earlier state of {position.source}",
-                    hint="empty the target and move again",
+                    hint="empty the target, then run the command again",
                 )
             for table in LARGE:
                 async for moved in self._steps(table, position):
@@ -221,7 +221,7 @@ class Move:
         elif count != len(new):
             raise StorageError(
                 f"{self._target.location}: {table} has {len(new)} rows, the move wrote {count}",
-                hint="empty the target and move again",
+                hint="empty the target, then run the command again",
             )
         else:
             ids = Ids(old[:count], new)
@@ -271,7 +271,8 @@ class Move:
         """
         if await self._source.totals() != totals:
             raise StorageError(
-                f"{self._source.location} changed during the move", hint="stop its daemon, and move again"
+                f"{self._source.location} changed during the move",
+                hint="stop its daemon, then run the command again",
             )
         moved = await self._target.totals()
         # Attempts and repetitions of deleted events are not moved.

@@ -49,7 +49,7 @@ def position_of(cursor: str | None) -> int:
 
 
 def range_of(given: str) -> tuple[str, str]:
-    """Return the first id that begins with a shortened id, and the first one after all of these.
+    """Return the range of ids that begin with a shortened id: the first of them, and the first id after them.
 
     Raises:
         RelayError: it is not an id of a refused request.
@@ -67,8 +67,8 @@ def the_one(given: str, rows: Sequence[Any]) -> Any:
     """Return the only row of a shortened id.
 
     Raises:
-        UnknownError: there is none.
-        RelayError: there are several.
+        UnknownError: no row has this id.
+        RelayError: several rows match the shortened id.
     """
     if not rows:
         raise UnknownError(

@@ -120,7 +120,7 @@ class Roster:
         return status
 
     def _keep_unregister(self, key: WorkerKey, change: WorkerChange, now: Now) -> None:
-        """Remember an unregister from before the rows were read, until the worker sends a newer request.
+        """Remember an unregister request that came before the rows were read, until a newer request comes.
 
         A heartbeat within `TOMBSTONE` of it may have been sent before it, and changes nothing.
         """
@@ -133,7 +133,7 @@ class Roster:
                 del self.refused_unregisters[key]
 
     def take_over(self, before: "Roster", rules: Callable[[str, str], WorkerRules]) -> None:
-        """Apply the refused unregister requests from before the rows were read."""
+        """Apply the refused unregister requests that came before the rows were read."""
         for (source, _), (change, now) in before.refused_unregisters.items():
             self.note_refused(source, change, now, rules)
         self.refused_unregisters.clear()

@@ -130,7 +130,7 @@ class StoredWorkerChanges:
     def sweep(self, at: int, most: int) -> list[Worker]:
         """Mark up to `most` workers as OFFLINE whose deadline had passed at `at` (steady).
 
-        Workers whose unregister was refused are marked as having left.
+        Workers whose unregister was refused are unregistered.
         """
         marked: list[Worker] = []
         now = Now(wall=self._now.wall, steady=at)
@@ -257,7 +257,7 @@ class StoredWorkerChanges:
         return changed
 
     def maintain(self, key: WorkerKey, *, on: bool, plan: rules.Plan | None = None) -> Worker | None:
-        """Begin or end maintenance; None: the worker is unknown or has left."""
+        """Begin or end maintenance; None: the worker is unknown or unregistered."""
         worker = self.get(key)
         if worker is None or worker.unregistered_at is not None:
             return None

@@ -50,7 +50,7 @@ class StoredWorkers:
         return Receipt(worker=step.worker)
 
     async def submit(self, source: str, change: WorkerChange, job: Job[Receipt]) -> Receipt:
-        """Write a worker's request; if that fails, at least note that the worker is alive or leaves."""
+        """Write a worker's request; if that fails, at least note that the worker is alive or unregisters."""
         key = (source, change.worker_id)
         self._queued[key] += 1
         try:

@@ -78,7 +78,7 @@ class Transaction(Protocol):
 
 
 class Space(Protocol):
-    """The room for senders' requests; `relay.store.sqlite.disk.Disk` is the one of a file's disk."""
+    """The room for senders' requests; `relay.store.sqlite.disk.Disk` measures the disk of a file."""
 
     copies: int  # how often each byte of a request is written
     overhead: int  # bytes that a request needs in addition

@@ -210,9 +210,9 @@ async def test_a_source_that_changed_since_is_not_mixed_with_the_moved_part(file
 
 async def test_a_target_with_data_is_refused(file, url, tmp_path):
     await move(f"sqlite:{file}", url, tmp_path)
-    with pytest.raises(StorageError, match="has data already"):
+    with pytest.raises(StorageError, match="already contains data"):
         await move(f"sqlite:{file}", url, tmp_path)
-    with pytest.raises(StorageError, match="exists already"):
+    with pytest.raises(StorageError, match="already exists"):
         await move(url, f"sqlite:{file}", tmp_path)
 
 

@@ -26,7 +26,7 @@ def test_an_unsupported_url_is_named_with_one_that_works(tmp_path, clock, url):
     [
         ("postgresql://db/relay?pooler=yes", 'pooler: expected "true" or "false", got "yes"'),
         ("postgresql://[::1/relay", "the host cannot be read"),
-        ("postgresql://", "no database; write postgresql://USER@HOST/DATABASE"),
+        ("postgresql://", "the URL names no database; write postgresql://USER@HOST/DATABASE"),
         ("postgresql://u:geheim@db1:5432", "no database"),
     ],
 )

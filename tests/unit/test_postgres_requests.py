@@ -91,7 +91,7 @@ async def test_two_owners_at_once_do_it_once(nodes):
 async def test_without_an_owner_the_request_is_withdrawn(pool, nodes):
     with (
         patch.object(requests, "PATIENCE", 0.2),
-        pytest.raises(StorageUnavailableError, match="pause was not done"),
+        pytest.raises(StorageUnavailableError, match='"pause" was not executed'),
     ):
         await nodes[0].requests.ask("erp", "pause", None)
     assert await pool.fetch("SELECT * FROM requests") == []
@@ -106,7 +106,7 @@ async def test_an_owner_that_stops_meanwhile_leaves_it_open_whether_it_was_done(
     nodes[1].requests.handlers["pause"] = hang
     with (
         patch.object(requests, "PATIENCE", 0.3),
-        pytest.raises(StorageUnavailableError, match="pause may still be done"),
+        pytest.raises(StorageUnavailableError, match='"pause" may still be executed'),
     ):
         await nodes[0].requests.ask("crm", "pause", None)
     gate.set()

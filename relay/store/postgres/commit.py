@@ -223,7 +223,7 @@ class PostgresCommitter(Committer):
     def publish(self, batch: Batch) -> None:
         """See `Committer.publish`; also wakes the lanes of other nodes."""
         if self.nodes is not None:
-            self._tell_others(batch, self.nodes)
+            self._wake_others(batch, self.nodes)
         super().publish(batch)
         if self.shared_workers is not None and batch.worker_changes is not None:
             self.shared_workers.note_committed(batch.worker_changes)
@@ -234,7 +234,7 @@ class PostgresCommitter(Committer):
         if self.shared_workers is not None:
             self.shared_workers.note_undone()
 
-    def _tell_others(self, batch: Batch, nodes: PostgresNodes) -> None:
+    def _wake_others(self, batch: Batch, nodes: PostgresNodes) -> None:
         """Announce due deliveries of lanes that other nodes own; only the others are claimed here."""
         mine = nodes.scope.mine
         names = {delivery.destination for delivery in batch.due}

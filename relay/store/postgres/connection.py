@@ -78,7 +78,7 @@ def read_url(url: str) -> Address:
     if pooler not in {"true", "false"}:
         raise RelayError(f'[storage] url: pooler: expected "true" or "false", got "{pooler}"')
     if not parts.path.strip("/") and "dbname" not in dict(options) and "database" not in dict(options):
-        raise RelayError("[storage] url: no database; write postgresql://USER@HOST/DATABASE")
+        raise RelayError("[storage] url: the URL names no database; write postgresql://USER@HOST/DATABASE")
     rest = urlencode([(name, value) for name, value in options if name != "pooler"], safe="/:,")
     hosts = parts.netloc.rpartition("@")[2] or dict(options).get("host", "")
     return Address(
@@ -326,6 +326,6 @@ def refused(address: Address, error: BaseException) -> StorageError:
         )
     if is_transient(error):
         return StorageUnavailableError(
-            what, hint="check that PostgreSQL runs and accepts connections from here"
+            what, hint="check that PostgreSQL runs and accepts connections from this machine"
         )
     return StorageError(what, hint="check [storage] url and the server's log")

@@ -152,7 +152,7 @@ async def replication(_examined: Examined, connection: Connection) -> Check:
     standbys = await connection.fetch(STANDBYS_SQL)
     if any(state is None for _, state, _ in standbys):
         hint = "GRANT pg_monitor TO the user of [storage] url"
-        return failed("replication", f"standbys of which this user sees no details: {len(standbys)}", hint)
+        return failed("replication", f"standbys whose details this user cannot see: {len(standbys)}", hint)
     slots = [(name, size) for name, size in await connection.fetch(SLOTS_SQL) if size > SLOT_WAL]
     if slots:
         name, size = slots[0]
@@ -221,7 +221,7 @@ async def partitions(_examined: Examined, connection: Connection) -> Check:
     if missing:
         detail = f"no partitions for {wanted}: {', '.join(missing)}"
         return failed(
-            "partitions", detail, "start the relay; it makes them ahead, unless it lacks the rights"
+            "partitions", detail, "start the relay, which creates them if its user may create tables"
         )
     count = sum(number for _, number in rows.values())
     return passed("partitions", f"{count} partitions, until {min(last for last, _ in rows.values())}")

@@ -110,7 +110,7 @@ class _Side:
             )
         if host := await self._connection.value(IN_USE_SQL):
             raise StorageError(
-                f"a daemon uses {self.location}: {host}", hint="stop all daemons, and move again"
+                f"a daemon uses {self.location}: {host}", hint="stop all daemons, then run the command again"
             )
 
     async def _meta(self, name: str) -> str | None:
@@ -190,7 +190,7 @@ class PostgresTarget(_Side):
         if (found := await self._meta(MOVING)) is not None:
             return msgspec.json.decode(found, type=Position)
         if not await self._connection.value(EMPTY_SQL):
-            raise StorageError(f"{self.location} has data already", hint="name an empty database")
+            raise StorageError(f"{self.location} already contains data", hint="name an empty database")
         return None
 
     def next_id(self, previous: int, moment: int) -> int:

@@ -1,4 +1,4 @@
-"""Nodes over PostgreSQL: leases say which node runs each lane and each job of the cluster.
+"""Nodes over PostgreSQL: leases determine which node runs each lane and each job of the cluster.
 
 A lease is a row. It names the incarnation (a random id, new at each start) of the node that holds it until a
 time, by the server's clock; its epoch grows by one whenever it changes hands. A node renews exactly the pairs
@@ -133,7 +133,7 @@ def plan(
 
 
 def length_of(lease: float, timeout: float) -> float:
-    """Return for how many seconds a lease of a lane is taken; `timeout` is that of one attempt."""
+    """Return the length of a lane's lease in seconds; `timeout` is that of one attempt."""
     return max(lease, 2 * timeout)
 
 
@@ -409,7 +409,7 @@ class PostgresNodes:
             await self._wake_ups.stop()
 
     def _wake(self, heard: WakeUp) -> None:
-        """Act on what another node announced."""
+        """Handle the announcement of another node."""
         attendant = self._attendant
         if attendant is None:
             return
@@ -468,7 +468,7 @@ class PostgresNodes:
             )
             slot = free_slot({row["slot"] for row in await self._fetch("SELECT slot FROM nodes")})
             if slot is None:
-                raise StorageError(f"the cluster has {SLOTS} nodes already", hint="stop a node")
+                raise StorageError(f"the cluster already has {SLOTS} nodes", hint="stop a node")
             destinations = sorted(self._lanes)
             await self._fetch(
                 JOIN_SQL,

@@ -19,7 +19,7 @@ log = logging.getLogger("relay.store")
 PATIENCE = 10.0
 """Seconds within which the owner must answer; a lane without an owner gets one when its lease has ended."""
 
-LOOK_EVERY = 0.05  # seconds between looks for the answer
+POLL_EVERY = 0.05  # seconds between polls for the answer
 KEPT = 60.0  # seconds after which any request is deleted
 
 ASK_SQL = "INSERT INTO requests (id, destination, verb, argument) VALUES ($1::uuid, $2, $3, $4)"
@@ -50,7 +50,7 @@ Answer = Callable[[str, str, Any], Awaitable[Any]]
 
 
 async def _refuse(_destination: str, verb: str, _argument: Any) -> None:
-    raise UnknownError(f"this node does not know how to {verb}", hint="update it")
+    raise UnknownError(f'this node does not support "{verb}"', hint="upgrade hookferry on this node")
 
 
 class Requests:
@@ -64,7 +64,7 @@ class Requests:
         self._answering: set[asyncio.Task[None]] = set()
 
     async def ask(self, destination: str, verb: str, argument: Any) -> Any:
-        """Let the owner of a lane do something, and return its answer.
+        """Let the owner of a lane execute an operator's request, and return its answer.
 
         Raises:
             StorageUnavailableError: no node has answered in time.
@@ -82,16 +82,16 @@ class Requests:
                 if row["error"] is not None:
                     raise RelayError(row["error"])
                 return msgspec.json.decode(row["answer"])
-            await asyncio.sleep(LOOK_EVERY)
+            await asyncio.sleep(POLL_EVERY)
         rows = await self._fetch(WITHDRAW_SQL, id_)
-        what = "may still be done" if rows and rows[0]["is_taken"] else "was not done"
+        what = "may still be executed" if rows and rows[0]["is_taken"] else "was not executed"
         raise StorageUnavailableError(
-            f"{destination}: the node that delivers to it did not answer; {verb} {what}",
-            hint="relay nodes; then look at the destination, and try again",
+            f'{destination}: the node that delivers to it did not answer; "{verb}" {what}',
+            hint=f"list the nodes: relay nodes; check the destination: relay destinations show {destination}",
         )
 
     async def answer(self, lanes: Collection[str], other: Answer = _refuse) -> None:
-        """Begin to answer the requests for lanes that this node owns; call it after a wake-up.
+        """Start to answer the requests for lanes that this node owns; call it after a wake-up.
 
         `other` answers those whose verb has no handler.
         """
@@ -125,7 +125,7 @@ class Requests:
         except RelayError as refusal:
             error = in_one_line(refusal)
         except Exception as failure:
-            log.exception("%s: cannot do what another node asks: %s", destination, verb)
+            log.exception('%s: cannot execute the request "%s" of another node', destination, verb)
             error = f"{type(failure).__name__}: {failure}"
         try:
             await self._fetch(ANSWER_SQL, id_, answer, error)

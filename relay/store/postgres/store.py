@@ -55,7 +55,7 @@ COUNT_EVERY = 1.0
 """Seconds between two readings of the ledger for deliveries that other nodes have created and ended."""
 
 PARTITIONS_EVERY = 3600.0
-"""Seconds between two looks for partitions that must be made."""
+"""Seconds between two checks for missing partitions."""
 
 FOREIGN_SQL = """
     SELECT to_regclass('meta') IS NULL
@@ -218,7 +218,7 @@ class PostgresStore:
             )
         if await connection.value(FOREIGN_SQL):
             raise StorageError(
-                f"{self.location} has tables called events or deliveries of another program",
+                f"{self.location} has tables named events or deliveries that belong to another program",
                 hint="use a separate database or schema for the relay",
             )
 
@@ -277,7 +277,7 @@ class PostgresStore:
                 listen(News(woken=names))
             except Exception:
                 log.exception(
-                    "a listener failed after the database came back; lanes look again by themselves"
+                    "a listener failed after the database came back; lanes find due deliveries by polling"
                 )
 
     async def make_partitions(self, connection: Connection) -> None:
@@ -285,7 +285,7 @@ class PostgresStore:
         await make_partitions(connection, self._clock.wall())
 
     async def _maintain(self) -> None:
-        """Renew the lease, and make partitions ahead."""
+        """Renew the lease, and create partitions in advance."""
         writer, partitions_at = self.database.writer, time.monotonic() + PARTITIONS_EVERY
         while True:
             await asyncio.sleep(RENEW_EVERY if self._shared is None else COUNT_EVERY)
@@ -293,7 +293,7 @@ class PostgresStore:
                 if self._shared is not None:
                     await writer.call(self._count_pending)  # other nodes create and end deliveries, too
                 elif not await writer.call(self._owner.renew):
-                    self._lose("another daemon has taken the database over")
+                    self._lose("another daemon has taken over the database")
                     return
                 if time.monotonic() > partitions_at:
                     await writer.call(self.make_partitions)
@@ -301,7 +301,7 @@ class PostgresStore:
             except StorageError as error:  # the writer tries to connect again
                 log.debug("the lease could not be renewed: %s", error.message)
             except ERRORS as error:
-                log.warning("partitions ahead could not be made: %s", text_of(error))
+                log.warning("cannot create the partitions of the next days: %s", text_of(error))
 
     def _lose(self, why: str) -> None:
         """Stop writing, because another daemon uses the database now."""

@@ -16,7 +16,7 @@ log = logging.getLogger("relay.store")
 
 CHANNEL = "relay"
 PAUSE = 0.02  # seconds between two notifications of a node
-POLL = 0.25  # seconds between looks at the database while notifications do not arrive
+POLL = 0.25  # seconds between polls of the database while notifications do not arrive
 PROBE_EVERY = 10.0  # seconds between checks whether notifications arrive
 PROBE_TIMEOUT = 2.0
 TIMEOUT = 5.0  # seconds of one statement
@@ -80,7 +80,7 @@ class WakeUps:
         self._tasks = [asyncio.create_task(work()) for work in (self._listen, self._send, self._poll)]
 
     async def stop(self) -> None:
-        """Send what waits, if possible, and disconnect."""
+        """Send the waiting announcements if possible, and disconnect."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -96,7 +96,7 @@ class WakeUps:
         leases: bool = False,
         requests: bool = False,
     ) -> None:
-        """Announce it to the other nodes, soon and together with other announcements."""
+        """Announce a wake-up to the other nodes, soon and together with other announcements."""
         self._lanes[retries].update(lanes)
         self._leases |= leases
         self._requests |= requests
@@ -129,7 +129,7 @@ class WakeUps:
             await asyncio.wait_for(self._answered.wait(), PROBE_TIMEOUT)
         except TimeoutError:
             if self.arrives:
-                log.warning("notifications of PostgreSQL do not arrive; looking every %g s instead", POLL)
+                log.warning("PostgreSQL's notifications do not arrive; polling every %g s instead", POLL)
             self.arrives = False
         else:
             self.arrives = True
@@ -149,7 +149,7 @@ class WakeUps:
         while True:
             await self._due.wait()
             self._due.clear()
-            with suppress(Exception):  # the next look at the database finds the same
+            with suppress(Exception):  # the next poll of the database replaces it
                 await self._flush()
             await asyncio.sleep(PAUSE)
 

@@ -178,7 +178,7 @@ def fsync(examined: Examined) -> Check:
                 taken.append(time.perf_counter() - began)
     except OSError as error:
         no_room = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        hint = "free disk space" if no_room else "run it as the user of the relay"
+        hint = "free disk space" if no_room else "run the command as the user of the relay"
         return failed("fsync", f"{probe}: {error.strerror}", hint)
     finally:
         with suppress(OSError):  # a file that could not be opened is reported above
@@ -197,7 +197,7 @@ def losses(examined: Examined) -> Check:
             log = read_log(log_of(examined.path))
     except OSError as error:
         return failed(
-            "losses", f"{log_of(examined.path)}: {error.strerror}", "run it as the user of the relay"
+            "losses", f"{log_of(examined.path)}: {error.strerror}", "run the command as the user of the relay"
         )
     if log.damaged:
         detail = f"the log is damaged: {log.commits} transactions after frame {log.valid} would be dropped"

@@ -146,7 +146,7 @@ class FileWatch:
         elif moved is None and self._moved:
             self._moved = self._given_up = False
             self._writer.resume()
-            log.warning("%s is in its place again: senders are accepted", self._path)
+            log.warning("%s is in its place again: the relay accepts requests", self._path)
             self._drop_copies()
         elif self._writer.failure is None:
             self._start_unless_running("head", self._check_head)

@@ -41,7 +41,7 @@ def check_before_open(database: Path, wall: int) -> list[str]:
         copy, restore = copies[-1], restore_command(copies[-1], database)
         if exists:
             message = f"{database} was replaced or damaged, and it has a rescue copy: {copy}"
-            without = f"use the present file instead, rm -f {log_of(database)} and move the copy elsewhere"
+            without = f"use the current file instead, rm -f {log_of(database)} and move the copy elsewhere"
         else:
             message = f"{database} is missing, and it has a rescue copy: {copy}"
             without = "begin with an empty database instead, move the copy elsewhere"

@@ -52,7 +52,9 @@ def _exists(path: Path) -> bool:
     try:
         return path.exists()
     except OSError as error:
-        raise StorageError(f"{path}: {error.strerror}", hint="run it as the user of the relay") from error
+        raise StorageError(
+            f"{path}: {error.strerror}", hint="run the command as the user of the relay"
+        ) from error
 
 
 class _Side:
@@ -138,7 +140,7 @@ class SqliteTarget(_Side):
         """See `Side.opened`."""
         for path in (self.path, mark_of(self.path)):
             if _exists(path):
-                raise StorageError(f"{path} exists already", hint="move it away, or name another file")
+                raise StorageError(f"{path} already exists", hint="move it away, or name another file")
         self._file = self.path.with_name(f"{self.path.name}.moving")
         lock = StateDir(self.path.parent)
         lock.take()
@@ -156,7 +158,9 @@ class SqliteTarget(_Side):
             if self.is_finished:
                 self._file.rename(self.path)
         except sqlite3.Error as error:
-            raise StorageError(f"{self._file}: {error}", hint="check the disk, and move again") from error
+            raise StorageError(
+                f"{self._file}: {error}", hint="check the disk, then run the command again"
+            ) from error
         finally:
             lock.release()
 
