@@ -10,7 +10,7 @@ from relay.api.responses import error_of
 from relay.base.clock import Clock
 from relay.errors import RelayError, StorageUnavailableError
 from relay.store.opening import is_storage_failure
-from relay.ui import deliveries, destinations, events, now, refused, replays
+from relay.ui import daemon, deliveries, destinations, events, now, refused, replays, sources, workers
 from relay.ui.markup import tag
 from relay.ui.page import STATIC, Ask, Screen, Visit
 
@@ -27,6 +27,14 @@ SCREENS: Mapping[str, Screen] = {
     "/replays/{id}": replays.show,
     "/destinations": destinations.list_,
     "/destinations/{name}": destinations.show,
+    "/sources": sources.list_,
+    "/sources/{name}": sources.show,
+    "/workers": workers.list_,
+    "/workers/{source}/{id:[^/]+}": workers.show,
+    "/jobs": daemon.jobs,
+    "/config": daemon.config,
+    "/doctor": daemon.doctor,
+    "/nodes": daemon.nodes,
     "/refused": refused.list_,
     "/refused/{id}": refused.show,
 }

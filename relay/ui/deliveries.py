@@ -45,6 +45,14 @@ async def list_(visit: Visit) -> web.Response:
         ),
         pages(visit, page["next_cursor"]),
         tag("p", command_of_list("deliveries", "deliveries", "list", query=visit.query)),
+        tag(
+            "p",
+            "See also: ",
+            tag("a", "attempts", href=visit.link("attempts")),
+            ", ",
+            tag("a", "replays", href=visit.link("replays")),
+            class_="note",
+        ),
         section=SECTION,
     )
 

@@ -9,6 +9,7 @@ from relay.ui.destinations import count_link, held
 from relay.ui.markup import Content, Markup, tag
 from relay.ui.page import Visit
 from relay.ui.parts import NONE, command_line, duration, number, spark, state, table
+from relay.ui.sources import state_of
 
 PERIODS = 30
 """Bars of a history of an hour."""
@@ -24,7 +25,7 @@ async def show(visit: Visit) -> web.Response:
     past = {kind: {each["name"]: each for each in history[kind]} for kind in ("sources", "destinations")}
     return visit.page(
         "Now",
-        _summary(status, nodes),
+        _summary(visit, status, nodes),
         _problems(status["problems"]),
         table(
             "Sources",
@@ -45,7 +46,7 @@ async def show(visit: Visit) -> web.Response:
     )
 
 
-def _summary(status: Mapping[str, Any], nodes: Sequence[Mapping[str, Any]]) -> Markup:
+def _summary(visit: Visit, status: Mapping[str, Any], nodes: Sequence[Mapping[str, Any]]) -> Markup:
     ready = state("online", "ready") if status["ready"] else state("offline", "not ready")
     disk = status["disk"]
     days = disk and disk["days_left"]
@@ -53,7 +54,7 @@ def _summary(status: Mapping[str, Any], nodes: Sequence[Mapping[str, Any]]) -> M
         "p",
         ready,
         f" · up {duration(status['uptime_seconds'])}",
-        f" · {len(nodes)} nodes" if len(nodes) > 1 else None,
+        [" · ", tag("a", f"{len(nodes)} nodes", href=visit.link("nodes"))] if len(nodes) > 1 else None,
         f" · disk full in {days:,.0f} days" if days is not None else None,
         class_="summary",
     )
@@ -70,13 +71,12 @@ def _problems(problems: Sequence[Mapping[str, Any]]) -> Markup:
 
 def _source(visit: Visit, source: Mapping[str, Any], past: Mapping[str, Any]) -> tuple[Content, ...]:
     name, events, refused = source["name"], past.get("events", ()), past.get("refused", ())
-    word = "paused" if source["paused"] else "silent" if source["silent"] else None
     return (
-        name,
+        tag("a", name, href=visit.link("sources", name)),
         tag("a", _sum(events), href=visit.link("events", source=name, since="1h")),
         spark(events, f"Events of {name} in the last hour"),
         tag("a", _sum(refused), href=visit.link("refused", source=name, since="1h")),
-        state("expired", word) if word else state("online", "ok"),
+        state_of(source),
     )
 
 

@@ -20,8 +20,12 @@ SECTIONS = (
     ("Events", "events"),
     ("Deliveries", "deliveries"),
     ("Destinations", "destinations"),
+    ("Sources", "sources"),
     ("Refused", "refused"),
-    ("Replays", "replays"),
+    ("Workers", "workers"),
+    ("Jobs", "jobs"),
+    ("Configuration", "config"),
+    ("Doctor", "doctor"),
 )
 """Name and path of each page in the navigation."""
 

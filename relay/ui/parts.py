@@ -213,6 +213,27 @@ def action(
     )
 
 
+def inquiry(
+    visit: Visit, label: str, *words: str, call: str, body: Mapping[str, Any] | None = None, scope: Scope
+) -> Content:
+    """Return a button for a request that changes nothing; the script shows its result below the button.
+
+    The parameters are those of `action`.
+    """
+    if not visit.may(scope):
+        return None
+    button = tag(
+        "button",
+        label,
+        type="button",
+        class_="scripted",
+        title=shlex.join(("relay", *words)),
+        data_ask=call,
+        data_body=msgspec.json.encode(body or {}).decode(),
+    )
+    return [button, tag("output", class_="result")]
+
+
 def filter_form(visit: Visit, kind: str) -> Markup:
     """Return the filters of a list: those in effect, each with a link that removes it, and a form.
 

@@ -24,7 +24,7 @@ async def list_(visit: Visit) -> web.Response:
             [_row(visit, each) for each in page["items"]],
             empty="None since the daemon started.",
         ),
-        section=SECTION,
+        section="deliveries",
     )
 
 
@@ -73,5 +73,5 @@ async def show(visit: Visit) -> web.Response:
             ("Began", when(visit, replay["began_at"])),
             ("Ended", when(visit, replay["ended_at"])),
         ),
-        section=SECTION,
+        section="deliveries",
     )  # fmt: skip

@@ -2,16 +2,19 @@
 
 import asyncio
 import json
+from urllib.parse import quote
 
 import pytest
 import receivers
 from daemons import SOURCES, destination, running, write_config
 from test_ui import HEADERS, HOSTILE, get, page, store
+from test_workers import register
 from wire import exchange, request
 
 from relay.ui.app import SCREENS
 
 HELD = "paused = true"
+WORKER = '"><img src=x onerror=alert(1)>'
 PAGE = f"<h1>Bad gateway</h1><script>alert(1)</script>{HOSTILE}".encode()
 
 
@@ -61,12 +64,15 @@ async def test_every_screen_shows_hostile_data_as_text(relay):
     answer = await exchange(
         relay.addresses.socket, request("POST", "/api/deliveries/retry", json.dumps(replay).encode())
     )
-    ids = {
-        "/events/{id}": dead["event_id"], "/deliveries/{id}": dead["id"], "/refused/{id}": refused,
-        "/replays/{id}": json.loads(answer.body)["id"],
+    await relay.exchange(register(WORKER, description=HOSTILE, endpointUrl="http://x"))
+    places = {
+        "/events/{id}": f"/events/{dead['event_id']}", "/deliveries/{id}": f"/deliveries/{dead['id']}",
+        "/refused/{id}": f"/refused/{refused}", "/replays/{id}": f"/replays/{json.loads(answer.body)['id']}",
+        "/destinations/{name}": "/destinations/shop", "/sources/{name}": "/sources/adorn",
+        "/workers/{source}/{id:[^/]+}": f"/workers/whatsapp/{quote(WORKER, safe='')}",
     }  # fmt: skip
     for path in SCREENS:
-        address = path.replace("{id}", ids.get(path, "")).replace("{name}", "shop")
+        address = places.get(path, path)
         answer = await get(relay, f"/ui{address}")
         assert HEADERS.items() <= answer.headers.items()
         status, found = await page(relay, f"/ui{address}")
@@ -167,3 +173,49 @@ async def test_a_refused_request_shows_what_to_do(relay):
     assert "no source owns this path" in found.text
     assert "relay sources list" in found.text
     assert not buttons(found)
+
+
+async def test_a_worker_shows_its_heartbeats_and_maintenance(relay):
+    await relay.exchange(register("w/1", version="2.1"))
+    _, found = await page(relay, "/ui/workers")
+    assert "1 ONLINE · versions: 2.1: 1" in found.text
+    _, found = await page(relay, "/ui/workers/whatsapp/w%2F1")
+    begin = buttons(found)["relay workers maintenance whatsapp w/1 on --for 2h"]
+    assert begin["data-call"] == "POST workers/whatsapp/w%2F1/maintenance"
+    answer = await exchange(
+        relay.addresses.socket,
+        request("POST", f"/api/{begin['data-call'].partition(' ')[2]}", begin["data-body"].encode()),
+    )
+    assert answer.status == 200
+    _, found = await page(relay, "/ui/workers/whatsapp/w%2F1")
+    assert "in maintenance, ends in 1 h 59 min" in found.text
+    assert "relay workers maintenance whatsapp w/1 off" in buttons(found)
+    status, found = await page(relay, "/ui/workers/whatsapp/w2")
+    assert status == 404
+
+
+async def test_a_source_shows_its_tokens_and_settings(relay):
+    _, found = await page(relay, "/ui/sources/moddy")
+    assert "tokens[0]" in found.text
+    assert "dev-token" not in found.text
+    assert "[sources.moddy]" in found.text
+    assert "relay sources pause moddy" in buttons(found)
+    await relay.operator("POST", "/api/sources/moddy/pause")
+    _, found = await page(relay, "/ui/sources/moddy")
+    assert "relay sources resume moddy" in buttons(found)
+
+
+async def test_jobs_configuration_doctor_and_nodes(relay):
+    _, found = await page(relay, "/ui/jobs")
+    assert {"relay jobs run retention", "relay db backup"} <= buttons(found).keys()
+    _, found = await page(relay, "/ui/config")
+    assert "[destinations.crm]" in found.text
+    assert "whsec_" not in found.text
+    asked = {
+        each["data-ask"]: json.loads(each["data-body"]) for each in found.all("button") if "data-ask" in each
+    }
+    assert asked == {"POST reload": {"dry_run": True}}
+    _, found = await page(relay, "/ui/doctor")
+    assert "GET doctor" in [each.get("data-ask") for each in found.all("button")]
+    _, found = await page(relay, "/ui/nodes")
+    assert "(answers you)" in found.text

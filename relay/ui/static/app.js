@@ -20,9 +20,8 @@ function make(name, text, attributes = {}) {
 
 async function send(call, body) {
   const [method, path] = call.split(" ");
-  const answer = await fetch(api + path, {
-    method, headers: { "Content-Type": "application/json" }, body: JSON.stringify(body), redirect: "error",
-  });
+  const sent = method === "GET" ? {} : { headers: { "Content-Type": "application/json" }, body: JSON.stringify(body) };
+  const answer = await fetch(api + path, { method, redirect: "error", ...sent });
   const lines = (await answer.text()).trim().split("\n");
   let value = {};
   try { value = JSON.parse(lines[lines.length - 1] || "{}"); } catch { /* an answer of a proxy */ }
@@ -98,6 +97,50 @@ function afterReload() {
   sessionStorage.removeItem("focus");
 }
 
+// --- inquiries --------------------------------------------------------------------------------------------
+
+const text = (value) => (value === null ? "–" : typeof value === "object" ? JSON.stringify(value) : String(value));
+
+function rows(list) {
+  const names = Object.keys(list[0]);
+  const table = make("table");
+  const head = table.createTHead().insertRow();
+  for (const name of names) head.append(make("th", name.replaceAll("_", " "), { scope: "col" }));
+  const body = table.createTBody();
+  for (const each of list) {
+    const row = body.insertRow();
+    for (const [index, name] of names.entries()) {
+      const good = typeof each[name] === "boolean";
+      const cell = make(index ? "td" : "th", good ? (each[name] ? "✔ yes" : "✖ no") : text(each[name]),
+        index ? { "data-head": name } : { scope: "row" });
+      if (good) cell.classList.add(each[name] ? "good" : "bad");
+      row.append(cell);
+    }
+  }
+  return table;
+}
+
+async function ask(button) {
+  const output = button.nextElementSibling;
+  button.disabled = true;
+  output.replaceChildren(make("p", "Please wait …"));
+  try {
+    const result = await send(button.dataset.ask, JSON.parse(button.dataset.body));
+    const parts = [];
+    for (const [name, value] of Object.entries(result)) {
+      if (Array.isArray(value) && !value.length) continue;
+      if (Array.isArray(value) && typeof value[0] === "object") parts.push(rows(value));
+      else parts.push(make("p", `${name.replaceAll("_", " ")}: ${Array.isArray(value) ? value.join(", ") : text(value)}`));
+    }
+    output.replaceChildren(...parts);
+  } catch (error) {
+    output.replaceChildren(make("p", error.message, { class: "error" }));
+  } finally {
+    button.disabled = false;
+    button.focus();
+  }
+}
+
 // --- search and filters -----------------------------------------------------------------------------------
 
 function find(text) {
@@ -123,6 +166,8 @@ document.addEventListener("submit", (event) => {
 });
 
 document.addEventListener("click", (event) => {
+  const asked = event.target.closest("button[data-ask]");
+  if (asked) ask(asked);
   const button = event.target.closest("button[data-call]");
   if (button) act(button);
   const copied = event.target.closest("[data-copy]");
@@ -199,7 +244,7 @@ async function progress() {
 
 // --- keys -------------------------------------------------------------------------------------------------
 
-const GO = { n: "", e: "events", l: "deliveries", d: "destinations", r: "refused" };
+const GO = { n: "", e: "events", l: "deliveries", d: "destinations", r: "refused", s: "sources", w: "workers" };
 let before = "";
 
 function step(by) {

@@ -1,0 +1,184 @@
+"""The daemon itself: jobs and backups, the configuration, the doctor's checks, and the nodes."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from aiohttp import web
+
+from relay.config.effective import as_toml
+from relay.ui.markup import Content, tag
+from relay.ui.page import Visit
+from relay.ui.parts import (
+    NONE,
+    action,
+    command,
+    fields,
+    inquiry,
+    number,
+    size,
+    state,
+    table,
+    when,
+)
+
+
+async def jobs(visit: Visit) -> web.Response:
+    """Show periodic jobs, and the backups with their place in the database's state."""
+    found = (await visit.ask("listJobs"))["items"]
+    database = await visit.ask("showDatabase")
+    backups = (await visit.ask("status"))["backups"]
+    return visit.page(
+        "Jobs and backups",
+        table(
+            "Periodic jobs of this daemon",
+            ("Job", "Result", "Every", "Last run", "Took", "Next run", ""),
+            [_job(visit, each) for each in found],
+        ),
+        tag("h2", "Backups"),
+        fields(*_backups(visit, backups)),
+        tag("p", *_changes(visit, database), class_="actions"),
+        table(
+            "Files",
+            ("File", "Size", "Made"),
+            [
+                (each["path"], size(each["bytes"]), when(visit, each["made_at"]))
+                for each in database["backups"]
+            ],
+            empty="No backup file.",
+        ),
+        tag("h2", "Database"),
+        fields(
+            ("Database", database["path"]),
+            ("Engine", database["engine"]),
+            ("Size", size(database["bytes"])),
+            ("Events", number(database["events"])),
+            ("Oldest event", when(visit, database["oldest"])),
+            ("Pending", number(database["pending"])),
+        ),
+        tag("p", command("jobs", "list"), " ", command("db", "status")),
+        section="jobs",
+    )
+
+
+def _job(visit: Visit, job: Mapping[str, Any]) -> tuple[Content, ...]:
+    name = job["name"]
+    if job["running"]:
+        result = state("pending", "running")
+    elif job["error"]:
+        result = state("dead", job["error"])
+    else:
+        result = state("delivered", "ok") if job["runs"] else state("", "has not run yet")
+    return (
+        name,
+        result,
+        job["every"],
+        when(visit, job["started_at"]),
+        NONE if job["seconds"] is None else f"{job['seconds']:,.3f} s",
+        when(visit, job["next_run_at"]),
+        action(visit, "Run now", "jobs", "run", name, call=f"POST jobs/{name}/run", count="one run"),
+    )
+
+
+def _backups(visit: Visit, backups: Mapping[str, Any] | None) -> Iterator[tuple[str, Content]]:
+    if backups is None:
+        yield "Schedule", "none: [backup] every is not set"
+        return
+    yield "Schedule", f"every {backups['interval']}"
+    yield "Last success", when(visit, backups["last_success"])
+    if backups["error"]:
+        yield "Last error", state("dead", backups["error"])
+    elif backups["overdue"]:
+        yield "State", state("dead", "overdue")
+
+
+def _changes(visit: Visit, database: Mapping[str, Any]) -> Iterator[Content]:
+    """Yield the changes of an SQLite file; the tools of PostgreSQL back up and compact its databases."""
+    if database["sqlite"] is not None:
+        yield action(
+            visit, "Back up now", "db", "backup", call="POST db/backup", scope="admin",
+            count=f"a copy of {size(database['bytes'])}, which is checked",
+        )  # fmt: skip
+        if database["free"]:
+            yield action(
+                visit, "Compact", "db", "compact", call="POST db/compact", scope="admin",
+                count=f"up to {size(database['free'])} go back to the disk",
+            )  # fmt: skip
+
+
+async def config(visit: Visit) -> web.Response:
+    """Show the effective configuration, and what a reload would change."""
+    shown = await visit.ask("showConfig")
+    reload = action(
+        visit, "Reload", "reload", call="POST reload", scope="admin",
+        count="the whole file is applied, or nothing",
+    )  # fmt: skip
+    compare = inquiry(
+        visit, "Compare with the file", "reload", "--dry-run", call="POST reload", body={"dry_run": True},
+        scope="admin",
+    )  # fmt: skip
+    return visit.page(
+        "Configuration",
+        tag(
+            "p",
+            "Effective settings, with defaults; secrets are masked. File: ",
+            tag("code", shown["path"]),
+        ),
+        tag("ul", [tag("li", state("expired", each)) for each in shown["warnings"]], class_="problems")
+        if shown["warnings"]
+        else None,
+        tag("p", compare, " ", reload, class_="actions"),
+        tag("pre", "\n", "\n".join(as_toml(shown["config"])).strip(), tabindex=0, aria_label="Configuration"),
+        tag("p", command("config", "show")),
+        section="config",
+    )
+
+
+async def doctor(visit: Visit) -> web.Response:
+    """Offer the doctor's checks; they read the whole database, so a person starts them."""
+    run = inquiry(visit, "Run all checks", "doctor", call="GET doctor", scope="read")
+    return visit.page(
+        "Doctor",
+        tag(
+            "p",
+            "Checks database, disk, clock, backlog, jobs and backups. A large database takes some minutes; "
+            "the relay works on meanwhile.",
+        ),
+        tag("p", run, class_="actions"),
+        tag("p", command("doctor")),
+        section="doctor",
+    )
+
+
+async def nodes(visit: Visit) -> web.Response:
+    """Show the nodes that share the database."""
+    found = (await visit.ask("listNodes"))["items"]
+    differing = len({each["config"] for each in found}) > 1
+    return visit.page(
+        "Nodes",
+        tag("p", state("expired", "The nodes have different configurations."), class_="summary")
+        if differing
+        else None,
+        table(
+            "Nodes that share the database",
+            ("Node", "Version", "Up", "Seen", "Destinations", "Jobs", "Configuration"),
+            [_node(visit, each) for each in found],
+        ),
+        tag("p", command("nodes")),
+        section="nodes",
+    )
+
+
+def _node(visit: Visit, node: Mapping[str, Any]) -> tuple[Content, ...]:
+    names: list[Content] = [
+        [tag("a", lane, href=visit.link("destinations", lane.partition("/")[0])), " "]
+        for lane in node["lanes"]
+    ]
+    return (
+        [node["name"], " (answers you)" if node["is_self"] else None],
+        node["version"],
+        when(visit, node["started_at"]),
+        when(visit, node["seen_at"]),
+        names or NONE,
+        ", ".join(node["jobs"]) or NONE,
+        tag("code", node["config"]),
+    )

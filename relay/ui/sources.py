@@ -1,0 +1,111 @@
+"""Sources: the list, and one with its last hour, its tokens and its settings."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from aiohttp import web
+
+from relay.config.effective import as_toml
+from relay.ui.markup import Content, tag
+from relay.ui.page import Visit
+from relay.ui.parts import NONE, action, command, fields, number, spark, state, table, when
+
+SECTION = "sources"
+
+
+async def list_(visit: Visit) -> web.Response:
+    """List sources."""
+    page = await visit.ask("listSources")
+    return visit.page(
+        "Sources",
+        table(
+            "As in config.toml",
+            ("Source", "State", "Last event", "Plugin", "Path"),
+            [
+                (
+                    tag("a", each["name"], href=visit.link(SECTION, each["name"])),
+                    state_of(each),
+                    when(visit, each["last_event"]),
+                    each["plugin"],
+                    each["prefix"] or "/",
+                )
+                for each in page["items"]
+            ],
+            empty="config.toml has no sources.",
+        ),
+        tag("p", command("sources", "list")),
+        section=SECTION,
+    )
+
+
+def state_of(source: Mapping[str, Any]) -> Content:
+    """Return whether a source accepts events, and whether it is silent."""
+    if source["paused"]:
+        return state("expired", "paused")
+    return state("expired", "silent") if source["silent"] else state("online", "accepting")
+
+
+async def show(visit: Visit) -> web.Response:
+    """Show a source."""
+    name = visit.path["name"]
+    shown = await visit.ask("showSource", {"name": name})
+    history = (await visit.ask("history"))["sources"]
+    past: Mapping[str, Any] = next((each for each in history if each["name"] == name), {})
+    latest = shown["latest"]
+    if shown["paused"]:
+        change = action(
+            visit, "Resume", "sources", "resume", name, call=f"POST sources/{name}/resume",
+            count="the source accepts events again",
+        )  # fmt: skip
+    else:
+        change = action(
+            visit, "Pause", "sources", "pause", name, call=f"POST sources/{name}/pause", danger=True,
+            count="its senders get 503 until you resume it",
+        )  # fmt: skip
+    return visit.page(
+        name,
+        tag("p", state_of(shown), class_="summary"),
+        tag("p", change, class_="actions"),
+        fields(
+            ("Plugin", shown["plugin"]),
+            ("Path", shown["prefix"] or "/"),
+            ("Last event", when(visit, shown["last_event"])),
+            (
+                "Latest",
+                tag("a", latest["type"], href=visit.link("events", latest["id"])) if latest else NONE,
+            ),
+            ("Events", tag("a", "all of this source", href=visit.link("events", source=name))),
+            ("Refused", tag("a", "kept requests", href=visit.link("refused", source=name))),
+        ),
+        tag("h2", "Last hour"),
+        table(
+            "Oldest minute first",
+            ("Figure", "Value", "Minutes"),
+            [
+                (label, _sum(past.get(key, ())), spark(past.get(key, ()), label))
+                for key, label in (("events", "Stored events"), ("refused", "Refused requests"))
+            ],
+        ),
+        tag("h2", "Tokens and secrets"),
+        table(
+            "Since the daemon started, or a reload added the name",
+            ("Name", "Key", "Uses", "Last used"),
+            [
+                (each["name"], each["key"], number(each["uses"]), when(visit, each["last_used"]))
+                for each in shown["tokens"]
+            ],
+            empty="None: the source is open to everyone who can reach it.",
+        ),
+        tag(
+            "details",
+            tag("summary", "Settings, including defaults"),
+            tag("pre", "\n", "\n".join(as_toml({"sources": {name: shown["settings"]}})).strip()),
+        ),
+        tag("p", command("sources", "show", name)),
+        section=SECTION,
+    )
+
+
+def _sum(values: Any) -> str:
+    known = [value for value in values if value is not None]
+    return number(round(sum(known))) if known else NONE

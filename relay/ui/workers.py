@@ -1,0 +1,188 @@
+"""Workers: the list, and one with its sessions, its latest heartbeats and its commands."""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
+from typing import Any
+from urllib.parse import quote
+
+import msgspec
+from aiohttp import web
+
+from relay.base.clock import SECOND
+from relay.ui.markup import Content, Markup, tag
+from relay.ui.page import Visit
+from relay.ui.parts import (
+    NONE,
+    action,
+    api_query,
+    command,
+    command_of_list,
+    duration,
+    fields,
+    filter_form,
+    number,
+    pages,
+    state,
+    table,
+    when,
+)
+
+SECTION = "workers"
+MINUTES = 60
+"""Minutes of heartbeats that are shown with a worker."""
+
+
+async def list_(visit: Visit) -> web.Response:
+    """List workers by source and id."""
+    page = await visit.ask("listWorkers", query=api_query(visit))
+    workers = page["items"]
+    return visit.page(
+        "Workers",
+        filter_form(visit, "workers"),
+        tag("p", _spread(workers), class_="summary") if workers else None,
+        table(
+            "By source and id",
+            ("Worker", "Source", "Status", "Last heartbeat", "Sessions", "Version", "Restarts"),
+            [_row(visit, each) for each in workers],
+            empty="No workers.",
+        ),
+        pages(visit, page["next_cursor"]),
+        tag("p", command_of_list("workers", "workers", "list", query=visit.query)),
+        section=SECTION,
+    )
+
+
+def _spread(workers: Sequence[Mapping[str, Any]]) -> str:
+    """Return the numbers of workers on this page by status and by version."""
+    statuses = Counter(each["status"] for each in workers)
+    versions = Counter(each["version"] or "no version" for each in workers)
+    counted = [f"{count:,} {name}" for name, count in statuses.most_common()]
+    spread = [f"{name}: {count:,}" for name, count in versions.most_common(5)]
+    return f"On this page: {', '.join(counted)} · versions: {', '.join(spread)}"
+
+
+def _row(visit: Visit, each: Mapping[str, Any]) -> tuple[Content, ...]:
+    most = each["max_sessions"]
+    return (
+        tag("a", each["id"], href=visit.link(SECTION, each["source"], each["id"])),
+        tag("a", each["source"], href=visit.link("sources", each["source"])),
+        status_of(visit, each),
+        when(visit, each["last_heartbeat"]),
+        number(each["session_count"]) + ("" if most is None else f" of {most:,}"),
+        each["version"] or NONE,
+        each["restarts"],
+    )
+
+
+def status_of(visit: Visit, worker: Mapping[str, Any]) -> Content:
+    """Return a worker's status, and until when it is in maintenance."""
+    status = state("offline" if worker["status"] == "OFFLINE" else "online", worker["status"].lower())
+    if not worker["maintenance"]:
+        return status
+    until = worker["maintenance_until"]
+    return [status, ", in maintenance", [", ends ", when(visit, until)] if until else None]
+
+
+async def show(visit: Visit) -> web.Response:
+    """Show a worker."""
+    source, id_ = visit.path["source"], visit.path["id"]
+    shown = await visit.ask("showWorker", {"source": source, "id": id_})
+    return visit.page(
+        id_,
+        tag("p", status_of(visit, shown), class_="summary"),
+        tag("p", *_actions(visit, shown), class_="actions"),
+        fields(
+            ("Source", tag("a", source, href=visit.link("sources", source))),
+            ("Last heartbeat", when(visit, shown["last_heartbeat"])),
+            ("Registered", when(visit, shown["registered_at"])),
+            ("Endpoint", shown["endpoint"] or NONE),
+            ("Version", shown["version"] or NONE),
+            ("Environment", shown["environment"] or NONE),
+            ("Restarts", number(shown["restarts"])),
+            ("Uptime", NONE if shown["uptime"] is None else duration(shown["uptime"])),
+            ("Load", _load(shown)),
+            ("Events", tag("a", "of this worker", href=visit.link("events", source=source, subject=id_))),
+        ),
+        tag("h2", "Heartbeats of the last hour"),
+        _beats(visit, shown["metrics"]),
+        tag("h2", "Sessions"),
+        table(
+            "As the worker reported them",
+            ("Session", "Status", "Phone", "Name", "Last activity"),
+            [
+                (
+                    each["id"],
+                    each["status"],
+                    each["phone"] or NONE,
+                    each["name"] or NONE,
+                    each["last_activity"] or NONE,
+                )
+                for each in shown["sessions"]
+            ],
+            empty="None reported.",
+        ),
+        tag("h2", "Commands"),
+        table(
+            "Newest first",
+            ("Command", "State", "Created", "Sent", "Expires"),
+            [
+                (
+                    tag("code", msgspec.json.encode(each["command"]).decode()),
+                    state("pending" if each["state"] == "queued" else "", each["state"]),
+                    when(visit, each["created_at"]),
+                    when(visit, each["sent_at"]),
+                    when(visit, each["expires_at"]),
+                )
+                for each in shown["commands"]
+            ],
+            empty="None.",
+        ),
+        tag("p", command("workers", "show", source, id_)),
+        section=SECTION,
+    )
+
+
+def _load(worker: Mapping[str, Any]) -> str:
+    figures = [f"{label} {worker[key]:g} %" for key, label in (("cpu", "CPU"), ("memory", "memory"))
+               if worker[key] is not None]  # fmt: skip
+    return ", ".join(figures) or NONE
+
+
+def _actions(visit: Visit, worker: Mapping[str, Any]) -> Iterator[Content]:
+    source, id_ = worker["source"], worker["id"]
+    base = f"workers/{quote(source, safe='')}/{quote(id_, safe='')}"
+    words = ("workers", "maintenance", source, id_)
+    if worker["maintenance"]:
+        yield action(
+            visit, "End maintenance", *words, "off", call=f"POST {base}/maintenance", body={"on": False},
+            count="1 worker; it is reported offline again when its heartbeats stop",
+        )  # fmt: skip
+    else:
+        yield action(
+            visit, "Maintenance for 2 h", *words, "on", "--for", "2h", call=f"POST {base}/maintenance",
+            body={"on": True, "for": "2h"}, count="1 worker; it is not reported offline meanwhile",
+        )  # fmt: skip
+    yield action(
+        visit, "Forget", "workers", "forget", source, id_, call=f"DELETE {base}",
+        count="1 worker; its next heartbeat registers it again", danger=True,
+    )  # fmt: skip
+
+
+def _beats(visit: Visit, metrics: Sequence[Mapping[str, Any]]) -> Markup:
+    """Return a bar for each minute with a measurement, oldest first; the relay keeps one a minute."""
+    now = visit.now / SECOND
+    heard: dict[int, str] = {}
+    for each in metrics:
+        ago = int((now - datetime.fromisoformat(each["at"]).timestamp()) // 60)
+        heard.setdefault(ago, each["status"])
+    strip = "".join(
+        "·" if minute not in heard else "▁" if heard[minute] == "OFFLINE" else "█"
+        for minute in reversed(range(MINUTES))
+    )
+    count = len(heard.keys() & set(range(MINUTES)))
+    return tag(
+        "p",
+        tag("span", strip, class_="spark", role="img", aria_label=f"{count} of {MINUTES} minutes"),
+        f" {count} of {MINUTES} minutes with a heartbeat",
+    )
