@@ -21,6 +21,7 @@ from relay.cli.offline import Offline, database_of, readable, tables_of, url_of
 from relay.cli.options import FILE, config_option, json_option
 from relay.cli.output import count, print_fields, print_items, print_json, show_progress
 from relay.cli.screen import Field, utc_option
+from relay.config.validators import has_password, postgres_options
 from relay.errors import RelayError
 from relay.store import OfflineStore, Stop
 from relay.store.opening import file_of, move_of, offline_store
@@ -35,9 +36,19 @@ CHECKS = ("open", "version", "integrity", "conservation", "stuck", "bodies")
 def _storage_url(_ctx: click.Context, _parameter: click.Parameter, value: str) -> str:
     """Check the URL of a storage."""
     try:
-        file_of(value, Path())
+        is_file = file_of(value, Path()) is not None
     except RelayError as error:
         raise click.BadParameter(f'expected "sqlite:FILE" or "postgresql://…", got "{value}"') from error
+    if not is_file:
+        try:
+            postgres_options(value)
+        except ValueError as error:
+            raise click.BadParameter(str(error)) from None
+        if has_password(value):
+            raise click.BadParameter(
+                "the URL contains a password, which other users see among the running processes; "
+                "put it into PGPASSWORD or ~/.pgpass"
+            )
     return value
 
 

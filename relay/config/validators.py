@@ -29,6 +29,14 @@ LARGEST_BODY = 256 * 2**20
 """The most that `max_body` can be, in bytes."""
 
 POSTGRES = ("postgresql", "postgres")
+SYSTEM_CA = "system"  # as `sslrootcert`: the CA certificates of the operating system
+_POSTGRES_FILES = {"sslrootcert", "sslcert", "sslkey", "sslcrl", "passfile"}
+_POSTGRES_CHOICES = {
+    "sslmode": ("disable", "allow", "prefer", "require", "verify-ca", "verify-full"),
+    "target_session_attrs": ("any", "primary", "standby", "prefer-standby", "read-write", "read-only"),
+    "pooler": ("true", "false"),
+}
+_ENCODE = "In a user name or password, write / ? # @ : and % as %2F %3F %23 %40 %3A %25"
 """Schemes of the URL of a PostgreSQL database."""
 
 RESERVED = "relay"
@@ -132,21 +140,54 @@ def storage(value: Url) -> Url:
 
 
 def _postgres(value: Url) -> None:
-    try:
-        parts = urlsplit(value.reveal())
-    except ValueError:
-        raise ValueError("not a URL: its hosts cannot be read") from None
-    if not parts.path.strip("/"):
-        raise ValueError('the URL names no database, as in "postgresql://USER@HOST/DATABASE"')
-    options = dict(parse_qsl(parts.query, keep_blank_values=True))
-    has_password = ":" in parts.netloc.rpartition("@")[0] or "password" in options
-    if has_password and not value.is_hidden:
+    options = postgres_options(value.reveal())
+    if has_password(value.reveal()) and not value.is_hidden:
         raise ValueError(
             'the URL contains a password: write it as a secret, url = { env = "RELAY_STORAGE_URL" }, '
             "or use a password file"
         )
+    for name in _POSTGRES_FILES & options.keys():
+        if options[name] != SYSTEM_CA:
+            existing_file(Path(options[name]))
     if find_spec("asyncpg") is None:
         raise ValueError("PostgreSQL needs the package asyncpg: pip install 'hookferry[postgres]'")
+
+
+def postgres_options(text: str) -> dict[str, str]:
+    """Return the options in the URL of a PostgreSQL database, after a check of the whole URL.
+
+    Raises:
+        ValueError: it cannot be used. The message contains no part of the URL that may be a password.
+    """
+    try:
+        parts = urlsplit(text)
+        options = dict(parse_qsl(parts.query, keep_blank_values=True, strict_parsing=bool(parts.query)))
+        user, _, hosts = parts.netloc.rpartition("@")
+        ports = [host.rpartition("]")[2].rpartition(":") for host in hosts.split(",")]
+        numbers = [int(port) for _, colon, port in ports if colon]
+    except ValueError:
+        raise ValueError(f"not a URL: its hosts or options cannot be read. {_ENCODE}") from None
+    if "@" in user or "@" in parts.path or parts.fragment:
+        raise ValueError(f"not a URL: it has more than one @, or a #. {_ENCODE}")
+    if not all(port in _PORTS for port in numbers):
+        raise ValueError("a port is not between 1 and 65535")
+    if not parts.path.strip("/") and not {"dbname", "database"} & options.keys():
+        raise ValueError('the URL names no database, as in "postgresql://USER@HOST/DATABASE"')
+    for name, allowed in _POSTGRES_CHOICES.items():
+        if (chosen := options.get(name, allowed[0])) not in allowed:
+            raise ValueError(f'{name}: expected one of {", ".join(allowed)}, got "{chosen}"')
+    for name in _POSTGRES_FILES & options.keys():
+        if not options[name].startswith("/") and (name, options[name]) != ("sslrootcert", SYSTEM_CA):
+            raise ValueError(f'{name}: expected an absolute path, got "{options[name]}"')
+    return options
+
+
+def has_password(text: str) -> bool:
+    """Return whether the URL of a PostgreSQL database contains a password."""
+    parts = urlsplit(text)
+    return ":" in parts.netloc.rpartition("@")[0] or bool(
+        {"password", "sslpassword"} & dict(parse_qsl(parts.query, keep_blank_values=True)).keys()
+    )
 
 
 def url(value: Url) -> Url:

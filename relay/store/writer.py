@@ -401,7 +401,7 @@ class Writer(ABC, Generic[C]):
         self._committer.forget()
         remedy = await self._judge(error)
         if remedy is Remedy.STOP:
-            self._set_failure(self.broken or f"{error}")
+            self._set_failure(self.broken or f"{error}" or type(error).__name__)
         for job in jobs:
             if remedy is Remedy.STOP or (remedy is Remedy.WITHOUT_SENDERS and job.bounded):
                 job.fail(StorageUnavailableError(f"writing failed: {error}"))

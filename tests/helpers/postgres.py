@@ -4,6 +4,7 @@ The first test that needs it starts it, for all workers of pytest-xdist. It ends
 the run, however that process ends. Each test has a database of its own.
 """
 
+import atexit
 import fcntl
 import os
 import shutil
@@ -39,10 +40,28 @@ kill -INT $server 2>/dev/null; wait $server; rm -rf "$FOLDER"
 """
 """Runs the server until the test run, or the server itself, is gone; then removes its folder."""
 
+POOLER = shutil.which("pgbouncer", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
+POOLER_SETTINGS = """\
+[databases]
+* = host=127.0.0.1 port={server} user={user} pool_size={sessions}
+[pgbouncer]
+listen_addr = 127.0.0.1
+listen_port = {port}
+unix_socket_dir =
+auth_type = any
+pool_mode = transaction
+max_client_conn = 1000
+logfile = {folder}/log
+"""
+
+needs_pooler = pytest.mark.skipif(
+    not POOLER or not BINARIES, reason="needs the packages postgresql and pgbouncer"
+)
 needs_postgres = pytest.mark.skipif(not BINARIES, reason="needs the package postgresql, not installed here")
 
 _made = {}  # DSN by path, see `database_of`
 _server = None
+_pooler = None  # with RELAY_TEST_POOLER, for a run of the store's tests through PgBouncer
 _watchers = []
 
 
@@ -103,6 +122,49 @@ def start(folder, *, watched=None, port=None, settings=()):
     return Server(folder, port)
 
 
+class Pooler:
+    """A running PgBouncer in transaction mode."""
+
+    def __init__(self, server, sessions=4):
+        """Start it in front of a server; every transaction gets one of its `sessions`."""
+        self.port = _free_port()
+        self._folder = folder = Path(tempfile.mkdtemp(prefix="relay-pooler-"))
+        settings = folder / "pgbouncer.ini"
+        settings.write_text(
+            POOLER_SETTINGS.format(
+                server=server.port, user=USER, port=self.port, folder=folder, sessions=sessions
+            )
+        )
+        as_user = []
+        if os.geteuid() == 0:  # it refuses to run as root
+            for path in (folder, settings):
+                shutil.chown(path, USER, USER)
+            as_user = ["setpriv", f"--reuid={USER}", f"--regid={USER}", "--clear-groups", "--pdeathsig=KILL"]
+        self.process = subprocess.Popen(
+            [*as_user, POOLER, "-q", str(settings)], stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        deadline = time.monotonic() + 20
+        while True:
+            try:
+                socket.create_connection(("127.0.0.1", self.port), 1).close()
+            except OSError:
+                assert self.process.poll() is None, (folder / "log").read_text()
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+            else:
+                break
+
+    def url(self, database):
+        """Return the DSN of a database of the server, through the pooler."""
+        return f"postgresql://{USER}@127.0.0.1:{self.port}/{database}?pooler=true"
+
+    def stop(self):
+        """End the process, even if it was suspended."""
+        self.process.kill()
+        self.process.wait()
+        shutil.rmtree(self._folder)
+
+
 def server():
     """Return the server of this test run, started by the first caller of all workers."""
     global _server  # noqa: PLW0603 - one per process
@@ -129,7 +191,7 @@ def database_of(path):
     if path not in _made:
         name = f"t_{os.getpid()}_{len(_made)}"
         server().run(f"CREATE DATABASE {name}")
-        _made[path] = server().url(name)
+        _made[path] = _url(name)
     return _made[path]
 
 
@@ -137,7 +199,23 @@ def drop_databases():
     """Drop the databases of the tests so far; call it when a test has ended."""
     while _made:
         _, url = _made.popitem()
-        server().run(f"DROP DATABASE {url.rpartition('/')[2]} WITH (FORCE)")
+        server().run(f"DROP DATABASE {name_of(url)} WITH (FORCE)")
+
+
+def name_of(url):
+    """Return the name of the database in a DSN."""
+    return url.rpartition("/")[2].partition("?")[0]
+
+
+def _url(name):
+    """Return the DSN of a database; with RELAY_TEST_POOLER, through a pooler of this process."""
+    global _pooler  # noqa: PLW0603 - one per process
+    if not os.environ.get("RELAY_TEST_POOLER"):
+        return server().url(name)
+    if _pooler is None:
+        _pooler = Pooler(server())
+        atexit.register(_pooler.stop)
+    return _pooler.url(name)
 
 
 def _free_port():

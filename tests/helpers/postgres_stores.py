@@ -12,7 +12,7 @@ from decimal import Decimal
 from uuid import UUID
 
 import asyncpg
-from postgres import database_of, server
+from postgres import database_of, name_of, server
 
 from relay.base.clock import SystemClock
 from relay.store.postgres import partitions
@@ -97,7 +97,7 @@ def _make(clock):
     days = partitions.days_from(clock.wall(), 1)
     tables = "".join(partitions._partition(table, day) for table in PARTITIONED for day in days)
     version = f"INSERT INTO meta VALUES ('version', '{len(MIGRATIONS)}');"
-    server().run("".join((META, *MIGRATIONS, version, tables, VIEWS)), url.rpartition("/")[2])
+    server().run("".join((META, *MIGRATIONS, version, tables, VIEWS)), name_of(url))
     return url
 
 
@@ -108,7 +108,7 @@ def emptied():
     yield
     for path in set(_used) - before:
         url = _used.pop(path)
-        server().run(EMPTY_SQL, url.rpartition("/")[2])
+        server().run(EMPTY_SQL, name_of(url))
         _free.append(url)
 
 
@@ -117,6 +117,7 @@ async def run(url, sql, values=(), *, path="seen,public"):
     sql = re.sub(r"x'([0-9a-f]*)'", r"'\\x\1'::bytea", sql)
     for number in range(1, len(values) + 1):
         sql = sql.replace("?", f"${number}", 1)
+    url = server().url(name_of(url))  # never through a pooler, which takes no settings
     connection = await asyncpg.connect(url, server_settings={"search_path": path}, statement_cache_size=0)
     try:
         return [tuple(map(_plain, row)) for row in await connection.fetch(sql, *values)]

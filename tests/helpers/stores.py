@@ -89,7 +89,7 @@ async def rows(store, sql, values=()):
     if is_postgres(store):
         from postgres_stores import run  # noqa: PLC0415 - needs asyncpg
 
-        return await run(store.database.address.dsn, sql, values)
+        return await run(store.database.address.hosts[0].dsn, sql, values)
     return [tuple(row) for row in await store.database.reader.execute_fetchall(sql, values)]
 
 
@@ -120,7 +120,7 @@ async def change_rows(store, sql, values=()):
     if is_postgres(store):
         from postgres_stores import run  # noqa: PLC0415 - needs asyncpg
 
-        await run(store.database.address.dsn, sql, values, path="public")
+        await run(store.database.address.hosts[0].dsn, sql, values, path="public")
     else:
         await store.database.connection.execute(sql, values)
 
@@ -196,7 +196,7 @@ async def check_rows(store):
     if is_postgres(store):
         from postgres_stores import FAULTS_SQL, run  # noqa: PLC0415 - needs asyncpg
 
-        assert await run(store.database.address.dsn, FAULTS_SQL, path="public") == []
+        assert await run(store.database.address.hosts[0].dsn, FAULTS_SQL, path="public") == []
     else:
         assert await rows(store, "PRAGMA foreign_key_check") == []
 

@@ -78,7 +78,7 @@ BAD = [
     (validators.storage, Url("postgresql:relay"), '"postgresql://USER@HOST/DATABASE"'),
     (validators.storage, Url("postgresql://db"), "names no database"),
     (validators.storage, Url("postgresql://db/"), "names no database"),
-    (validators.storage, Url("postgresql://[::1/relay"), "hosts cannot be read"),
+    (validators.storage, Url("postgresql://[::1/relay"), "its hosts or options cannot be read"),
     (validators.storage, Url("postgresql://relay:hunter2@db/relay"), "write it as a secret"),
     (validators.storage, Url("postgresql://db/relay?password=hunter2"), "write it as a secret"),
     (validators.url, Url("crm.example"), "http://"),

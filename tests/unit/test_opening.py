@@ -24,10 +24,10 @@ def test_an_unsupported_url_is_named_with_one_that_works(tmp_path, clock, url):
 @pytest.mark.parametrize(
     ("url", "fault"),
     [
-        ("postgresql://db/relay?pooler=yes", 'pooler: expected "true" or "false", got "yes"'),
-        ("postgresql://[::1/relay", "the host cannot be read"),
-        ("postgresql://", "the URL names no database; write postgresql://USER@HOST/DATABASE"),
-        ("postgresql://u:geheim@db1:5432", "no database"),
+        ("postgresql://db/relay?pooler=yes", 'pooler: expected one of true, false, got "yes"'),
+        ("postgresql://[::1/relay", "its hosts or options cannot be read"),
+        ("postgresql://", "names no database, as in"),
+        ("postgresql://u:geheim@db1:5432", "names no database"),
     ],
 )
 def test_a_faulty_url_of_postgresql_is_named_without_its_password(tmp_path, clock, url, fault):
@@ -41,7 +41,9 @@ def test_a_store_in_postgresql_shows_neither_user_nor_password(tmp_path, clock):
     url = "postgresql://relay:geheim@db1:5432,db2/events?sslmode=verify-full&pooler=true"
     store = make_store(url, tmp_path, clock)
     assert store.location == "postgresql://db1:5432,db2/events"
-    assert store.database.address.dsn == url.removesuffix("&pooler=true")
+    assert [host.dsn for host in store.database.address.hosts] == [
+        f"postgresql://relay:geheim@{host}/events?sslmode=verify-full" for host in ("db1:5432", "db2")
+    ]
     assert store.database.address.options["statement_cache_size"] == 0
     assert store.database.address.options["target_session_attrs"] == "read-write"
 

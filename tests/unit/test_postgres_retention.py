@@ -76,7 +76,7 @@ async def add(connection, number, at, kind, state, *, finished, later, early):
 @pytest.mark.parametrize("is_big", [True, False])
 async def test_only_events_that_are_old_enough_and_finished_disappear(store, clock, monkeypatch, is_big):
     monkeypatch.setattr(prune, "BIG", 0 if is_big else 2**60)
-    url, begun, chance, stored = store.database.address.dsn, clock.now, random.Random(1), []
+    url, begun, chance, stored = store.database.address.hosts[0].dsn, clock.now, random.Random(1), []
     connection = store.database.writer.connection
     await make_partitions(connection, begun, 23)
     for number in range(150):

@@ -55,7 +55,7 @@ def ending(delivery, state="delivered", **fields):
 
 
 async def change(store, sql, *values):
-    await run(store.database.address.dsn, sql, values, path="public")
+    await run(store.database.address.hosts[0].dsn, sql, values, path="public")
 
 
 def lose(store, monkeypatch, when):
@@ -184,7 +184,7 @@ async def test_a_server_that_is_not_there_is_reported_without_the_password(tmp_p
 
 async def test_a_second_daemon_is_refused_with_the_place_of_the_first(store, tmp_path, clock):
     (tmp_path / "other").mkdir()
-    second = opening.make_store(store.database.address.dsn, tmp_path / "other", clock)
+    second = opening.make_store(store.database.address.hosts[0].dsn, tmp_path / "other", clock)
     with pytest.raises(StorageError, match="another daemon uses this database") as caught:
         await second.open()
     assert not isinstance(caught.value, StorageUnavailableError)
@@ -271,7 +271,7 @@ async def test_a_delivery_that_is_inserted_behind_an_ending_one_of_its_key_becom
     hooks(store).route = lambda _event: (Target("crm", order_key="a"),)
     await store.events.append(accept(clock, b"{}"))
     [head] = store.fresh
-    dsn = store.database.address.dsn
+    dsn = store.database.address.hosts[0].dsn
     other = await asyncpg.connect(dsn)
     try:
         begun = other.transaction()

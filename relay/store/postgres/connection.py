@@ -6,20 +6,28 @@ transaction may run in another session.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+import ssl
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Never, cast
-from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
+from urllib.parse import unquote, urlencode, urlsplit, urlunsplit
 
 import asyncpg
 import msgspec
 
+from relay.config.validators import SYSTEM_CA, postgres_options
 from relay.errors import RelayError, StorageError, StorageUnavailableError
 from relay.store.writer import Writer
 
 CONNECT_TIMEOUT = 10.0  # seconds, for all hosts of the URL together
 CALL_TIMEOUT = 30.0  # seconds of one statement; a silent network would stop the relay for ever
 READERS = 3
+
+SHORT = "SET LOCAL idle_in_transaction_session_timeout = 30000"
+"""Sent with BEGIN: if this machine fails or loses the network in a transaction, its locks end after 30 s.
+
+Otherwise the server would keep them until the end of TCP's keepalive, two hours by default, and other nodes
+would wait for them."""
 
 ERRORS = (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError, OSError, TimeoutError)
 """Everything that a call can raise."""
@@ -44,23 +52,41 @@ PLANS = {
 EXAMPLE = 'write url = "postgresql://USER@HOST/DATABASE" in config.toml'
 
 
+class Host(msgspec.Struct, frozen=True):
+    """One host of a URL, with everything that a connection to it needs."""
+
+    name: str  # for messages
+    dsn: str  # with the password
+
+    def __repr__(self) -> str:
+        return self.name
+
+
 class Address(msgspec.Struct, frozen=True):
     """A database, as `[storage] url` names it."""
 
-    dsn: str  # with the password
+    hosts: tuple[Host, ...]
+    database: str
     is_pooled: bool  # a pooler in transaction mode is in between
     location: str  # for messages: hosts and database, without user and password
+    options: Mapping[str, Any]  # of `asyncpg.connect`, for each host
+    _latest: list[Host] = []  # the host that accepted the latest connection; asked first
 
-    @property
-    def options(self) -> dict[str, Any]:
-        """Options of `asyncpg.connect`."""
-        found: dict[str, Any] = {"dsn": self.dsn, "timeout": CONNECT_TIMEOUT}
-        if "target_session_attrs" not in urlsplit(self.dsn).query:
-            found["target_session_attrs"] = "read-write"
-        if self.is_pooled:
-            found["statement_cache_size"] = 0
-        found["max_cached_statement_lifetime"] = 0
-        return found
+    def ordered(self) -> list[Host]:
+        """Return the hosts in the order in which a connection tries them."""
+        return self._latest + [host for host in self.hosts if host not in self._latest]
+
+    def prefer(self, host: Host) -> None:
+        """Try this host first from now on."""
+        self._latest[:] = [host]
+
+
+class HostsError(ConnectionError):
+    """No host of a URL with several hosts accepted a connection."""
+
+    def __init__(self, errors: Sequence[tuple[Host, Exception]]) -> None:
+        super().__init__("; ".join(f"{host.name}: {text_of(error)}" for host, error in errors))
+        self.sqlstate = next((code for _, error in errors if (code := code_of(error))), "")
 
 
 def read_url(url: str) -> Address:
@@ -70,22 +96,63 @@ def read_url(url: str) -> Address:
         RelayError: it is not a PostgreSQL URL. The text does not contain the URL, which may be a secret.
     """
     try:
-        parts = urlsplit(url)
-    except ValueError:
-        raise RelayError("[storage] url: the host cannot be read", hint=EXAMPLE) from None
-    options = parse_qsl(parts.query, keep_blank_values=True)
-    pooler = dict(options).get("pooler", "false")
-    if pooler not in {"true", "false"}:
-        raise RelayError(f'[storage] url: pooler: expected "true" or "false", got "{pooler}"')
-    if not parts.path.strip("/") and "dbname" not in dict(options) and "database" not in dict(options):
-        raise RelayError("[storage] url: the URL names no database; write postgresql://USER@HOST/DATABASE")
-    rest = urlencode([(name, value) for name, value in options if name != "pooler"], safe="/:,")
-    hosts = parts.netloc.rpartition("@")[2] or dict(options).get("host", "")
+        options = postgres_options(url)
+    except ValueError as error:
+        raise RelayError(f"[storage] url: {error}", hint=EXAMPLE) from None
+    parts = urlsplit(url)
+    user, at, hosts = parts.netloc.rpartition("@")
+    is_pooled = options.pop("pooler", "false") == "true"
+    more: dict[str, Any] = {"max_cached_statement_lifetime": 0}
+    if is_pooled:
+        more["statement_cache_size"] = 0
+    if "target_session_attrs" not in options:
+        more["target_session_attrs"] = "read-write"
+    if options.get("sslrootcert") == SYSTEM_CA:
+        more["ssl"] = _with_system_ca(options)
+    places: list[tuple[str, dict[str, str]]]
+    if hosts:
+        places = [(name, {}) for name in hosts.split(",")]
+    else:  # unix sockets, hosts among the options, or PGHOST
+        names = options.get("host", "").split(",")
+        ports = options.get("port", "").split(",")
+        ports = ports * len(names) if len(ports) == 1 else ports
+        places = [
+            ("", {key: each for key, each in (("host", name), ("port", port)) if each})
+            for name, port in zip(names, ports, strict=False)
+        ]
     return Address(
-        dsn=urlunsplit(parts._replace(scheme="postgresql", query=rest)),
-        is_pooled=pooler == "true",
-        location=f"postgresql://{hosts}{parts.path}",
+        hosts=tuple(
+            Host(
+                name or place.get("host", "the local server"),
+                urlunsplit(
+                    parts._replace(
+                        scheme="postgresql",
+                        netloc=f"{user}{at}{name}",
+                        query=urlencode(options | place, safe="/:,"),
+                    )
+                ),
+            )
+            for name, place in places
+        ),
+        database=unquote(parts.path.strip("/")) or options.get("dbname", options.get("database", "")),
+        is_pooled=is_pooled,
+        location=f"postgresql://{hosts or options.get('host', '')}{parts.path}",
+        options=more,
     )
+
+
+def _with_system_ca(options: dict[str, str]) -> ssl.SSLContext:
+    """Return a TLS context that trusts the operating system's CAs; takes its files out of the options."""
+    context = ssl.create_default_context()
+    context.check_hostname = options.pop("sslmode", "verify-full") == "verify-full"
+    del options["sslrootcert"]
+    certificate, key = options.pop("sslcert", None), options.pop("sslkey", None)
+    if certificate is not None:
+        try:
+            context.load_cert_chain(certificate, key, options.pop("sslpassword", None))
+        except OSError as error:
+            raise RelayError(f"[storage] url: cannot use {certificate}: {error}") from None
+    return context
 
 
 def code_of(error: BaseException) -> str:
@@ -116,6 +183,8 @@ def is_lost(error: BaseException, connection: "Connection") -> bool:
 
 def text_of(error: BaseException) -> str:
     """Return one line about an error."""
+    if isinstance(error, asyncpg.TargetServerAttributeNotMatched):
+        return "it is a standby, or accepts no writes"
     return " ".join(str(error).split()) or type(error).__name__
 
 
@@ -152,8 +221,10 @@ class Connection:
         """Run a statement and return its rows."""
         try:
             rows: list[asyncpg.Record] = await self._raw.fetch(sql, *values, timeout=seconds)
-        except (TimeoutError, asyncio.CancelledError, OSError):
+        except (asyncio.CancelledError, OSError) as error:  # or a TimeoutError, which has no text
             self._raw.terminate()
+            if isinstance(error, TimeoutError):
+                raise TimeoutError(f"no answer within {seconds:g} s") from None
             raise
         return rows
 
@@ -161,8 +232,10 @@ class Connection:
         """Run a statement, or several without values; returns the command's tag."""
         try:
             tag: str = await self._raw.execute(sql, *values, timeout=seconds)
-        except (TimeoutError, asyncio.CancelledError, OSError):
+        except (asyncio.CancelledError, OSError) as error:  # or a TimeoutError, which has no text
             self._raw.terminate()
+            if isinstance(error, TimeoutError):
+                raise TimeoutError(f"no answer within {seconds:g} s") from None
             raise
         return tag
 
@@ -172,8 +245,10 @@ class Connection:
         """Insert rows with COPY."""
         try:
             await self._raw.copy_records_to_table(table, columns=columns, records=rows, timeout=seconds)
-        except (TimeoutError, asyncio.CancelledError, OSError):
+        except (asyncio.CancelledError, OSError) as error:  # or a TimeoutError, which has no text
             self._raw.terminate()
+            if isinstance(error, TimeoutError):
+                raise TimeoutError(f"no answer within {seconds:g} s") from None
             raise
 
     async def value(self, sql: str, *values: Any) -> Any:
@@ -184,7 +259,7 @@ class Connection:
     @asynccontextmanager
     async def transaction(self, begin: str = "BEGIN") -> AsyncIterator[None]:
         """Run the statements inside in one transaction."""
-        await self.execute(begin)
+        await self.execute(f"{begin}; {SHORT}" if begin == "BEGIN" else begin)
         try:
             yield
         except BaseException:
@@ -214,12 +289,36 @@ class Connection:
 
 async def connect(address: Address, *, writes: bool) -> Connection:
     """Open a connection; raises the errors of asyncpg."""
+    return Connection(await connect_raw(address, writes=writes), is_pooled=address.is_pooled)
+
+
+async def connect_raw(address: Address, *, writes: bool = False) -> "asyncpg.Connection[asyncpg.Record]":
+    """Open a connection of asyncpg to the first host that accepts one.
+
+    asyncpg itself gives the time for all hosts to the first one: a machine that is switched off answers
+    nothing, so the others would never be tried.
+    """
     settings = {} if address.is_pooled else {"application_name": "hookferry", "jit": "off"}
     if writes and not address.is_pooled:
         settings |= PLANS
-    async with asyncio.timeout(CONNECT_TIMEOUT + 1):
-        raw = await asyncpg.connect(**address.options, server_settings=settings)
-    return Connection(raw, is_pooled=address.is_pooled)
+    share = CONNECT_TIMEOUT / len(address.hosts)
+    errors: list[tuple[Host, Exception]] = []
+    for host in address.ordered():
+        try:
+            async with asyncio.timeout(share):
+                raw = await asyncpg.connect(
+                    host.dsn, timeout=share, server_settings=settings, **address.options
+                )
+        except TimeoutError:
+            errors.append((host, TimeoutError(f"no answer within {share:g} s")))
+        except ERRORS as error:
+            errors.append((host, error))
+        else:
+            address.prefer(host)
+            return raw
+    if len(errors) == 1:
+        raise errors[0][1]
+    raise HostsError(errors)
 
 
 class _Closed:
@@ -318,14 +417,23 @@ def refused(address: Address, error: BaseException) -> StorageError:
             what, hint="check user and password of [storage] url, and the server's pg_hba.conf"
         )
     if code == "3D000":
-        name = urlsplit(address.dsn).path.strip("/")
-        return StorageError(what, hint=f"create the database: createdb --encoding=UTF8 {name}")
+        return StorageError(what, hint=f"create the database: createdb --encoding=UTF8 {address.database}")
     if code == "42501":
         return StorageError(
             what, hint="let the user create tables: ALTER DATABASE … OWNER TO the user of the URL"
         )
     if is_transient(error):
-        return StorageUnavailableError(
-            what, hint="check that PostgreSQL runs and accepts connections from this machine"
-        )
+        return StorageUnavailableError(what, hint=_advice(error))
     return StorageError(what, hint="check [storage] url and the server's log")
+
+
+def _advice(error: BaseException) -> str:
+    """Return what to do about a connection that failed."""
+    text = str(error)
+    if "unsupported startup parameter" in text:
+        if "search_path" in text:
+            return "a pooler accepts no search_path; set it at the server: ALTER ROLE … SET search_path = …"
+        return "this is a pooler such as PgBouncer: add pooler=true to [storage] url"
+    if isinstance(error, ssl.SSLError) or "SSL" in text:
+        return "check sslmode and sslrootcert of [storage] url, and the server's certificate"
+    return "check that PostgreSQL runs and accepts connections from here"

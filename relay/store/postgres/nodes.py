@@ -246,10 +246,12 @@ class PostgresNodes:
         schema: int,
         digest: Callable[[], bytes] = lambda: b"",
         listen: Callable[[], Awaitable[Notifications]] | None = None,
+        polls: bool = False,
     ) -> None:
         """Take the length of a `lease` in seconds, and functions.
 
-        `digest` returns the digest of the config; `listen` connects for notifications.
+        `digest` returns the digest of the config; `listen` connects for notifications; with `polls`, the
+        node looks at the database often instead.
         """
         self.incarnation = str(uuid.uuid4())
         self.slot = 0  # after `join`
@@ -272,7 +274,7 @@ class PostgresNodes:
         self._has_left = False
         self._attendant: Attendant | None = None
         self._wake_ups: WakeUps | None = None  # None: no notifications are received
-        if listen is not None:
+        if listen is not None or polls:
             self._wake_ups = WakeUps(listen, self.incarnation, self._wake)
         self._requests = Requests(self._locked, lambda: self.announce(requests=True))
         self._answering: asyncio.Task[None] | None = None

@@ -20,12 +20,12 @@ from relay.store.nodes import OneNode
 from relay.store.postgres.audit import PostgresAudit
 from relay.store.postgres.commit import PostgresCommitter
 from relay.store.postgres.connection import (
-    CONNECT_TIMEOUT,
     ERRORS,
     Address,
     Connection,
     Database,
     connect,
+    connect_raw,
     is_transient,
     refused,
     text_of,
@@ -313,8 +313,7 @@ class PostgresStore:
             return _Leases(self._address, await _reachable(self._address), max(1.0, min(5.0, lease / 6)))
 
         async def listen() -> "asyncpg.Connection[asyncpg.Record]":
-            async with asyncio.timeout(CONNECT_TIMEOUT):
-                return await asyncpg.connect(**self._address.options)
+            return await connect_raw(self._address)
 
         return PostgresNodes(
             connect_for_leases,
@@ -323,7 +322,8 @@ class PostgresStore:
             lease=lease,
             schema=len(MIGRATIONS),
             digest=digest,
-            listen=listen,
+            listen=None if self._address.is_pooled else listen,
+            polls=self._address.is_pooled,
         )
 
     def _set_failure(self, why: str | None) -> None:

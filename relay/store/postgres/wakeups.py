@@ -58,10 +58,14 @@ class WakeUps:
 
     def __init__(
         self,
-        connect: Callable[[], Awaitable[Notifications]],
+        connect: Callable[[], Awaitable[Notifications]] | None,
         sender: str,
         on_wake_up: Callable[[WakeUp], None],
     ) -> None:
+        """Take a function that connects; None: a pooler is in between, so this node only polls.
+
+        Behind a pooler, a probe may arrive by chance, on the session that happens to listen.
+        """
         self.arrives = False  # whether notifications arrive
         self._connect = connect
         self._sender = sender
@@ -77,7 +81,9 @@ class WakeUps:
 
     def start(self) -> None:
         """Connect and listen in the background."""
-        self._tasks = [asyncio.create_task(work()) for work in (self._listen, self._send, self._poll)]
+        if self._connect is not None:
+            self._tasks = [asyncio.create_task(work) for work in (self._listen(self._connect), self._send())]
+        self._tasks.append(asyncio.create_task(self._poll()))
 
     async def stop(self) -> None:
         """Send the waiting announcements if possible, and disconnect."""
@@ -100,14 +106,15 @@ class WakeUps:
         self._lanes[retries].update(lanes)
         self._leases |= leases
         self._requests |= requests
-        self._due.set()
+        if self._connect is not None:
+            self._due.set()
 
-    async def _listen(self) -> None:
+    async def _listen(self, connect: Callable[[], Awaitable[Notifications]]) -> None:
         """Keep a connection that listens, and check that notifications arrive."""
         while True:
             try:
                 async with self._lock:
-                    self._connection = await self._connect()
+                    self._connection = await connect()
                     async with asyncio.timeout(TIMEOUT):
                         await self._connection.add_listener(CHANNEL, self._receive)
                 self._due.set()

@@ -1,0 +1,285 @@
+"""Connections to PostgreSQL: URLs, hosts, TLS, passwords, PgBouncer, and servers that do not answer."""
+
+import asyncio
+import os
+import shutil
+import signal
+import socket
+import time
+
+import pytest
+from certificates import Certificates
+from postgres import USER, Pooler, database_of, name_of, needs_pooler, needs_postgres, server, start
+from stores import accept
+from support import FakeClock, until
+
+from relay.base.clock import SystemClock
+from relay.config import validators
+from relay.config.secrets import Url
+from relay.errors import RelayError, StorageError, StorageUnavailableError
+from relay.store import opening
+from relay.store.postgres import connection, writer
+from relay.store.postgres.connection import Connection, Database, connect, read_url, refused
+
+PASSWORD = "hunter2"
+
+
+# --- URLs ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("url", "hosts", "database"),
+    [
+        ("postgresql://relay@db/relay", ["db"], "relay"),
+        ("postgres://relay@db1,db2:5433/relay?sslmode=verify-full", ["db1", "db2:5433"], "relay"),
+        ("postgresql://relay@[::1]:5433,db/relay", ["[::1]:5433", "db"], "relay"),
+        ("postgresql:///relay?host=/run/postgresql", ["/run/postgresql"], "relay"),
+        ("postgresql:///?host=a,b&port=1,2&dbname=x", ["a", "b"], "x"),
+        ("postgresql://relay@/relay", ["the local server"], "relay"),
+    ],
+)
+def test_each_host_of_a_url_gets_its_own_address(url, hosts, database):
+    address = read_url(url)
+    assert [host.name for host in address.hosts] == hosts
+    assert address.database == database
+    assert all(len(host.dsn.split("@")) <= 2 for host in address.hosts)
+    assert "db2" not in address.hosts[0].dsn
+    if "port=" in url:
+        assert [host.dsn.partition("?")[2] for host in address.hosts] == [
+            "host=a&port=1&dbname=x",
+            "host=b&port=2&dbname=x",
+        ]
+
+
+@pytest.mark.parametrize(
+    ("url", "problem"),
+    [
+        (f"postgresql://relay:12/{PASSWORD}@db/relay", "%2F"),
+        (f"postgresql://relay:{PASSWORD}/1@db/relay", "%2F"),
+        (f"postgresql://relay:{PASSWORD}@1@db/relay", "%40"),
+        (f"postgresql://relay:12#{PASSWORD}@db/relay", "%23"),
+        (f"postgresql://relay:12?{PASSWORD}@db/relay", "%3F"),
+        (f"postgresql://relay:{PASSWORD}@db:port/relay", "cannot be read"),
+        (f"postgresql://relay:{PASSWORD}@db:70000/relay", "a port is not between 1 and 65535"),
+        (f"postgresql://relay:{PASSWORD}@db", "names no database"),
+        (f"postgresql://relay:{PASSWORD}@db/relay?sslmode=verify", "sslmode: expected one of disable, allow"),
+        (f"postgresql://relay:{PASSWORD}@db/relay?target_session_attrs=rw", "target_session_attrs: expected"),
+        (f"postgresql://relay:{PASSWORD}@db/relay?pooler=yes", "pooler: expected one of true, false"),
+        (f"postgresql://relay:{PASSWORD}@db/relay?sslrootcert=ca.pem", "sslrootcert: expected an absolute"),
+    ],
+)
+def test_an_invalid_url_is_refused_without_its_password(url, problem):
+    with pytest.raises(RelayError) as caught:
+        read_url(url)
+    with pytest.raises(ValueError, match=r".") as checked:  # what config.toml is checked with
+        validators.storage(Url(url, is_hidden=True))
+    for text in (str(caught.value), str(checked.value)):
+        assert problem in text
+        assert PASSWORD not in text
+
+
+def test_a_missing_certificate_file_is_reported_by_the_check_of_the_configuration(tmp_path):
+    url = f"postgresql://db/relay?sslmode=verify-full&sslrootcert={tmp_path}/ca.pem"
+    with pytest.raises(ValueError, match=r"ca\.pem cannot be read: No such file"):
+        validators.storage(Url(url))
+    assert validators.storage(Url("postgresql://db/relay?sslrootcert=system"))
+
+
+def test_an_address_hides_its_password():
+    address = read_url(f"postgresql://relay:{PASSWORD}@db1,db2/relay?sslpassword={PASSWORD}")
+    assert PASSWORD not in repr(address)
+    assert PASSWORD not in address.location
+
+
+# --- several hosts ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def silent():
+    """The address of a host that accepts connections and never answers."""
+    with socket.create_server(("127.0.0.1", 0), backlog=50) as listener:
+        yield f"127.0.0.1:{listener.getsockname()[1]}"
+
+
+@pytest.fixture
+def database(tmp_path):
+    return name_of(database_of(tmp_path)).partition("?")[0]
+
+
+async def test_a_host_that_does_not_answer_leaves_time_for_the_next_one(silent, database, monkeypatch):
+    monkeypatch.setattr(connection, "CONNECT_TIMEOUT", 2.0)
+    address = read_url(f"postgresql://{USER}@{silent},127.0.0.1:{server().port}/{database}")
+    for seconds in (6.0, 0.9):  # the second time, the host that answered comes first
+        began = time.monotonic()
+        opened = await connect(address, writes=True)
+        assert await opened.value("SELECT 1") == 1
+        await opened.close()
+        assert time.monotonic() - began < seconds
+
+
+async def test_an_error_names_every_host_and_a_refused_login_decides_the_hint(silent, monkeypatch):
+    monkeypatch.setattr(connection, "CONNECT_TIMEOUT", 1.0)
+    address = read_url(f"postgresql://{USER}@{silent},127.0.0.1:{server().port}/nowhere")
+    with pytest.raises(OSError, match="no answer within") as caught:
+        await connect(address, writes=True)
+    error = refused(address, caught.value)
+    assert f"{silent}: no answer within 0.5 s" in error.message
+    assert 'database "nowhere" does not exist' in error.message
+    assert error.hint == "create the database: createdb --encoding=UTF8 nowhere"
+
+
+# --- TLS and passwords --------------------------------------------------------------------------------
+
+HBA = "local all all trust\nhostssl all all 127.0.0.1/32 scram-sha-256\n"
+
+
+@pytest.fixture(scope="module")
+def guarded(tmp_path_factory):
+    """A server that accepts only TLS and a password over TCP, and its certificates."""
+    folder = tmp_path_factory.mktemp("guarded")
+    made = Certificates(folder)
+    base = server().folder.parent / f"relay-guarded-{os.getpid()}"
+    base.mkdir()
+    for source, name in ((made.path("good"), "cert.pem"), (made.key, "key.pem")):
+        shutil.copy(source, base / name)
+        (base / name).chmod(0o600)
+        if os.geteuid() == 0:
+            shutil.chown(base / name, USER, USER)
+    tls = ("ssl=on", f"ssl_cert_file={base}/cert.pem", f"ssl_key_file={base}/key.pem", "shared_buffers=4MB")
+    running = start(base, settings=tls)
+    running.run(f"CREATE ROLE relay LOGIN PASSWORD '{PASSWORD}'")
+    running.run("CREATE DATABASE relay OWNER relay")
+    (base / "data" / "pg_hba.conf").write_text(HBA)
+    running.run("SELECT pg_reload_conf()")
+    return running, made
+
+
+async def test_tls_and_the_password_come_from_the_url(guarded, tmp_path):
+    running, made = guarded
+
+    def url(password=PASSWORD, host="127.0.0.1", **options):
+        query = "&".join(f"{name}={value}" for name, value in options.items())
+        return f"postgresql://relay:{password}@{host}:{running.port}/relay?{query}"
+
+    await until(lambda: "hostssl" in (running.folder / "data" / "pg_hba.conf").read_text())
+    verified = {"sslmode": "verify-full", "sslrootcert": made.ca}
+    opened = await connect(read_url(url(**verified)), writes=True)
+    assert await opened.value("SELECT ssl FROM pg_stat_ssl WHERE pid = pg_backend_pid()") is True
+    await opened.close()
+
+    for wrong, problem, hint in (
+        (url(sslmode="verify-full", sslrootcert="system"), "certificate verify failed", "sslrootcert"),
+        (url(sslmode="verify-full", sslrootcert=made.path("self_signed")), "verify failed", "sslrootcert"),
+        (url(sslmode="disable"), "no pg_hba.conf entry", "pg_hba.conf"),
+        (url("wrong-hunter3", **verified), "password authentication failed", "check user and password"),
+    ):
+        store = opening.make_store(wrong, tmp_path, SystemClock())
+        with pytest.raises(StorageError) as caught:
+            await store.open()
+        shown = f"{caught.value.message} {caught.value.hint}"
+        assert problem in shown
+        assert hint in shown
+        assert PASSWORD not in shown
+        assert "hunter3" not in shown
+
+
+# --- calls that get no answer -------------------------------------------------------------------------
+
+
+async def test_every_call_ends_when_nothing_answers(silent, monkeypatch):
+    monkeypatch.setattr(connection, "CONNECT_TIMEOUT", 0.5)
+    database = Database(read_url(f"postgresql://{USER}@{silent}/relay"))
+    database.set_open()
+    began = time.monotonic()
+    with pytest.raises(StorageUnavailableError, match=r"no answer within 0\.5 s"):
+        await database.value("SELECT 1")
+    assert time.monotonic() - began < 5
+
+
+@needs_pooler
+async def test_a_suspended_pooler_stops_writes_and_reads_until_it_continues(tmp_path, monkeypatch):
+    for call in (Connection.fetch, Connection.execute):
+        monkeypatch.setitem(call.__kwdefaults__, "seconds", 1.0)
+    monkeypatch.setattr(connection, "CONNECT_TIMEOUT", 1.0)
+    monkeypatch.setattr(writer, "RESOLVE_FOR", 2.0)
+    pooler = Pooler(server())
+    store = opening.make_store(pooler.url(name_of(database_of(tmp_path))), tmp_path, clock := FakeClock())
+    try:
+        await store.open()
+        await store.events.append(accept(clock, b"{}"))
+        os.kill(pooler.process.pid, signal.SIGSTOP)
+        async with asyncio.timeout(20):
+            with pytest.raises(StorageUnavailableError):
+                await store.events.append(accept(clock, b"{}"))
+            with pytest.raises(StorageUnavailableError):
+                await store.upkeep.measure()
+        assert store.failure == "no answer within 1 s"
+        os.kill(pooler.process.pid, signal.SIGCONT)
+        await until(lambda: store.failure is None)
+        await store.events.append(accept(clock, b"{}"))
+        assert (await store.upkeep.measure()).events == 2
+    finally:
+        os.kill(pooler.process.pid, signal.SIGCONT)
+        await store.close()
+        pooler.stop()
+
+
+# --- PgBouncer ----------------------------------------------------------------------------------------
+
+
+@needs_pooler
+async def test_nodes_behind_a_pooler_share_its_sessions_and_poll(tmp_path):
+    """Every transaction may get another session, so nothing may depend on a session."""
+    pooler = Pooler(server(), sessions=3)
+    url = pooler.url(name_of(database_of(tmp_path)))
+    clock = SystemClock()
+    folders = [tmp_path / name for name in ("a", "b")]
+    for folder in folders:
+        folder.mkdir()
+    stores = [opening.make_store(url, folder, clock, node=folder.name, cluster=5.0) for folder in folders]
+    try:
+        for store in stores:
+            await store.open()
+        polled = []
+        stores[0].nodes._wake_ups._on_wake_up = polled.append
+        owned = await asyncio.gather(*(store.nodes.own({"crm": 1.0}, ["retention"]) for store in stores))
+        sent = [store.events.append(accept(clock, b"{}")) for store in stores for _ in range(40)]
+        reads = [store.upkeep.measure() for store in stores for _ in range(10)]
+        await asyncio.gather(*sent, *reads)
+        assert (await stores[0].upkeep.measure()).events == 80
+        assert sum(len(each.until) for each in owned) <= 1
+        assert {node.name for node in await stores[1].nodes.all()} == {"a", "b"}
+        await until(lambda: polled)
+        assert polled[0].is_poll
+        assert not stores[0].nodes._wake_ups.arrives
+    finally:
+        for store in stores:
+            await store.close()
+        pooler.stop()
+
+
+@needs_pooler
+@pytest.mark.parametrize(
+    ("options", "hint"), [("", "add pooler=true"), ("pooler=true&search_path=x", "ALTER ROLE … SET")]
+)
+async def test_a_pooler_that_is_not_declared_is_recognized(tmp_path, options, hint):
+    pooler = Pooler(server())
+    url = pooler.url(name_of(database_of(tmp_path))).replace("pooler=true", options)
+    try:
+        with pytest.raises(StorageError) as caught:
+            await opening.make_store(url, tmp_path, SystemClock()).open()
+        assert hint in caught.value.hint
+    finally:
+        pooler.stop()
+
+
+async def test_a_transaction_of_a_lost_machine_ends_by_itself(database):
+    """Its locks would stop the other nodes until the end of TCP's keepalive."""
+    opened = await connect(read_url(server().url(database)), writes=True)
+    async with opened.transaction():
+        assert await opened.value("SHOW idle_in_transaction_session_timeout") == "30s"
+    assert await opened.value("SHOW idle_in_transaction_session_timeout") == "0"
+    await opened.close()
+
+
+pytestmark = needs_postgres
