@@ -320,7 +320,7 @@ async def test_a_wake_up_is_not_part_of_the_commit(nodes):
     """PostgreSQL runs commits with NOTIFY one after another, so another session sends it."""
     first, second = nodes
     senders = []
-    listener = await asyncpg.connect(first.store.database.address.dsn)
+    listener = await asyncpg.connect(first.store.database.address.hosts[0].dsn)
     try:
         await listener.add_listener("relay", lambda _connection, pid, *_: senders.append(pid))
         await first.send()
