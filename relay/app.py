@@ -186,7 +186,7 @@ class App:
         if config.admin.ui:
             from relay.ui.app import Dashboard  # noqa: PLC0415 - it may be off
 
-            self.api.add_pages(Dashboard(self.api.ask, clock).routes())
+            self.api.add_pages(Dashboard(self.api.ask, self.api.logins, clock).routes())
         self.health.watch(self._trouble)
         self.health.watch(lambda: "; ".join(self._stuck()) or None)
         self.stuck_lanes = StuckLanes(clock)
@@ -252,7 +252,7 @@ class App:
 
             runners = [await listen(self.api.socket_app(), unix, grace=1.0)]
             if admin is not None:
-                app = self.api.tcp_app(config.admin)
+                app = self.api.tcp_app()
                 runners.append(await listen(app, admin, grace=1.0))
             for runner in runners:
                 life.push_async_callback(runner.cleanup)
@@ -326,7 +326,7 @@ class App:
             # On duplicates of the sockets: the originals stay open, so no connection is lost.
             runners = [await listen(self.api.socket_app(), unix.dup(), grace=1.0)]
             if admin is not None:
-                app = self.api.tcp_app(self.config.admin)
+                app = self.api.tcp_app()
                 runners.append(await listen(app, admin.dup(), grace=1.0))
             for runner in runners:
                 waiting.push_async_callback(runner.cleanup)

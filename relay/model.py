@@ -178,7 +178,6 @@ class Login(msgspec.Struct, frozen=True):
     """A browser's login to the dashboard, or a code that one browser may exchange for a login, once."""
 
     digest: bytes  # of the cookie or the code; neither is stored
-    is_code: bool
     name: str  # of the operator
     scope: str
     binding: bytes | None  # digest of the cookie or code and the admin token that began it; None: no token

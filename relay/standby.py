@@ -14,7 +14,8 @@ from typing import Any
 
 from aiohttp import web
 
-from relay.api.auth import audit, name_requests, set_headers
+from relay.api.audit import Trail
+from relay.api.auth import Access, name_requests, set_headers
 from relay.api.listener import listen
 from relay.api.responses import body_of, error_response, errors, respond
 from relay.api.scrape import Scrape
@@ -23,7 +24,7 @@ from relay.config.binding import Binder
 from relay.config.document import read
 from relay.config.paths import socket_path
 from relay.config.problems import ConfigError
-from relay.config.schema import Config
+from relay.config.schema import Admin, Config
 from relay.config.tables import bind_tables
 from relay.errors import RelayError, Unavailable
 from relay.ingest.implementation import implementation_of
@@ -157,7 +158,11 @@ class Standby:
         return plain(Unavailable(retry_after=RETRY_AFTER))
 
     def _app(self, *, api: bool) -> web.Application:
-        app = web.Application(middlewares=[name_requests(SystemClock()), audit, errors])
+        middlewares = [name_requests(SystemClock()), errors]
+        if api:
+            trail = Trail(None, SystemClock())
+            middlewares[1:] = [Access(Admin(), _no_login).at_socket(), trail.middleware(), errors]
+        app = web.Application(middlewares=middlewares)
         app.on_response_prepare.append(set_headers)
         app.add_routes([web.get("/health", self._alive), web.get("/ready", self._ready)])
         app.router.add_get("/metrics", self._scrape.answer)
@@ -215,3 +220,7 @@ class Standby:
     async def _reload_in_background(self) -> None:
         with suppress(RelayError):  # `_reload` logs it
             await self._reload()
+
+
+async def _no_login(_request: web.Request) -> None:
+    """Find no login, because there is no store."""

@@ -8,7 +8,8 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
-from relay.api.auth import audit, name_requests, require_token, set_headers
+from relay.api.audit import AuditApi, Trail
+from relay.api.auth import Access, name_requests, set_headers
 from relay.api.context import Context
 from relay.api.database import DatabaseApi
 from relay.api.deliveries import DeliveriesApi
@@ -17,6 +18,7 @@ from relay.api.endpoints import JSON, Page, document, endpoint, endpoints_of, ro
 from relay.api.events import EventsApi
 from relay.api.history import HistoryApi
 from relay.api.jobs import JobsApi
+from relay.api.logins import Logins, LoginsApi
 from relay.api.names import NamesApi
 from relay.api.nodes import NodesApi
 from relay.api.query_params import read_query
@@ -30,7 +32,6 @@ from relay.api.tail import TailApi
 from relay.api.top import TopApi
 from relay.api.workers import WorkersApi
 from relay.config.effective import effective
-from relay.config.schema import Admin
 from relay.reload import ReloadBody, Reloaded
 
 
@@ -135,7 +136,7 @@ class DaemonApi:
 
 RESOURCES = (
     DaemonApi, EventsApi, DeliveriesApi, ReplaysApi, DestinationsApi, SourcesApi, WorkersApi, JobsApi,
-    DatabaseApi, NamesApi, HistoryApi, NodesApi, RefusedApi,
+    DatabaseApi, NamesApi, HistoryApi, NodesApi, RefusedApi, AuditApi, LoginsApi,
 )  # fmt: skip
 
 
@@ -156,7 +157,11 @@ class Api:
     """The admin API. Both listeners serve it; they differ in their access control."""
 
     def __init__(self, context: Context) -> None:
+        config = context.state.config
         self._clock = context.clock
+        self.logins = Logins(context.store, context.clock, config.admin)
+        self._access = Access(config.admin, self.logins.find)
+        self._trail = Trail(context.store.audit, context.clock, config.cluster.node)
         self._tail, self._top = TailApi(context), TopApi(context)
         self._resources = (*(resource(context) for resource in RESOURCES), self._tail, self._top)
         self._pages: list[web.RouteDef] = []  # of the dashboard
@@ -196,14 +201,15 @@ class Api:
 
     def socket_app(self) -> web.Application:
         """Return the app for the unix socket, whose file permissions are its access control."""
-        return self._app(audit, errors)
+        return self._app(self._access.at_socket())
 
-    def tcp_app(self, config: Admin) -> web.Application:
-        """Return the app for the admin listener: the API needs a token, health and metrics do not."""
-        return self._app(require_token(config.tokens, config.hosts), audit, errors)
+    def tcp_app(self) -> web.Application:
+        """Return the app for the admin listener: the API needs an operator, health and metrics do not."""
+        return self._app(self._access.at_listener())
 
-    def _app(self, *middlewares: Any) -> web.Application:
-        app = web.Application(middlewares=[name_requests(self._clock), *middlewares])
+    def _app(self, access: Any) -> web.Application:
+        middlewares = (name_requests(self._clock), errors, access, self._trail.middleware(), errors)
+        app = web.Application(middlewares=middlewares)
         app.on_response_prepare.append(set_headers)
         app.add_routes(self.routes())
         return app

@@ -1,43 +1,45 @@
-"""Access control and the log of changes.
+"""Access control, and the headers that protect browsers.
 
-On the socket, file permissions decide who may connect. The admin listener needs a token and a Host header
-that names it. Every change is logged under `relay.audit`, with any `[log] level`. Each request has an id,
-which its response and its log lines contain.
+On the socket, file permissions decide who may connect. The admin listener needs a token, a login to the
+dashboard, or a trusted proxy that names the user, and a Host header that names the listener. A browser sends
+a login, and what a proxy adds, with every request, also if another page causes it. So such a request must
+come from the dashboard itself. Each request has an id, which its response and its log lines contain.
 """
 
 import hmac
 import ipaddress
-import logging
-import pwd
-import socket
-import struct
-from collections.abc import Collection
-from functools import lru_cache
+from collections.abc import Awaitable, Callable
 from typing import Any, get_args
+from urllib.parse import urlsplit
 
 from aiohttp import web
 
-from relay.api.responses import DRY_RUN, LINES, LOGGED_BODY, STARTED, error_response
+from relay.api.operators import OPERATOR, Operator, is_name, operator_at_socket, peer_of
+from relay.api.responses import LINES, STARTED, error_response
 from relay.base.clock import Clock
 from relay.base.ids import REQUEST, given_id, new_id
-from relay.config.schema import AdminToken, Scope
+from relay.config.schema import Admin, AdminToken, Scope
 from relay.errors import ForbiddenError
-from relay.process.logs import fields
-
-log = logging.getLogger("relay.audit")
-log.setLevel(logging.INFO)
 
 HEADER = "X-Request-Id"
 REQUEST_ID = web.RequestKey("request_id", str)
 TOKEN = web.RequestKey("token", AdminToken)
 """The token in `[admin] tokens` that the request used."""
 
-CALLER = web.RequestKey("caller", str)
-"""Name of that token, for the audit log."""
+SECRET_HEADER = "X-Relay-Proxy-Secret"  # noqa: S105 - the name of a header
+"""The header in which a trusted proxy sends `[admin] proxy_secret`."""
 
-_CREDENTIALS = struct.Struct("3i")  # of SO_PEERCRED, unix(7): pid, uid, gid
+SOCKET_PROXY = "unix:"
+"""Start of an entry of `[admin] trusted_proxies` that names the user of a proxy at the socket."""
+
 _SCOPES = get_args(Scope)
-_READ_ONLY = frozenset({"GET", "HEAD", "OPTIONS"})
+READ_ONLY = frozenset({"GET", "HEAD", "OPTIONS"})
+"""Methods that change nothing."""
+
+_PRIVATE = (".localhost", ".test", ".invalid")
+"""Domains that the public DNS never has (RFC 6761), so no stranger can give one the socket's address."""
+
+_DEFAULT_PORTS = {"http": ":80", "https": ":443"}
 
 
 def is_page(path: str) -> bool:
@@ -91,113 +93,233 @@ async def set_headers(request: web.Request, response: web.StreamResponse) -> Non
         response.headers[HEADER] = id_
 
 
-@web.middleware
-async def audit(request: web.Request, handler: Any) -> web.StreamResponse:
-    """Log each change: the caller, the request and the status of its response."""
-    if request.method in _READ_ONLY:
-        response: web.StreamResponse = await handler(request)
-        return response
-    caller, outcome = _caller(request), "broken off"
-    try:
-        response = await handler(request)
-        outcome = str(response.status)
-    finally:
-        if not request.get(DRY_RUN):
-            body = f" {text}" if (text := request.get(LOGGED_BODY)) else ""
-            extra = fields(request_id=request.get(REQUEST_ID), outcome=outcome)
-            log.info("%s: %s %s%s: %s", caller, request.method, _path(request), body, outcome, extra=extra)
-    return response
+FindLogin = Callable[[web.Request], Awaitable[Operator | None]]
+"""Returns the operator whose login a request's cookie has; None: it has no valid one."""
 
 
-def require_token(tokens: tuple[AdminToken, ...], hosts: Collection[str]) -> Any:
-    """Return a middleware that requires a token and a Host that is known for requests to the API.
+class Access:
+    """Finds the operator of each request, and refuses requests without one.
 
-    `hosts` are further names of the listener, as a reverse proxy passes them on.
+    A page of the dashboard is served without an operator, too: it is then the page to log in.
     """
 
-    @web.middleware
-    async def check(request: web.Request, handler: Any) -> web.StreamResponse:
-        if not request.path.startswith("/api/") and not is_page(request.path):
-            response: web.StreamResponse = await handler(request)
-            return response
-        if not _has_own_host(request, hosts):
-            hint = "use the listener's own address or localhost, or add the name to [admin] hosts"
-            return error_response(403, "forbidden", "the Host header does not name this listener", hint)
+    def __init__(self, config: Admin, find_login: FindLogin) -> None:
+        self._config = config
+        self._find_login = find_login
+        self._tokens = [(token, token.secret.reveal().encode()) for token in config.tokens]
+        proxies = config.trusted_proxies
+        self._users = {each.removeprefix(SOCKET_PROXY) for each in proxies if each.startswith(SOCKET_PROXY)}
+        self._networks = [
+            ipaddress.ip_network(each, strict=False) for each in proxies if not each.startswith(SOCKET_PROXY)
+        ]
+
+    def at_listener(self) -> Any:
+        """Return the middleware for the admin listener."""
+
+        @web.middleware
+        async def check(request: web.Request, handler: Any) -> web.StreamResponse:
+            if not request.path.startswith("/api/") and not is_page(request.path):
+                return await handler(request)  # type: ignore[no-any-return]
+            if not self._names_listener(request):
+                hint = "use the listener's own address or localhost, or add the name to [admin] hosts"
+                return error_response(403, "forbidden", "the Host header does not name this listener", hint)
+            trusted = self._is_trusted_address(request)
+            return await self._admit(request, handler, trusted=trusted)
+
+        return check
+
+    def at_socket(self) -> Any:
+        """Return the middleware for the unix socket.
+
+        A browser may reach it as well, through a forwarded port: then another page must not use it.
+        """
+
+        @web.middleware
+        async def check(request: web.Request, handler: Any) -> web.StreamResponse:
+            peer = peer_of(request)
+            if peer is not None and peer.user not in self._users:
+                request[OPERATOR] = operator_at_socket(request, peer)
+                if not self._names_socket(request):
+                    hint = "connect with the name localhost, or add the name to [admin] hosts"
+                    message = "the Host header does not name this socket"
+                    return error_response(403, "forbidden", message, hint)
+                from_browser = "Origin" in request.headers or "Sec-Fetch-Site" in request.headers
+                if from_browser and (refused := _check_origin(request)) is not None:
+                    return refused
+                return await handler(request)  # type: ignore[no-any-return]
+            if not self._names_listener(request):
+                hint = "add the name of the proxy to [admin] hosts"
+                return error_response(403, "forbidden", "the Host header does not name this socket", hint)
+            return await self._admit(request, handler, trusted=peer is not None)
+
+        return check
+
+    async def _admit(self, request: web.Request, handler: Any, *, trusted: bool) -> web.StreamResponse:
+        """Handle a request if its operator is known and the request may use what proves it."""
         scheme, _, given = request.headers.get("Authorization", "").strip().partition(" ")
-        presented = given.strip().encode("utf-8", "surrogateescape")
-        matches = [hmac.compare_digest(token.secret.reveal().encode(), presented) for token in tokens]
-        if scheme.lower() == "bearer" and any(matches):
-            at = matches.index(True)
-            request[TOKEN], request[CALLER] = tokens[at], tokens[at].title or str(at + 1)
-            tokens[at].secret.usage.count += 1
+        operator = None
+        if scheme.lower() == "bearer":
+            operator = self._of_token(request, given.strip())
+            if operator is None:
+                return _unauthorized()
         else:
-            hint = "set [admin] tokens and send one as a Bearer token, or use the unix socket"
-            return error_response(401, "unauthorized", "missing or unknown token", hint)
-        if request.method != "GET" and request.content_type not in ("application/json", LINES):
+            operator = await self._find_login(request) or (self._of_proxy(request) if trusted else None)
+            if operator is None and not is_page(request.path):
+                return _unauthorized()
+            must_be_own = operator is not None or request.method not in READ_ONLY
+            if must_be_own and (refused := _check_origin(request)) is not None:
+                return refused
+        if operator is not None:
+            request[OPERATOR] = operator
+        if request.method not in READ_ONLY and request.content_type not in ("application/json", LINES):
             message = "changes need Content-Type: application/json"
             return error_response(415, "unsupported_media_type", message)
         return await handler(request)  # type: ignore[no-any-return]
 
-    return check
+    def _of_token(self, request: web.Request, given: str) -> Operator | None:
+        presented = given.encode("utf-8", "surrogateescape")
+        matches = [hmac.compare_digest(secret, presented) for _, secret in self._tokens]
+        if not any(matches):
+            return None
+        at = matches.index(True)
+        request[TOKEN] = token = self._tokens[at][0]
+        token.secret.usage.count += 1
+        name = token.title or f"token {at + 1}"
+        label = f"token {token.title or at + 1}"
+        return Operator(
+            name=name, scope=token.scope, access="token", label=label, remote=request.remote or "gone"
+        )
+
+    def _of_proxy(self, request: web.Request) -> Operator | None:
+        """Return the operator that a trusted proxy names.
+
+        Raises:
+            ForbiddenError: the header occurs twice, as if the proxy had only added it to the client's own
+                one, or its value cannot be a name.
+        """
+        names = request.headers.getall(self._config.user_header or "", ())
+        if not names:
+            return None
+        if len(names) > 1 or not is_name(names[0]):
+            raise ForbiddenError(
+                f"expected one {self._config.user_header} header with the name of a user, got {len(names)}",
+                hint="let the proxy replace the client's own header instead of adding another one",
+            )
+        name, scope = names[0], self._config.user_scope
+        return Operator(
+            name=name, scope=scope, access="proxy", label=f"{name} (proxy)", remote=request.remote or "gone"
+        )
+
+    def _is_trusted_address(self, request: web.Request) -> bool:
+        """Return whether a request comes from a trusted proxy.
+
+        Each user of this machine can connect from its addresses. So a proxy on this machine needs the secret.
+        """
+        transport = request.transport
+        peer = None if transport is None else transport.get_extra_info("peername")
+        own = None if transport is None else transport.get_extra_info("sockname")
+        address = None if not peer else _address(peer[0])
+        if not self._config.user_header or address is None or own is None:
+            return False
+        secret = self._config.proxy_secret
+        if secret is None:
+            if address.is_loopback or address == _address(own[0]):
+                return False
+        else:
+            given = request.headers.getall(SECRET_HEADER, ())
+            presented = given[0].encode("utf-8", "surrogateescape") if len(given) == 1 else b""
+            if not hmac.compare_digest(secret.reveal().encode(), presented):
+                return False
+        return any(address in network for network in self._networks)
+
+    def _names_listener(self, request: web.Request) -> bool:
+        """Return whether the Host is one of `[admin] hosts`, loopback or the address of the connection.
+
+        This prevents DNS rebinding.
+        """
+        host = _host(request)
+        sockname = request.transport.get_extra_info("sockname") if request.transport else None
+        if host in ("localhost", *self._config.hosts) or (sockname and host == sockname[0]):
+            return True
+        address = _address(host)
+        return address is not None and address.is_loopback
+
+    def _names_socket(self, request: web.Request) -> bool:
+        """Return whether the Host is a name that no stranger can have; clients of a socket invent one."""
+        host = _host(request)
+        return "." not in host or host.endswith(_PRIVATE) or self._names_listener(request)
 
 
 def check_scope(request: web.Request, needed: Scope) -> None:
-    """Check that a request's token has a scope; requests on the unix socket have no token and every scope.
+    """Check that the operator of a request has a scope.
 
     Raises:
-        ForbiddenError: the token lacks the scope.
+        ForbiddenError: the operator lacks the scope.
     """
-    token = request.get(TOKEN)
-    if token is not None and _SCOPES.index(token.scope) < _SCOPES.index(needed):
+    operator = request.get(OPERATOR)
+    if operator is not None and not includes(operator.scope, needed):
+        who = f'the token "{operator.name}"' if operator.access == "token" else operator.name
         raise ForbiddenError(
-            f'the token "{request[CALLER]}" has the scope "{token.scope}", and this request needs "{needed}"',
+            f'{who} has the scope "{operator.scope}", and this request needs "{needed}"',
             hint="use a token with that scope, change its `scope` in [admin] tokens, or use the unix socket",
         )
 
 
-def name_and_scope(request: web.Request) -> tuple[str, Scope]:
-    """Return the name of the operator who sent a request, and the scope of the request."""
-    token = request.get(TOKEN)
-    if token is not None:
-        return f"token {request[CALLER]}", token.scope
-    return _caller(request).partition(" ")[0], "admin"
+def includes(scope: Scope, other: Scope) -> bool:
+    """Return whether a scope allows everything that another one allows."""
+    return _SCOPES.index(scope) >= _SCOPES.index(other)
 
 
-def _caller(request: web.Request) -> str:
-    """Return the caller: user and process id on the socket (from the kernel), else token and address."""
-    sock = None if request.transport is None else request.transport.get_extra_info("socket")
-    if sock is not None and sock.family == socket.AF_UNIX:
-        credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-        pid, uid, _ = _CREDENTIALS.unpack(credentials)
-        return f"{_user(uid)}, pid {pid}"
-    name = request.get(CALLER)
-    return f"{'no token' if name is None else f'token {name}'}, {request.remote or 'gone'}"
+def least(scope: Scope, other: Scope) -> Scope:
+    """Return the scope that both scopes include."""
+    return other if includes(scope, other) else scope
 
 
-@lru_cache
-def _user(uid: int) -> str:
-    try:
-        return f"{pwd.getpwuid(uid).pw_name} (uid {uid})"
-    except KeyError:
-        return f"uid {uid}"
+def _unauthorized() -> web.Response:
+    hint = "set [admin] tokens and send one as a Bearer token, or use the unix socket"
+    return error_response(401, "unauthorized", "missing or unknown token", hint)
 
 
-def _path(request: web.Request) -> str:
-    """Return the raw path, which has no line breaks. The query may contain secrets and is left out."""
-    return request.raw_path.partition("?")[0]
+def _check_origin(request: web.Request) -> web.Response | None:
+    """Return the refusal of a request that another web page caused; None: the dashboard itself sent it.
 
-
-def _has_own_host(request: web.Request, hosts: Collection[str]) -> bool:
-    """Return whether the Host is one of `hosts`, loopback or the address of the connection.
-
-    This prevents DNS rebinding.
+    A change must come from the same origin. A browser says so in `Sec-Fetch-Site`; on plain HTTP to another
+    machine, it sends only `Origin`. A page may be opened from everywhere, but not embedded.
     """
-    host = request.host.rpartition(":")[0] if request.host.count(":") == 1 else request.host
-    host = host.partition("]")[0].removeprefix("[")
-    sockname = request.transport.get_extra_info("sockname") if request.transport else None
-    if host == "localhost" or host.lower() in hosts or (sockname and host == sockname[0]):
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
+    site = request.headers.get("Sec-Fetch-Site")
+    if request.method in READ_ONLY:
+        is_visit = is_page(request.path) and request.headers.get("Sec-Fetch-Mode") == "navigate"
+        if site in (None, "same-origin", "none") or is_visit:
+            return None
+    elif site == "same-origin" or (site is None and _is_own_origin(request)):
+        return None
+    hint = "open the dashboard in this browser and try again; scripts use a Bearer token or the unix socket"
+    return error_response(403, "forbidden", "the request comes from another web page", hint)
+
+
+def origin_scheme(request: web.Request) -> str:
+    """Return the scheme by which the browser reached the dashboard, from `Origin`; "" without one."""
+    return urlsplit(request.headers.get("Origin", "")).scheme
+
+
+def _is_own_origin(request: web.Request) -> bool:
+    origins = request.headers.getall("Origin", ())
+    if len(origins) != 1:
         return False
+    scheme, _, address = origins[0].partition("://")
+    port = _DEFAULT_PORTS.get(scheme, "")
+    return bool(port) and address.removesuffix(port).lower() == request.host.removesuffix(port).lower()
+
+
+def _host(request: web.Request) -> str:
+    """Return the host name or address in the Host header, without the port."""
+    host = request.host.rpartition(":")[0] if request.host.count(":") == 1 else request.host
+    return host.partition("]")[0].removeprefix("[").lower()
+
+
+def _address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    try:
+        address = ipaddress.ip_address(text.partition("%")[0])
+    except ValueError:
+        return None
+    return (address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None) or address

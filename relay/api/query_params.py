@@ -236,6 +236,21 @@ class RefusedQuery(msgspec.Struct, kw_only=True):
     cursor: Cursor | None = None
 
 
+class AuditQuery(msgspec.Struct, kw_only=True):
+    """`GET /api/audit`."""
+
+    operator: Annotated[str, _about("Name of the operator.")] | None = None
+    since: (
+        Annotated[str, _about('Made at this time or later: an age such as "2h", or RFC 3339.', read=moment)]
+        | None
+    ) = None
+    until: (
+        Annotated[str, _about('Made before this time: an age such as "2h", or RFC 3339.', read=moment)] | None
+    ) = None
+    limit: Limit = 50
+    cursor: Cursor | None = None
+
+
 class StatsQuery(msgspec.Struct, kw_only=True):
     """`GET /api/stats`."""
 
@@ -290,6 +305,7 @@ LISTS: Mapping[str, type[msgspec.Struct]] = {
     "workers": WorkersQuery,
     "stats": StatsQuery,
     "refused": RefusedQuery,
+    "audit": AuditQuery,
     "tail": TailQuery,
     "selection": Filter,
 }

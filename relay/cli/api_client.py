@@ -276,10 +276,11 @@ def _query(query: Mapping[str, object]) -> str:
 class _Socket:
     """The unix socket; its file permissions control access."""
 
-    headers: Mapping[str, str] = {}
     token = ""
 
     def __init__(self, path: Path, variable: str, timeout: float) -> None:
+        behind = os.environ.get("SUDO_USER") or os.environ.get("DOAS_USER")
+        self.headers: Mapping[str, str] = {"X-Relay-Operator": behind} if behind else {}
         self.path = path
         self.name = f"{path}{_from(variable)}"
         self._timeout = timeout

@@ -166,6 +166,8 @@ COMMANDS = {
     "workers": ("relay.cli.workers:workers", "Inspect workers and send them commands."),
     "stats": ("relay.cli.stats:stats", "Count received events per hour, source and type."),
     "jobs": ("relay.cli.jobs:jobs", "List and run periodic jobs."),
+    "ui": ("relay.cli.ui:ui", "Open the dashboard in a browser."),
+    "audit": ("relay.cli.audit:audit", "List changes that operators made, newest first."),
     "nodes": ("relay.cli.nodes:nodes", "List the nodes that share the database, and their lanes."),
     "status": ("relay.cli.status:status", "Show the state of the daemon on one screen."),
     "top": ("relay.cli.top:top", "Live dashboard, refreshed every second."),

@@ -13,9 +13,12 @@ from relay.cli.destinations import print_holds
 from relay.cli.main import BATCH, FAILED, INTERRUPTED, NOTHING, CommandError
 from relay.cli.output import count, pace, print_json, show_progress
 
-Kind = Literal["events", "deliveries", "attempts", "refused"]
+Kind = Literal["events", "deliveries", "attempts", "refused", "audit"]
 
-NOUNS: Mapping[Kind, str] = {"events": "event", "deliveries": "delivery", "attempts": "attempt"}
+NOUNS: Mapping[Kind, str] = {
+    "events": "event", "deliveries": "delivery", "attempts": "attempt", "refused": "refused request",
+    "audit": "change",
+}  # fmt: skip
 POLL_EVERY = 0.2
 """Seconds between two requests for a replay's progress."""
 

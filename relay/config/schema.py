@@ -149,6 +149,29 @@ class Admin(msgspec.Struct, frozen=True, kw_only=True):
         ),
     ] = ()
     ui: Annotated[bool, _help("whether the listener and the socket serve the dashboard at `/ui/`")] = True
+    user_header: Annotated[
+        str | None,
+        _check(validators.user_header),
+        _help(
+            "the header in which a proxy names the user whom it has authenticated, such as "
+            '`"X-Remote-User"`; read only from `trusted_proxies`'
+        ),
+    ] = None
+    trusted_proxies: Annotated[
+        tuple[Annotated[str, _check(validators.admin_proxy)], ...],
+        _help(
+            "proxies that may send `user_header`: addresses or networks, or `unix:` and the user of a proxy "
+            "that connects to the socket; what this user sends has no other rights than the named user"
+        ),
+    ] = ()
+    proxy_secret: Annotated[
+        Secret | None,
+        _help(
+            "a secret that proxies send in `X-Relay-Proxy-Secret`; required for a proxy on this machine, "
+            "because every local user can connect from its address"
+        ),
+    ] = None
+    user_scope: Annotated[Scope, _help("the scope of users that a proxy names")] = "read"
 
 
 class Storage(msgspec.Struct, frozen=True, kw_only=True):

@@ -1,5 +1,6 @@
 """Binds the tables of config.toml except sources; `plugin_loading.loader` adds the settings of plugins."""
 
+import ipaddress
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ from relay.config import validators
 from relay.config.binding import WRONG, Binder
 from relay.config.message import FORMATS
 from relay.config.problems import KeyPath, dotted, guess, shown
-from relay.config.schema import Config, DestinationConfig, Plugins
+from relay.config.schema import Admin, Config, DestinationConfig, Plugins
 from relay.config.secrets import Absent, Url
 from relay.model import OPERATOR_SOURCE
 from relay.routing.conditions import compile_conditions
@@ -40,11 +41,33 @@ def bind_tables(binder: Binder) -> Config:
     if config.admin.listen == config.server.listen and not config.admin.listen.endswith(":0"):
         text = "the same address as [server] listen; give it another port"
         binder.report(("admin", "listen"), text)
+    _check_proxies(binder, config.admin)
     scheme = config.storage.url.reveal().partition(":")[0]
     if config.backup.every is not None and scheme in validators.POSTGRES:
         text = "the relay makes no backups of a PostgreSQL database: remove this key, see docs/storage.md"
         binder.report(("backup", "every"), text)
     return config
+
+
+def _check_proxies(binder: Binder, admin: Admin) -> None:
+    """Check that a proxy can name users, and that nobody else on this machine can."""
+    if admin.user_header is None:
+        if admin.trusted_proxies:
+            binder.report(("admin", "trusted_proxies"), "no effect without `user_header`")
+        return
+    if not admin.trusted_proxies:
+        binder.report(("admin", "user_header"), "read only from `trusted_proxies`; add the proxy there")
+    for index, proxy in enumerate(admin.trusted_proxies):
+        if admin.proxy_secret is None and not proxy.startswith("unix:") and _is_local(proxy):
+            text = "every user of this machine can connect from this address; set `proxy_secret`, too"
+            binder.report(("admin", "trusted_proxies", index), text)
+
+
+def _is_local(network: str) -> bool:
+    """Return whether a network contains a loopback address."""
+    given = ipaddress.ip_network(network, strict=False)
+    own = map(ipaddress.ip_network, ("127.0.0.0/8", "::ffff:127.0.0.0/104", "::1/128"))
+    return any(given.version == each.version and given.overlaps(each) for each in own)
 
 
 def named_tables(binder: Binder, key: str) -> dict[str, dict[str, Any]]:

@@ -25,6 +25,9 @@ _GONE = 410
 _HOST = re.compile(r"(?!-)[A-Za-z0-9-]{1,63}(?:\.(?!-)[A-Za-z0-9-]{1,63})*", re.ASCII)
 _USUAL_PORTS = {"http": ":80", "https": ":443"}
 _OURS = {"connection", "content-length", "host", "transfer-encoding"}
+_NO_NAMES = {"authorization", "cookie", "host", "origin", "content-type", *_OURS}
+"""Headers that clients send, so that they cannot name a user."""
+
 LARGEST_BODY = 256 * 2**20
 """The most that `max_body` can be, in bytes."""
 
@@ -99,6 +102,23 @@ def network(text: str) -> str:
         ipaddress.ip_network(text, strict=False)
     except ValueError:
         raise ValueError('expected an address or a network such as "10.0.0.0/8"') from None
+    return text
+
+
+def admin_proxy(text: str) -> str:
+    """Check a proxy in front of the admin API: an address, a network, or `unix:` and the name of a user."""
+    scheme, _, user = text.partition(":")
+    if scheme != "unix":
+        return network(text)
+    if not user or not user.isprintable() or " " in user:
+        raise ValueError('expected "unix:" and the name of the user that runs the proxy')
+    return text
+
+
+def user_header(text: str) -> str:
+    """Check the name of the header in which a proxy names a user."""
+    if not _TOKEN.fullmatch(text) or text.lower() in _NO_NAMES:
+        raise ValueError('expected a header that only the proxy sets, such as "X-Remote-User"')
     return text
 
 

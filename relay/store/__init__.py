@@ -472,10 +472,10 @@ class Logins(Protocol):
         ...
 
     async def find(self, digest: bytes) -> Login | None:
-        """Return a login."""
+        """Return a login or a code."""
         ...
 
-    async def take(self, digest: bytes, *, is_code: bool) -> Login | None:
+    async def take(self, digest: bytes) -> Login | None:
         """Delete and return a login or a code; of several callers, one gets it."""
         ...
 

@@ -6,11 +6,12 @@ from collections.abc import Awaitable, Callable, Mapping
 from aiohttp import web
 
 from relay.api.auth import PAGES
+from relay.api.logins import Logins
 from relay.api.responses import error_of
 from relay.base.clock import Clock
 from relay.errors import RelayError, StorageUnavailableError
 from relay.store.opening import is_storage_failure
-from relay.ui import daemon, deliveries, destinations, events, now, refused, replays, sources, workers
+from relay.ui import daemon, deliveries, destinations, events, login, now, refused, replays, sources, workers
 from relay.ui.markup import tag
 from relay.ui.page import STATIC, Ask, Screen, Visit
 
@@ -46,9 +47,10 @@ _YEAR = 365 * 86_400
 class Dashboard:
     """The pages at `/ui/`."""
 
-    def __init__(self, ask: Ask, clock: Clock) -> None:
+    def __init__(self, ask: Ask, logins: Logins, clock: Clock) -> None:
         """Take `relay.api.app.Api.ask`, from which pages get what they show."""
         self._ask = ask
+        self._logins = logins
         self._clock = clock
 
     def routes(self) -> list[web.RouteDef]:
@@ -56,6 +58,7 @@ class Dashboard:
         return [
             web.get(PAGES, _to_root),
             web.get(f"{PAGES}/static/{{name}}", _static),
+            *login.routes(self._logins, f"{PAGES}{login.PATH}"),
             *(web.get(f"{PAGES}{path}", self._serve(screen)) for path, screen in SCREENS.items()),
             web.get(f"{PAGES}/{{rest:.*}}", self._serve(_missing)),
         ]
@@ -63,6 +66,8 @@ class Dashboard:
     def _serve(self, screen: Screen) -> Callable[[web.Request], Awaitable[web.Response]]:
         async def answer(request: web.Request) -> web.Response:
             visit = Visit(request, self._ask, self._clock)
+            if visit.operator is None:
+                return login.page(visit)
             try:
                 return await screen(visit)
             except RelayError as error:

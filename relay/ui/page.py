@@ -10,7 +10,8 @@ import msgspec
 from aiohttp import web
 
 from relay import __version__
-from relay.api.auth import name_and_scope
+from relay.api.auth import includes
+from relay.api.operators import OPERATOR, Operator
 from relay.base.clock import Clock
 from relay.config.schema import Scope
 from relay.ui.markup import Content, Markup, join, tag
@@ -68,14 +69,15 @@ class Visit:
         self.path: Mapping[str, str] = request.match_info
         self.query: Mapping[str, str] = dict(request.query)
         self.now = clock.wall()
-        self.operator, self.scope = name_and_scope(request)
+        self.operator: Operator | None = request.get(OPERATOR)
+        """The sender of the request; None: a page to log in is shown instead."""
         depth = request.raw_path.partition("?")[0].count("/") - 2
         self.root = "../" * depth or "./"
         """Relative address of `/ui/`. A proxy may serve it under any path."""
 
     def may(self, scope: Scope) -> bool:
         """Return whether the operator may use endpoints that need this scope."""
-        return SCOPES.index(self.scope) >= SCOPES.index(scope)
+        return self.operator is not None and includes(self.operator.scope, scope)
 
     def link(self, *path: str, **query: str | None) -> str:
         """Return the relative address of another page; each part of its path is quoted."""
@@ -88,7 +90,7 @@ class Visit:
         body = tag(
             "body",
             tag("a", "Skip to content", class_="skip", href="#main"),
-            tag("header", self._navigation(section), _search(), self._whoami()),
+            tag("header", self._navigation(section), _search(), self._whoami()) if self.operator else None,
             tag("main", tag("h1", title), *content, id="main", tabindex=-1),
             tag("p", id="status", role="status", aria_live="polite"),
             tag("footer", f"hookferry {__version__}"),
@@ -105,11 +107,15 @@ class Visit:
         ]
         return tag("nav", tag("ul", items), aria_label="Pages")
 
-    def _whoami(self) -> Markup:
-        return tag("p", self.operator, " ", tag("small", self.scope), class_="operator")
+    def _whoami(self) -> Content:
+        if self.operator is None:
+            return None
+        out = tag("button", "Log out", type="button", class_="scripted", data_logout=True)
+        return tag(
+            "p", self.operator.name, " ", tag("small", self.operator.scope), " ",
+            out if self.operator.access == "login" else None, class_="operator",
+        )  # fmt: skip
 
-
-SCOPES: tuple[Scope, ...] = ("read", "operate", "admin")
 
 Screen = Callable[[Visit], Awaitable[web.Response]]
 """Makes a page."""

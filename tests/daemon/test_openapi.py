@@ -214,8 +214,8 @@ async def test_every_response_matches_its_schema(relay, recorder):
     for path in (f"/api/events/{id_}", f"/api/events/{id_}/body", f"/api/events/{id_}/explain"):
         await ask("GET", path)
     delivery = (await ask("GET", "/api/deliveries?limit=1&state=delivered")).json["items"][0]["id"]
-    await ask("GET", f"/api/deliveries/{delivery}")
-    await ask("GET", f"/api/deliveries/{delivery}/request")
+    for path in ("", "/request"):
+        await ask("GET", f"/api/deliveries/{delivery}{path}")
     await ask("GET", "/api/history?minutes=5&periods=3")
     await relay.exchange(request("POST", "/api/v1/events", b"{}", authorization="Bearer test-token"))
     kept = (await ask("GET", "/api/refused?source=compozy&since=1h")).json["items"][0]["id"]
@@ -259,6 +259,9 @@ async def test_every_response_matches_its_schema(relay, recorder):
 
     for path in ("jobs/ledger/run", "db/backup", "db/compact"):
         await ask("POST", f"/api/{path}")
+    await ask("POST", "/api/logins", {"scope": "read"})
+    await ask("DELETE", "/api/logins")
+    assert len((await ask("GET", "/api/audit?since=1h&limit=3")).json["items"]) == 3
     exported = (await ask("GET", "/api/export?deliveries=1")).body
     await ask("GET", "/api/export?dry_run=1")
     await ask("POST", "/api/events/delete", {"events": [id_], "dry_run": True})

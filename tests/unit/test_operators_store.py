@@ -17,8 +17,8 @@ async def store(tmp_path, clock, request):
     await store.close()
 
 
-def login(number=1, *, is_code=False, at=1_000, binding=None):
-    return Login(bytes([number]) * 32, is_code, "olga", "operate", binding, at, at)
+def login(number=1, *, at=1_000, binding=None):
+    return Login(bytes([number]) * 32, "olga", "operate", binding, at, at)
 
 
 async def test_a_login_is_read_as_it_was_added(store):
@@ -30,13 +30,12 @@ async def test_a_login_is_read_as_it_was_added(store):
     assert await store.logins.find(b"x") is None
 
 
-async def test_a_code_is_no_login_and_only_one_caller_gets_it(store):
-    code = login(3, is_code=True)
+async def test_only_one_caller_takes_a_code(store):
+    code = login(3)
     await store.logins.add(code, before=0, most=9)
-    assert await store.logins.find(code.digest) is None
-    assert await store.logins.take(code.digest, is_code=False) is None
-    taken = await asyncio.gather(*(store.logins.take(code.digest, is_code=True) for _ in range(5)))
+    taken = await asyncio.gather(*(store.logins.take(code.digest) for _ in range(5)))
     assert sorted(taken, key=lambda each: each is None) == [code, None, None, None, None]
+    assert await store.logins.find(code.digest) is None
 
 
 async def test_old_logins_and_those_beyond_the_limit_are_deleted(store):

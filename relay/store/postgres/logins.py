@@ -6,14 +6,14 @@ from typing import Any
 from relay.model import Login
 from relay.store.postgres.connection import Connection, Database
 
-COLUMNS = "digest, is_code, name, scope, binding, created_at, seen_at"
-ADD_SQL = f"INSERT INTO logins ({COLUMNS}) VALUES ($1, $2, $3, $4, $5, $6, $7)"  # noqa: S608 - constants
+COLUMNS = "digest, name, scope, binding, created_at, seen_at"
+ADD_SQL = f"INSERT INTO logins ({COLUMNS}) VALUES ($1, $2, $3, $4, $5, $6)"  # noqa: S608 - constants
 PRUNE_SQL = """
     DELETE FROM logins WHERE seen_at < $1 OR digest IN (
         SELECT digest FROM logins ORDER BY seen_at DESC OFFSET $2)
 """
-FIND_SQL = f"SELECT {COLUMNS} FROM logins WHERE digest = $1 AND NOT is_code"  # noqa: S608 - constants
-TAKE_SQL = f"DELETE FROM logins WHERE digest = $1 AND is_code = $2 RETURNING {COLUMNS}"  # noqa: S608 - constants
+FIND_SQL = f"SELECT {COLUMNS} FROM logins WHERE digest = $1"  # noqa: S608 - constants
+TAKE_SQL = f"DELETE FROM logins WHERE digest = $1 RETURNING {COLUMNS}"  # noqa: S608 - constants
 
 
 class PostgresLogins:
@@ -36,11 +36,11 @@ class PostgresLogins:
         """See `Logins.find`."""
         return _only(await self._database.fetch(FIND_SQL, digest))
 
-    async def take(self, digest: bytes, *, is_code: bool) -> Login | None:
+    async def take(self, digest: bytes) -> Login | None:
         """See `Logins.take`."""
 
         async def delete(connection: Connection) -> Login | None:
-            return _only(await connection.fetch(TAKE_SQL, digest, is_code))
+            return _only(await connection.fetch(TAKE_SQL, digest))
 
         return await self._database.writer.call(delete)
 

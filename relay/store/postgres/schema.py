@@ -277,7 +277,6 @@ CREATE INDEX refused_reason ON refused (reason, id);
 
 CREATE TABLE logins (                          -- to the dashboard, and the codes that begin them
     digest     bytea   PRIMARY KEY,            -- of the cookie or the code
-    is_code    boolean NOT NULL,
     name       text    NOT NULL,               -- of the operator
     scope      text    NOT NULL,
     binding    bytea,                          -- digest that includes an admin token; NULL: no token

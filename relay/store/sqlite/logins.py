@@ -8,14 +8,14 @@ import aiosqlite
 from relay.model import Login
 from relay.store.sqlite.database import Database
 
-COLUMNS = "digest, is_code, name, scope, binding, created_at, seen_at"
-ADD_SQL = f"INSERT INTO logins ({COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?)"  # noqa: S608 - constants
+COLUMNS = "digest, name, scope, binding, created_at, seen_at"
+ADD_SQL = f"INSERT INTO logins ({COLUMNS}) VALUES (?, ?, ?, ?, ?, ?)"  # noqa: S608 - constants
 PRUNE_SQL = """
     DELETE FROM logins WHERE seen_at < ? OR digest IN (
         SELECT digest FROM logins ORDER BY seen_at DESC LIMIT -1 OFFSET ?)
 """
-FIND_SQL = f"SELECT {COLUMNS} FROM logins WHERE digest = ? AND NOT is_code"  # noqa: S608 - constants
-TAKE_SQL = f"DELETE FROM logins WHERE digest = ? AND is_code = ? RETURNING {COLUMNS}"  # noqa: S608 - constants
+FIND_SQL = f"SELECT {COLUMNS} FROM logins WHERE digest = ?"  # noqa: S608 - constants
+TAKE_SQL = f"DELETE FROM logins WHERE digest = ? RETURNING {COLUMNS}"  # noqa: S608 - constants
 
 
 class SqliteLogins:
@@ -40,11 +40,11 @@ class SqliteLogins:
         rows = await self._database.reader.execute_fetchall(FIND_SQL, (digest,))
         return _only(list(rows))
 
-    async def take(self, digest: bytes, *, is_code: bool) -> Login | None:
+    async def take(self, digest: bytes) -> Login | None:
         """See `Logins.take`."""
 
         async def delete(connection: aiosqlite.Connection) -> Login | None:
-            return _only(list(await connection.execute_fetchall(TAKE_SQL, (digest, is_code))))
+            return _only(list(await connection.execute_fetchall(TAKE_SQL, (digest,))))
 
         return await self._database.writer.call(delete)
 
@@ -70,7 +70,4 @@ def _values(login: Login) -> tuple[Any, ...]:
 
 
 def _only(rows: Sequence[Any]) -> Login | None:
-    if not rows:
-        return None
-    digest, is_code, *others = rows[0]
-    return Login(digest, bool(is_code), *others)
+    return Login(*rows[0]) if rows else None

@@ -243,7 +243,6 @@ CREATE INDEX refused_reason ON refused (reason, id);
 OPERATORS = """
 CREATE TABLE logins (                          -- to the dashboard, and the codes that begin them
     digest     BLOB    PRIMARY KEY,            -- of the cookie or the code
-    is_code    INTEGER NOT NULL,
     name       TEXT    NOT NULL,               -- of the operator
     scope      TEXT    NOT NULL,
     binding    BLOB,                           -- digest that includes an admin token; NULL: no token

@@ -9,6 +9,8 @@ document.documentElement.classList.add("scripts");
 const status = document.getElementById("status");
 const say = (text) => { status.textContent = text; };
 
+const again = () => location.replace(location.pathname + location.search);
+
 function make(name, text, attributes = {}) {
   const element = document.createElement(name);
   if (text) element.textContent = text;
@@ -69,7 +71,7 @@ async function act(button) {
     sessionStorage.setItem("focus", button.dataset.call + button.dataset.body);
     if (/^rpl_/.test(result.id) && result.state) location.href = `${root}replays/${result.id}`;
     else if (/^evt_/.test(result.event_id)) location.href = `${root}events/${result.event_id}`;
-    else location.reload();
+    else again();
   } catch (error) {
     say(`${button.textContent} failed: ${error.message}`);
   } finally {
@@ -141,6 +143,38 @@ async function ask(button) {
   }
 }
 
+// --- logging in and out -----------------------------------------------------------------------------------
+
+async function login(method, body) {
+  const answer = await fetch(`${root}login`, {
+    method, headers: { "Content-Type": "application/json" }, body: body && JSON.stringify(body), redirect: "error",
+  });
+  const value = await answer.json();
+  if (value.error) throw new Error([value.error.message, value.error.hint].filter(Boolean).join(": "));
+  return value;
+}
+
+async function begin(body) {
+  try {
+    await login("POST", body);
+    again();
+  } catch (error) {
+    say(`Not logged in: ${error.message}`);
+  }
+}
+
+async function arrive() {
+  const code = /^#code=([\w-]+)$/.exec(location.hash);
+  if (code) {
+    history.replaceState(null, "", location.pathname + location.search);
+    await begin({ code: code[1] });
+  } else if (document.querySelector("[data-login]")) {
+    // A link on another site sends no cookie; the page itself can ask whether this browser has logged in.
+    const state = await login("GET");
+    if (state.logged_in) again();
+  }
+}
+
 // --- search and filters -----------------------------------------------------------------------------------
 
 function find(text) {
@@ -163,6 +197,7 @@ document.addEventListener("submit", (event) => {
   const form = event.target;
   if (form.dataset.find !== undefined) find(new FormData(form).get("find"));
   else if (form.dataset.filter !== undefined) filter(form);
+  else if (form.dataset.login !== undefined) begin({ token: new FormData(form).get("token") });
 });
 
 document.addEventListener("click", (event) => {
@@ -170,6 +205,7 @@ document.addEventListener("click", (event) => {
   if (asked) ask(asked);
   const button = event.target.closest("button[data-call]");
   if (button) act(button);
+  if (event.target.closest("[data-logout]")) login("DELETE").then(() => again(), (error) => say(error.message));
   const copied = event.target.closest("[data-copy]");
   if (copied && navigator.clipboard && !String(getSelection())) {
     navigator.clipboard.writeText(copied.dataset.copy).then(() => say("Copied."), () => {});
@@ -263,7 +299,7 @@ document.addEventListener("keydown", (event) => {
   }
   const key = event.key;
   if (before === "g" && key in GO) location.href = root + GO[key];
-  else if (key === "/") { event.preventDefault(); document.querySelector("[name=find]").focus(); }
+  else if (key === "/") { event.preventDefault(); document.querySelector("[name=find]")?.focus(); }
   else if (key === "j") step(1);
   else if (key === "k") step(-1);
   before = key;
@@ -272,5 +308,6 @@ document.addEventListener("keydown", (event) => {
 document.addEventListener("visibilitychange", () => { follow(); age(); progress().catch(() => {}); });
 progress().catch(() => {});
 afterReload();
+arrive();
 follow();
 setInterval(age, 1000);
