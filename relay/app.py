@@ -257,8 +257,7 @@ class App:
             for runner in runners:
                 life.push_async_callback(runner.cleanup)
             life.callback(self.api.end_streams)
-            await self._check_disk()
-            await self.ledger_check.check()
+            await self._measure()
             self.loop_lag.start()
             life.callback(self.loop_lag.stop)
             server = Server(
@@ -280,6 +279,12 @@ class App:
             await self.stopping.wait()
             self._drain()
         self._log_end()
+
+    async def _measure(self) -> None:
+        """Check disk and ledger, and begin the history, before the first request."""
+        await self._check_disk()
+        await self.ledger_check.check()
+        await self.history.run()
 
     def _log_end(self) -> None:
         if self.store.unsaved:

@@ -25,7 +25,7 @@ SECTIONS = (
     ("Refused", "refused"),
     ("Workers", "workers"),
     ("Jobs", "jobs"),
-    ("Configuration", "config"),
+    ("Config", "config"),
     ("Doctor", "doctor"),
 )
 """Name and path of each page in the navigation."""
