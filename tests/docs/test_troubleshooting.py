@@ -10,7 +10,7 @@ import pytest
 from commands import parse
 
 from relay import doctor as machine
-from relay.cli.destinations import _ADVICE
+from relay.api.words import _ADVICE
 from relay.delivery.destination_health import ELSEWHERE, NO_STORAGE
 from relay.store.sqlite import doctor as database_checks
 
