@@ -236,17 +236,17 @@ async def test_changes_of_operators_are_in_the_log(desk, caplog):
     config = desk.relay.app.config.path
     await asyncio.to_thread(run, "destinations", "pause", "crm", "-c", config)
     await asyncio.to_thread(run, "reload", "-c", config)
-    result = await desk.follow("Who changed what")
+    result = await desk.follow("Audit log")
     assert "paused" in result["destinations list"].out
     await asyncio.to_thread(run, "destinations", "resume", "crm", "-c", config)
     [line] = [record for record in caplog.records if "/pause" in record.getMessage()]
     assert line.name == "relay.audit"
-    example = blocks("Who changed what", "").strip()
+    example = blocks("Audit log", "").strip()
     shape = r"\S+ \(uid \d+\), pid \d+: POST /api/destinations/crm/pause: 200"
     assert re.fullmatch(shape, line.getMessage())
-    assert re.search(shape, SECTIONS["Who changed what"]), example
+    assert re.search(shape, SECTIONS["Audit log"]), example
     assert any(record.name == "relay.reload" for record in caplog.records)
-    named = set(re.findall(r"LOGGER=(\S+)", SECTIONS["Who changed what"]))
+    named = set(re.findall(r"LOGGER=(\S+)", SECTIONS["Audit log"]))
     assert named == {"relay.audit", "relay.reload"}
 
 
@@ -270,9 +270,9 @@ async def test_a_destination_is_tested_before_go_live(desk):
 @in_module
 async def test_alerts_are_silenced_by_a_pause_that_ends_by_itself(desk):
     await desk.beat()
-    result = await desk.follow("Silence for alerts")
+    result = await desk.follow("Silencing alerts")
     assert result["destinations pause crm --for 2h"].out
     rules = (Path(__file__).parents[2] / "systemd" / "prometheus" / "alerts.yml").read_text()
-    alerts = re.findall(r"alertname=(\w+)", SECTIONS["Silence for alerts"])
+    alerts = re.findall(r"alertname=(\w+)", SECTIONS["Silencing alerts"])
     assert alerts
     assert all(f"alert: {name}" in rules for name in alerts)
