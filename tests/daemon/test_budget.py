@@ -60,7 +60,7 @@ async def connect(relay, address="127.0.0.1"):
 
 @asynccontextmanager
 async def hogs(relay, path, count=17, address="127.0.0.1", size=LARGEST, **headers):
-    """Have senders who never send the last byte of their bodies; they are refused, or their bodies held."""
+    """Send bodies without their last byte; the relay refuses some, and holds the bytes of the others."""
     async with AsyncExitStack() as stack:
         head = request("POST", path, content_length=str(size), **headers)
         wires = [await stack.enter_async_context(await connect(relay, address)) for _ in range(count)]

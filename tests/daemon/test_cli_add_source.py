@@ -45,7 +45,7 @@ def test_the_added_table_loads_and_the_rest_of_the_file_stays(config, name):
     assert f"{EXAMPLE}/hooks/{name}" in result.out
 
 
-def test_the_output_names_table_secret_steps_and_what_comes_next(config):
+def test_the_output_names_table_secret_and_next_steps(config):
     result = add(config, "github", "--public-url", EXAMPLE)
     assert (
         result.out
@@ -118,7 +118,7 @@ def test_a_kind_with_its_own_paths_gets_a_token(config, kind):
         ("--secret-credential", "hub", '{ credential = "hub" }', "Add LoadCredential=hub:… to the unit"),
     ],
 )
-def test_a_secret_comes_from_where_the_operator_says(config, option, value, table, step):
+def test_a_secret_comes_from_the_place_that_the_operator_names(config, option, value, table, step):
     result = add(config, "github", option, value)
     assert f"secrets = [{table}]" in config.read_text()
     assert step in result.out
@@ -217,7 +217,7 @@ def test_a_generic_source_loads_with_every_verification(config, verify):
         (["github", "--set", "x"], 2, "KEY=VALUE"),
     ],
 )
-def test_a_wrong_use_says_what_to_type(config, args, code, words):
+def test_wrong_usage_has_a_hint(config, args, code, words):
     assert words in add(config, *args, code=code).err
     assert config.read_text() == CONFIG
 

@@ -1,4 +1,4 @@
-"""`relay init`: what it writes and asks, and whether the commands that it prints work as printed."""
+"""`relay init`: its files and its questions; the commands that it prints work as printed."""
 
 import asyncio
 import shlex
@@ -202,7 +202,7 @@ def test_a_service_gets_its_own_files_and_a_dropin_only_if_its_unit_needs_one(tm
         (["--yes", "--run", "service"], 1, "relay.service is not installed"),
     ],
 )
-def test_a_wrong_answer_says_what_to_do_and_writes_nothing(tmp_path, monkeypatch, words, code, message):
+def test_a_wrong_answer_has_a_hint_and_writes_nothing(tmp_path, monkeypatch, words, code, message):
     monkeypatch.setattr(module, "installed", lambda: None)
     result = run("init", tmp_path / "new", *words, code=code)
     assert message in result.err

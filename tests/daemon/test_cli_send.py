@@ -107,7 +107,7 @@ def test_wrong_usage_of_send_has_a_hint(config, args, code, message):
         (None, "http://127.0.0.1:8080"),
     ],
 )
-def test_without_a_daemon_the_socket_unit_of_the_service_says_where_it_listens(
+def test_without_a_daemon_the_socket_unit_of_the_service_has_the_address(
     config, monkeypatch, stream, expected
 ):
     monkeypatch.setattr(send, "service_of", lambda path: path == config)
@@ -186,7 +186,7 @@ def test_without_a_secret_nothing_is_verified():
 
 
 @pytest.mark.parametrize("body", [b'{"a": 1}\r\n', b"\xff\x00"])
-def test_what_listen_prints_as_json_can_be_verified(tmp_path, body):
+def test_json_output_of_listen_can_be_verified(tmp_path, body):
     config = write_config(tmp_path, destination("crm", "http://127.0.0.1:9/"))
     signed = Signer((Secret(SECRET),)).headers("evt_1", int(time.time()), body)
     with listening("--json") as (url, out):

@@ -198,7 +198,7 @@ async def keep_valid(relay):
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def values(relay, folder):
-    """What stands for each placeholder."""
+    """Return the value of each placeholder."""
     first, doomed, *_ = [row["id"] for row in await relay.rows(source="adorn")]
     deliveries = await relay.rows("deliveries")
     of = {(row["event_id"], row["destination"]): row["id"] for row in deliveries}

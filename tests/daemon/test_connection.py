@@ -207,7 +207,7 @@ async def test_at_the_limit_the_oldest_idle_connection_is_closed_for_a_new_one(s
         await open_one()
         await answered.send(request("GET", "/"))
         assert (await answered.answer()).status == 200
-        for gone in (1, 2, 3, 0):  # the first was the last to ask
+        for gone in (1, 2, 3, 0):  # the first connection sent the latest request
             newest = await open_one()
             assert await wires[gone].closed()
             assert len(site.server.connections) == 4
@@ -250,7 +250,7 @@ async def test_a_request_beyond_the_limit_gets_an_immediate_reply(site, monkeypa
             assert (await wire.answer()).status == 503
             assert await wire.closed()
         assert heard == ["/whole", "/head"]
-        await until(lambda: not site.server._turned_away)  # a second for each, whoever stays
+        await until(lambda: not site.server._turned_away)  # each one is read for at most a second
         wire = await opened.enter_async_context(await Wire.open(site.url))
         await wire.send(request("PUT", "/later", b"{}") + request("PUT", "/behind", b"{}"))
         assert (await wire.answer()).status == 503
@@ -296,7 +296,7 @@ async def test_more_requests_than_aiohttp_queues_are_answered_in_order(site):
 
 async def test_more_bodies_than_aiohttp_queues_are_answered_in_any_segmentation(site):
     site.reads = True
-    dice = random.Random(4)  # with which some would wait for ever if bodies did not have the rest parsed
+    dice = random.Random(4)  # without parsing on after a body, some bodies would never arrive
     sizes = [dice.choice((0, 1, 100, 3000, 70_000)) for _ in range(120)]
     raw = b"".join(request("POST", f"/{number}", bytes(size)) for number, size in enumerate(sizes))
     async with asyncio.timeout(30), await Wire.open(site.url) as wire, asyncio.TaskGroup() as group:
@@ -810,7 +810,7 @@ async def test_repetitions_of_repetitions_are_one_event(relay, slow_store, monke
     [row] = await relay.rows(subject="gone")
     assert (answer.status, answer.json["event_id"], row["duplicate"]) == (200, row["id"], True)
     assert echoes._open == {}
-    again = await exchange(relay.addresses.public, raw)  # what was heard is not repeated any more
+    again = await exchange(relay.addresses.public, raw)  # the answer has arrived, so this is a new event
     assert again.json["event_id"] != row["id"]
 
 

@@ -99,7 +99,7 @@ async def send(relay, path, body=b"{}", **headers):
     return answer.json["id"]
 
 
-# --- what a different request is ----------------------------------------------------------------------
+# --- different requests with one key ------------------------------------------------------------------
 
 
 @pytest.mark.asyncio(loop_scope="module")
@@ -180,7 +180,7 @@ async def test_a_conflict_is_logged_at_a_limited_rate_with_advice(tmp_path, capl
     )
 
 
-# --- refused where the operator wants that ------------------------------------------------------------
+# --- key_conflict -------------------------------------------------------------------------------------
 
 
 @pytest.mark.asyncio(loop_scope="module")

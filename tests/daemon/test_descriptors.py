@@ -59,16 +59,16 @@ async def test_more_silent_connections_than_descriptors_do_not_block_senders(tmp
 
 @pytest.mark.parametrize("variant", ["honest", "without-uvloop"])
 async def test_without_a_free_descriptor_deliveries_are_held_and_no_receiver_fails(tmp_path, variant):
-    toll = await torture(tmp_path, 2.0, variant=variant)
-    assert (toll.failed, toll.opened, toll.undelivered) == (0, 0, set())
-    assert toll.held >= EVENTS
-    assert toll.fine, toll
+    findings = await torture(tmp_path, 2.0, variant=variant)
+    assert (findings.failed, findings.opened, findings.undelivered) == (0, 0, set())
+    assert findings.held >= EVENTS
+    assert findings.fine, findings
 
 
 async def test_the_check_detects_a_relay_that_counts_its_own_lack_as_failures(tmp_path):
-    toll = await torture(tmp_path, 0.5, variant="blames-receivers")
-    assert toll.failed
-    assert not toll.fine
+    findings = await torture(tmp_path, 0.5, variant="blames-receivers")
+    assert findings.failed
+    assert not findings.fine
 
 
 # --- one attempt --------------------------------------------------------------------------------------

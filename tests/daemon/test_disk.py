@@ -25,7 +25,7 @@ from relay.store.sqlite.disk import Disk
 from relay.store.sqlite.rescue import rescues_of
 
 MIB = 2**20
-HEALED = 15.0  # seconds; the relay looks at its disk every second
+HEALED = 15.0  # seconds; the relay checks its disk every second
 
 running = partial(daemons.running, reserve=DISK_RESERVE)
 
@@ -367,7 +367,7 @@ async def test_the_floor_counts_the_bytes_that_are_about_to_be_written(tmp_path)
         config = write_config(tmp_path, SOURCES)
         config.write_text(config.read_text().replace('"1 MiB"', '"16 MiB"'))
         async with running(config) as relay:
-            relay.app.jobs.stop()  # no look a second: the floor holds without it
+            relay.app.jobs.stop()  # the floor holds without the check of each second
             answers = []
             text = "x" * MIB
 
@@ -393,14 +393,14 @@ async def test_retention_alone_frees_a_disk_that_the_relay_filled(tmp_path, disk
     config = write_config(tmp_path, SOURCES, '[retention]\nevents = "1s"\n')
     async with running(config) as relay:
         text = "x" * 400_000
-        relay.app.store.disk.floor = 0  # as if others had taken the room
+        relay.app.store.disk.floor = 0  # as if other programs filled the disk
         while (await exchange(relay.addresses.public, post(payload={"t": text}))).status == 200:
             pass
         relay.app.store.disk.floor = MIB
         disk.fill()
         await until(lambda: relay.app.ingest.admission.disk_full)
         assert await refused(relay.addresses.public) == "Out of disk space"
-        await asyncio.sleep(1)  # until what was stored has come of age
+        await asyncio.sleep(1)  # until the events are old enough to be deleted
         done = await relay.app.jobs.run("retention")
         assert done.error is None
         assert await until_accepted(relay.addresses.public)

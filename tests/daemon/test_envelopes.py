@@ -307,7 +307,7 @@ async def test_an_error_outside_all_sources_is_plain_json(relay: Relay, method, 
 async def test_health_needs_no_token(relay: Relay):
     answer = await relay.exchange(request("GET", "/health"))
     assert answer.status == 200
-    assert answer.json == {"status": "ok"}  # no version: who asks may be anybody
+    assert answer.json == {"status": "ok"}  # no version, because anybody may ask
     head = await relay.exchange(request("HEAD", "/health"), bodiless=True)
     assert head.status == 200
 

@@ -92,11 +92,11 @@ class Relay:
 
 
 def schedule(rand):
-    """Draw when each worker beats: the first beat is its registration."""
+    """Draw the times of each worker's heartbeats; the first one is its registration."""
     beats = {}
     for number in range(200):
         silences = []
-        if number < 20:  # dies; a few so that the sweep at the kill finds them
+        if number < 20:  # dies; the sweep at the kill finds the first four
             silences = [(KILLED - PATIENCE - 3 if number < 4 else rand.uniform(60, 560), END)]
         elif number < 30:  # flaps
             silences = [(start := rand.uniform(60, 90), start + 150), (280, 400), (600, 720)]
@@ -113,7 +113,7 @@ def schedule(rand):
 
 
 def heard(moments):
-    """Return when the relay gets heartbeats: it reads every few seconds, and not while it is down."""
+    """Return the times at which the relay reads heartbeats: every few seconds, except while it is down."""
     at = [int(-(-moment // STEP) * STEP) for moment in moments]
     return [moment for moment in at if moment <= KILLED or BACK < moment <= END]
 
@@ -123,7 +123,7 @@ def expected_events(moments):
     story, online = ["registered"], True
     for last, following in zip(moments, [*moments[1:], None], strict=True):
         until_ = END if following is None else following
-        across = last <= KILLED < until_  # patience begins anew when the relay is back
+        across = last <= KILLED < until_  # the deadline restarts when the relay is back
         for gap in [KILLED - last, until_ - BACK] if across else [until_ - last]:
             assert following is None or not CLOSE[0] < gap < CLOSE[1]
             if online and gap > PATIENCE + SWEEP:

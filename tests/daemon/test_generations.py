@@ -35,7 +35,7 @@ LIVES = {
         " v1b-session-disconnected",
         beat="v1-heartbeat-nested",
         last="v1-unregister",
-        sessions={},  # neither its events nor its heartbeats say whose they are
+        sessions={},  # neither its events nor its heartbeats name the worker of the sessions
     ),
     "early v2": Life(
         first="v2-register early-v2-heartbeat v2-session-qr-required v2-session-connected",
@@ -99,7 +99,7 @@ async def test_the_whole_life_of_a_worker_is_stored_and_delivered(tmp_path, gene
 
             await send(life.beat)
             assert (await relay.operator("GET", WORKER))["status"] == "ONLINE"
-            await send(*last, life.beat)  # its last heartbeat may overlap its farewell
+            await send(*last, life.beat)  # its last heartbeat may overlap its unregister request
             assert (await relay.operator("GET", "/api/workers"))["items"] == []
 
             stored = [row["type"].removeprefix("whatsapp.") for row in await relay.rows()]

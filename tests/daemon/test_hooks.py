@@ -79,7 +79,7 @@ def test_the_example_has_every_hook_without_a_separate_page(hook):
     assert f"@hookimpl\ndef {hook}(" in EXAMPLE
 
 
-async def test_the_example_does_what_the_page_says(tmp_path, plugins, receiver):
+async def test_the_example_does_what_the_page_describes(tmp_path, plugins, receiver):
     (plugins / "audit.py").write_text(EXAMPLE)
     config = write_config(tmp_path, SOURCES, destination("crm", receiver.url, 'format = "line"'))
     log = tmp_path / "audit.log"

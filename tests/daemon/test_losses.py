@@ -122,7 +122,7 @@ async def test_a_relay_without_its_files_is_not_ready_and_gives_the_reason(tmp_p
         assert answer.status == 503
         [reason] = answer.json["reasons"]
         assert "relay.db was deleted or moved away while it was in use" in reason
-        assert relay.app._stuck() == []  # a restart would not help: it must not be asked for
+        assert relay.app._stuck() == []  # a restart would not help, so the watchdog must not cause one
         await until(lambda: rescues_of(tmp_path / "state" / "relay.db"))
         checks = await _doctor(tmp_path / "config.toml")
         assert not checks["ready"]["ok"]
@@ -141,7 +141,7 @@ async def test_a_file_that_returns_is_used_again(tmp_path):
         answer = await relay.exchange(post())
         assert answer.status == 200
     assert answer.json["event_id"] in events_in(database)
-    assert not rescues_of(database)  # else the next start would ask what to do with it
+    assert not rescues_of(database)  # otherwise the next start would be refused
 
 
 async def test_a_start_without_the_database_but_with_its_rescue_copy_is_refused(tmp_path):
@@ -176,7 +176,7 @@ async def test_a_start_on_another_file_is_refused_while_a_rescue_copy_waits(tmp_
         assert set(events_in(database)) == {*acknowledged, *more}
 
 
-async def test_a_stop_does_not_call_a_damaged_file_safe(tmp_path, caplog):
+async def test_a_stop_with_a_damaged_file_does_not_report_that_nothing_is_lost(tmp_path, caplog):
     database = tmp_path / "state" / "relay.db"
     with caplog.at_level("INFO"):
         async with running(write_config(tmp_path, SOURCES)) as relay:
@@ -185,7 +185,7 @@ async def test_a_stop_does_not_call_a_damaged_file_safe(tmp_path, caplog):
             os.truncate(database, 3 * 4096)
             await until(lambda: relay.app.store.failure)
             await until(lambda: "no rescue copy" in caplog.text)
-            await asyncio.sleep(1)  # several looks, of which none may say it once more
+            await asyncio.sleep(1)  # several checks, none of which may log it again
     assert caplog.text.count("no rescue copy") == 1
     assert "nothing is lost" not in caplog.text
     with pytest.raises(StorageError, match="is damaged"):
@@ -436,7 +436,7 @@ def test_the_log_is_read_like_sqlite_reads_it(tmp_path):
         connection.execute("INSERT INTO t VALUES ('restarted')")
         assert not read_log(log_of(path)).damaged  # frames of the generation before are no loss
     torn = tmp_path / "torn"
-    torn.write_bytes(raw[:-2000])  # what a kill in the middle of a write leaves
+    torn.write_bytes(raw[:-2000])  # as after a kill during a write
     assert not read_log(torn).damaged
     for at in range(0, len(raw) - 3 * 4120, 997):
         damaged = bytearray(raw)

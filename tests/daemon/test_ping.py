@@ -195,7 +195,9 @@ async def test_a_successful_test_ends_a_pause_that_the_receiver_requested_on_req
 @pytest.mark.parametrize(
     ("verb", "held", "next_"), [("pause", "paused", "resume"), ("disable", "disabled: operator", "enable")]
 )
-async def test_closing_the_circuit_does_not_end_what_an_operator_decided(tmp_path, verb, held, next_):
+async def test_closing_the_circuit_ends_no_pause_or_disabled_state_by_an_operator(
+    tmp_path, verb, held, next_
+):
     async with (
         Recorder() as recorder,
         running(write_config(tmp_path, SOURCES, destination("crm", recorder.url, HELD_LONG))) as relay,

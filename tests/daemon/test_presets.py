@@ -1,6 +1,6 @@
 """Every preset through a running relay: its samples, tampered requests, challenges, duplicates and batches.
 
-`vendors.py` signs the requests as the vendors' documents say; `vectors.toml` has requests that vendors
+`vendors.py` signs the requests by the vendors' documents; `vectors.toml` has requests that vendors
 published with their signatures.
 """
 

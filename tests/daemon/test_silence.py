@@ -65,7 +65,7 @@ async def store(tmp_path, clock):
 
 
 async def sweep_at(watch, clock, *moments):
-    """Sweep after so many seconds each; return after which of them the worker was offline."""
+    """Sweep after each of these waits; return the wait after which the worker was offline, or None."""
     for seconds in moments:
         clock.advance(seconds)
         await watch.sweep()
@@ -164,7 +164,7 @@ async def test_after_a_standstill_no_worker_is_offline(tmp_path, seconds):
         for _ in range(2):
             await exchange(daemon.url, beat("dead"))
             daemon.process.send_signal(signal.SIGSTOP)
-            await asyncio.sleep(seconds)  # what it is about
+            await asyncio.sleep(seconds)  # the standstill
             daemon.process.send_signal(signal.SIGCONT)
             async with asyncio.timeout(30):
                 while (await daemon.operator("GET", DEAD))["status"] != "OFFLINE":

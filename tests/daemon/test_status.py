@@ -54,7 +54,7 @@ async def test_a_healthy_relay_has_no_problems_and_a_restart_forgets_nothing(tmp
         assert (disk["full"], disk["days_left"]) == (False, None)
         async with running(config) as relay:
             after = await relay.operator("GET", "/api/status")
-            await relay.app.jobs.run("backup")  # makes none, as none is due
+            await relay.app.jobs.run("backup")  # makes no backup, because none is due
             assert relay.counted("relay_backup_last_success_timestamp_seconds") > 1_700_000_000
             assert relay.counted("relay_backup_size_bytes") == after["backups"]["bytes"] > 10_000
             assert relay.counted("relay_backup_interval_seconds") == 86_400

@@ -192,7 +192,7 @@ def in_reference():
 
 
 def true_default(field, stated, tmp_path):
-    """Say whether TOML text stands for a field's default."""
+    """Return whether TOML text stands for a field's default."""
     if stated in (NONE, REQUIRED):
         return field.required if stated == REQUIRED else not field.required and field.default is None
     path = tmp_path / "config.toml"

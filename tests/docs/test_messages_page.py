@@ -1,4 +1,4 @@
-"""docs/messages.md: its configurations load, and what they send is what the page shows."""
+"""docs/messages.md: its configurations load and send the messages on the page."""
 
 import asyncio
 import json
@@ -61,7 +61,7 @@ def test_the_table_has_every_message_format_with_what_it_needs():
     }
 
 
-def test_the_message_on_the_page_is_what_a_dead_delivery_looks_like():
+def test_the_message_on_the_page_is_that_of_a_dead_delivery():
     shown, grouped = re.findall(r"^```\n(🔴.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
     data = {
         "delivery": "dlv_018bcfe5-6800-7000-8000-000000000002",

@@ -50,7 +50,7 @@ class Desk:
     def __init__(self, relay, recorder):
         self.relay = relay
         self.recorder = recorder
-        self.names = {}  # what ids of the page stand for
+        self.names = {}  # ids of this test, by the ids on the page
 
     async def send(self, member, guild="42"):
         body = {"event_type": "member_joined", "discord_id": member, "metadata": {"guild_id": int(guild)}}

@@ -102,7 +102,7 @@ def test_the_tests_of_the_example_pass(tmp_path, monkeypatch):
     assert len(tests) == 3
 
 
-def test_the_example_is_as_long_as_the_page_says():
+def test_the_page_states_the_length_of_the_example():
     lines = EXAMPLE.splitlines()
     full = [line for line in lines if line]
     assert f"in {len(lines)} lines, {len(full)} of them not blank:" in PAGE

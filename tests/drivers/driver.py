@@ -1,4 +1,4 @@
-"""Puts the cases on stdin to `verify` of docs/receiving.md, as tests/helpers/snippets.py says."""
+"""Passes the cases on stdin to `verify` of docs/receiving.md; tests/helpers/snippets.py has the format."""
 
 import base64
 import json

@@ -28,13 +28,13 @@ SUBJECTS = ("s-1", "漢字の件名テスト 🎉", "x" * 200, "order/4711 — �
 
 
 def at(seconds):
-    """Return the time so many seconds from now."""
+    """Return the time this number of seconds from now."""
     then = NOW + seconds
     return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(then))}.{round(then % 1 * 1000):03d}Z"
 
 
 def id_(prefix, seconds, random=0):
-    """Return an id that was made so many seconds from now."""
+    """Return an id that was made this number of seconds from now."""
     digits = f"{int((NOW + seconds) * 1000):012x}"
     return f"{prefix}{digits[:8]}-{digits[8:]}-7{random:03x}-8ddd-eeeeeeeeeeee"
 
@@ -457,7 +457,7 @@ def fixed(width, **environment):
 
 
 def top_snapshot(ago):
-    """Return a snapshot of `relay top`, of so many seconds ago: load varies, one destination fails."""
+    """Return a snapshot of `relay top` from `ago` seconds ago: load varies, one destination fails."""
     wave = 40 * (1 + math.sin(ago / 40))
     failed = 2.0 if ago < 90 else 0.0
     rates = {"attempts_per_second": wave, "delivered_per_second": wave - failed, "failed_per_second": failed}
@@ -494,7 +494,7 @@ def top_snapshot(ago):
 
 
 def top_view(*, seconds=400):
-    """Return what `relay top` knows after so many seconds."""
+    """Return the view of `relay top` after this number of seconds."""
     view = top.View()
     view.has_keys = True
     for ago in range(seconds, -1, -1):

@@ -1,7 +1,7 @@
-"""A Debian that boots with systemd as pid 1, in namespaces of its own, by systemd-nspawn.
+"""A Debian that boots with systemd as pid 1, in separate namespaces, by systemd-nspawn.
 
 The base system is bootstrapped once and kept in the folder for temporary files. Changes are in memory and end
-with the machine. It has no network but its own loopback.
+with the machine. Its only network is its own loopback.
 """
 
 import os

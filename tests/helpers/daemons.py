@@ -125,7 +125,7 @@ class Relay:
     addresses: Addresses
 
     async def exchange(self, raw: bytes, *, bodiless: bool = False) -> Answer:
-        """Send one request to the public listener on a connection of its own."""
+        """Send one request to the public listener on a new connection."""
         return await exchange(self.addresses.public, raw, bodiless=bodiless)
 
     async def operator(self, method: str, path: str) -> Any:

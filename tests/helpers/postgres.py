@@ -1,7 +1,7 @@
 """A real PostgreSQL server for a test run: Debian's, on a unix socket and on loopback, without fsync.
 
 The first test that needs it starts it, for all workers of pytest-xdist. It ends with the process that started
-the run, however that process ends. Each test has a database of its own.
+the run, however that process ends. Each test has a separate database.
 """
 
 import atexit

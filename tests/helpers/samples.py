@@ -37,7 +37,7 @@ class ExpectedEvent(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class Expect(msgspec.Struct, forbid_unknown_fields=True):
-    why: str  # the section of docs/contracts that the case tests, and what of it
+    why: str  # the section of docs/contracts that the case tests, and the tested statement
     status: int
     body: Any
     event: ExpectedEvent | None

@@ -12,7 +12,7 @@ OK = b"HTTP/1.1 200 OK\r\n"
 
 
 SLOPPY: dict[str, tuple[bytes, int, int]] = {
-    # as they should be
+    # valid responses
     "an empty 200": (head(content_length=0), 200, 200),
     "a 200 with a body": (head(content_length=2) + b"ok", 200, 200),
     "a 204": (head("204 No Content"), 204, 204),
@@ -28,7 +28,7 @@ SLOPPY: dict[str, tuple[bytes, int, int]] = {
         200,
         200,
     ),
-    # bodies that are not as announced
+    # bodies that differ from their headers
     "a body past its length": (head(content_length=2) + b"ok, and more", 200, 200),
     "a body short of its length": (head(content_length=20) + b"ok", 200, 200),
     "a body on a length of 0": (head(content_length=0) + b"ok", 200, 200),
@@ -66,7 +66,7 @@ SLOPPY: dict[str, tuple[bytes, int, int]] = {
     "bytes behind the last chunk": (head(transfer_encoding="chunked") + b"0\r\n\r\nmore", 200, 200),
     "a malformed trailer": (head(transfer_encoding="chunked") + b"0\r\nno trailer\r\n\r\n", 200, 200),
     "gzip that is none": (head(content_encoding="gzip", content_length=2) + b"ok", 200, 200),
-    # lines behind the status line
+    # broken lines after the status line
     "two lengths": (OK + b"Content-Length: 1\r\nContent-Length: 2\r\n\r\nok", 200, 0),
     "the same length twice": (OK + b"Content-Length: 2\r\nContent-Length: 2\r\n\r\nok", 200, 200),
     "a list of lengths": (head(content_length="2, 2") + b"ok", 200, 0),
@@ -111,12 +111,12 @@ SLOPPY: dict[str, tuple[bytes, int, int]] = {
     "an empty line before it": (b"\r\nHTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n", 0, 0),
     "a blank before it": (b" HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n", 0, 0),
     "the status 299": (head("299 Odd", content_length=0), 299, 299),
-    # no
+    # responses that are not a success
     "a 500 with a broken body": (head("500 Sorry", transfer_encoding="chunked") + b"zz\r\n", 500, 500),
     "a 404 with two lengths": (b"HTTP/1.1 404 No\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n", 404, 0),
     "a redirect with a broken head": (b"HTTP/1.1 302 Found\r\nnonsense\r\n\r\n", 302, 0),
     "a 400 whose head stops": (b"HTTP/1.1 400 Bad\r\nCont", 400, 0),
-    # neither
+    # no response
     "nothing": (b"", 0, 0),
     "HTTP/0.9": (b"<html>hello</html>", 0, 0),
     "a status line that stops": (b"HTTP/1.1 200 O", 0, 0),

@@ -27,7 +27,7 @@ _HOOKS = weakref.WeakKeyDictionary()
 
 
 class Hooks:
-    """What a test's store calls. A test may change it at any time, unlike the daemon."""
+    """The functions that a test's store calls. A test may change them at any time, unlike the daemon."""
 
     def __init__(self):
         self.route = opening.no_route

@@ -25,7 +25,7 @@ class Answer:
 
     @property
     def json(self) -> Any:
-        """Decode the body, which must say that it is JSON."""
+        """Decode the body; its content type must be JSON."""
         assert self.headers["content-type"].partition(";")[0] == "application/json", self
         return json.loads(self.body)
 

@@ -296,7 +296,7 @@ def test_the_relay_moves_by_the_five_commands_of_the_page(vm):
     assert send(vm, "second", "after-the-move") == 200
 
 
-def test_a_backup_is_restored_after_a_loss_as_the_page_says(vm):
+def test_a_backup_is_restored_after_a_loss_by_the_commands_of_the_page(vm):
     page = (CHECKOUT / "docs" / "install.md").read_text()
     blocks = dict(re.findall(r"<!-- run: (\w+) -->\n```sh\n(.*?)```", page, re.DOTALL))
     vm.run(blocks["backup"])

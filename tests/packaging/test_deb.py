@@ -1,4 +1,4 @@
-"""The Debian package, built as docs/install.md says and installed in a clean root."""
+"""The Debian package, built by the commands of docs/install.md and installed in a clean root."""
 
 import gzip
 import json

@@ -52,7 +52,7 @@ class Machine:
         return self.root.run("stat", "-c", "%a %U:%G %n", *paths).splitlines()
 
     def text(self, path, change=None):
-        """Return what is in a file, after changing it."""
+        """Return the text of a file, after applying `change` to it."""
         file = self.root.path / path.lstrip("/")
         if change is not None:
             file.write_text(change(file.read_text()))

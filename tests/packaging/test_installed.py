@@ -464,7 +464,7 @@ async def test_a_reload_reads_the_environment_file_of_the_unit_again(service):
     assert not service.folder.joinpath("state", "relay.sock").exists()
 
 
-async def test_a_reload_without_access_to_the_environment_file_says_so(service):
+async def test_a_reload_without_access_to_the_environment_file_has_a_warning(service):
     rotate(service, "RELOAD_OLD")
     file = service.write("environment", "RELOAD_OLD=old\n")
     async with running(service.config) as relay:
@@ -614,7 +614,7 @@ async def test_another_user_than_the_service_s_does_not_serve_its_database(machi
 
 @pytest.fixture
 def typed(machine):
-    """Run a command in a thread: it has an event loop of its own."""
+    """Run a command in a thread, because it starts an event loop."""
 
     async def typed(*args, code=0):
         return await asyncio.to_thread(partial(run, *args, code=code))

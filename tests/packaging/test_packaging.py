@@ -1,4 +1,4 @@
-"""What ships: the wheel, built from the sources and installed in an environment of its own."""
+"""The wheel: built from the sources and installed in a separate environment."""
 
 import ast
 import re

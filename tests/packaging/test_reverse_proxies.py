@@ -36,7 +36,7 @@ def written(name):
 
 
 def nginx(folder, port, relay):
-    """Return the command that serves the page's file without TLS, in a folder of its own."""
+    """Return the command that serves the page's file without TLS, in a separate folder."""
     text, times = re.subn(r"listen 443 ssl;", f"listen 127.0.0.1:{port};", written("nginx"))
     text, more = re.subn(rf"server {re.escape(LISTEN)};", f"server 127.0.0.1:{relay};", text)
     assert (times, more) == (1, 1)

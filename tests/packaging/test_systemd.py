@@ -343,7 +343,7 @@ def units(tmp_path):
 
 
 def settings(unit):
-    """Return what a unit sets, by name; the last one counts."""
+    """Return the settings of a unit by name; of several equal names, the last one counts."""
     lines = [line for line in unit.read_text().splitlines() if "=" in line and not line.startswith("#")]
     return dict(line.split("=", 1) for line in lines)
 
@@ -379,7 +379,7 @@ def test_the_security_exposure_of_the_service_is_at_most_1_4(units):
 def test_the_service_can_read_user_names_for_the_audit_log():
     found = settings(UNITS / "relay.service")
     hiding = {"PrivateUsers", "PrivateUsersEx", "UserNamespacePath", "DynamicUser", "RootImage"}
-    assert found.keys() & hiding == set()  # with these it would say "nobody"
+    assert found.keys() & hiding == set()  # with these, the log would show "nobody"
 
 
 @pytest.mark.parametrize("unit", ["relay.service", "relay.socket", "relay-admin.socket"])

@@ -42,7 +42,7 @@ def failing(base: type[Source]) -> type[Source]:
 
 
 class Flawed(Source, kind="flawed", owns=("/flawed",)):
-    """A plugin with every fault that one can have."""
+    """A plugin with every fault that a plugin can have."""
 
     def verify(self, incoming: Incoming) -> None:
         """Fail here for `X-Fail: verify`."""
@@ -51,7 +51,7 @@ class Flawed(Source, kind="flawed", owns=("/flawed",)):
 
     @route("POST", "/flawed/events")
     def event(self, incoming: Incoming) -> Any:
-        """Take an event, or fail as the header says."""
+        """Take an event, or fail in the way that the header names."""
         flaw = incoming.header("X-Fail")
         if flaw == "handler":
             raise KeyError("secret")
@@ -136,7 +136,7 @@ ANSWERS: dict[str, Any] = {
         event=Event(type="a"), reply=Reply(headers={"X-Injected": "a\r\nb: c"}, body={})
     ),
 }
-"""What the handler answers for each value of `X-Fail` that breaks later."""
+"""The handler's answers for the values of `X-Fail` that fail only after the handler has returned."""
 
 
 @hookimpl

@@ -51,8 +51,8 @@ VARIANTS = {
 
 
 @dataclass
-class Toll:
-    """What the backlog cost."""
+class Findings:
+    """Lost, repeated and reordered deliveries, attempts and memory of a backlog."""
 
     events: int = 0
     pending: int = 0  # when the destination came back
@@ -129,9 +129,9 @@ async def torture(
     *,
     variant: str = "honest",
     report: Callable[[str], None] = lambda _line: None,
-) -> Toll:
+) -> Findings:
     """Let that many events pile up before a dead destination, then let it recover."""
-    toll = Toll(events=events)
+    findings = Findings(events=events)
     keys = max(SENDERS, events // 100)
     async with Recovering() as receiver:
         schedule = ["0.02s"] * 2000 if variant == "headlong" else ["0.2s"] * 20
@@ -144,26 +144,26 @@ async def torture(
             early = daemon.resident()
             await _fill(daemon, keys, events // 10, events)
             before = daemon.resident()
-            toll.filling, toll.grown = time.monotonic() - began, before - early
-            toll.pending = (await _books(daemon, toll))["pending"]
-            report(f"{toll.pending} pending after {toll.filling:.1f}s")
+            findings.filling, findings.grown = time.monotonic() - began, before - early
+            findings.pending = (await _books(daemon, findings))["pending"]
+            report(f"{findings.pending} pending after {findings.filling:.1f}s")
             began = time.monotonic()
             await receiver.recover()
-            while (books := await _books(daemon, toll))["pending"]:
-                toll.drained = max(toll.drained, daemon.resident() - before)
+            while (books := await _books(daemon, findings))["pending"]:
+                findings.drained = max(findings.drained, daemon.resident() - before)
                 report(f"{books['pending']} pending")
                 await asyncio.sleep(0.2)  # another process's progress
-            toll.draining = time.monotonic() - began
+            findings.draining = time.monotonic() - began
             await daemon.stop()
-        toll.rushed = receiver.rushed
+        findings.rushed = receiver.rushed
     with closing(sqlite3.connect(f"file:{folder / 'state' / 'relay.db'}?mode=ro", uri=True)) as reader:
-        [toll.spent] = reader.execute("SELECT sum(attempts) - count(*) FROM deliveries").fetchone()
-    _compare(receiver.arrived, keys, events, toll)
-    return toll
+        [findings.spent] = reader.execute("SELECT sum(attempts) - count(*) FROM deliveries").fetchone()
+    _compare(receiver.arrived, keys, events, findings)
+    return findings
 
 
 async def _fill(daemon: Daemon, keys: int, first: int, last: int) -> None:
-    """Send events `first` to `last`; each sender has keys of its own, so their order is known."""
+    """Send events `first` to `last`; no two senders share a key, so the order of each key is known."""
 
     async def work(sender: int) -> None:
         async with await Wire.open(daemon.url) as wire:
@@ -176,30 +176,30 @@ async def _fill(daemon: Daemon, keys: int, first: int, last: int) -> None:
     await asyncio.gather(*(work(sender) for sender in range(SENDERS)))
 
 
-async def _books(daemon: Daemon, toll: Toll) -> dict[str, Any]:
+async def _books(daemon: Daemon, findings: Findings) -> dict[str, Any]:
     [books] = (await daemon.operator("GET", "/api/destinations"))["items"]
     ends = ("delivered", "dead", "expired", "cancelled", "pending")
-    toll.unbalanced += books["created"] != sum(books[end] for end in ends)
+    findings.unbalanced += books["created"] != sum(books[end] for end in ends)
     return books
 
 
-def _compare(arrived: dict[str, list[int]], keys: int, events: int, toll: Toll) -> None:
+def _compare(arrived: dict[str, list[int]], keys: int, events: int, findings: Findings) -> None:
     for key in range(keys):
         expected, found = list(range(key, events, keys)), arrived[f"session {key}"]
-        toll.lost += len(set(expected) - set(found))
-        toll.repeated += len(found) - len(set(found))
-        toll.disordered += found != sorted(found)
+        findings.lost += len(set(expected) - set(found))
+        findings.repeated += len(found) - len(set(found))
+        findings.disordered += found != sorted(found)
 
 
 @click.command()
 @click.option("--events", default=100_000, show_default=True)
 @click.option("--variant", type=click.Choice(list(VARIANTS)), default="honest", show_default=True)
 def main(events: int, variant: str) -> None:
-    """Pile events up before a dead destination, let it recover, and count what it cost."""
+    """Pile events up before a dead destination, let it recover, and print the findings."""
     with tempfile.TemporaryDirectory() as folder:
-        toll = asyncio.run(torture(Path(folder), events, variant=variant, report=click.echo))
-    click.echo(toll)
-    sys.exit(0 if toll.fine else 1)
+        findings = asyncio.run(torture(Path(folder), events, variant=variant, report=click.echo))
+    click.echo(findings)
+    sys.exit(0 if findings.fine else 1)
 
 
 if __name__ == "__main__":

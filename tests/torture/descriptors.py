@@ -41,8 +41,8 @@ VARIANTS: dict[str, Sequence[str]] = {
 
 
 @dataclass
-class Toll:
-    """What the lack cost."""
+class Findings:
+    """Effects of a lack of descriptors."""
 
     seconds: float = 0.0  # duration
     held: int = 0  # deliveries at its end that waited
@@ -55,7 +55,7 @@ class Toll:
 
     @property
     def fine(self) -> bool:
-        """Return whether nothing was lost, nobody blamed, and the log kept short."""
+        """Return whether nothing was lost, no receiver was blamed, and the log stayed short."""
         quiet = self.lines <= QUIET + self.seconds * LINES_A_SECOND
         return self.answers_after and quiet and not (self.undelivered or self.failed or self.opened)
 
@@ -68,15 +68,15 @@ class Toll:
         )
 
 
-async def torture(folder: Path, seconds: float, *, variant: str = "honest", events: int = EVENTS) -> Toll:
+async def torture(folder: Path, seconds: float, *, variant: str = "honest", events: int = EVENTS) -> Findings:
     """Let the daemon work for some seconds without a free descriptor, then give it some."""
-    toll = Toll()
+    findings = Findings()
     async with Recorder() as receiver, AsyncExitStack() as stack:
         more = 'concurrency = 8\ntimeout = "1h"\ncircuit = { failures = 3, probe = "0.2s" }'
         config = write_config(folder, SOURCES, destination("crm", receiver.url, more))
         daemon = await stack.enter_async_context(Daemon(config, VARIANTS[variant]))
         sender = await stack.enter_async_context(await Wire.open(daemon.url))
-        await _send(sender, toll)
+        await _send(sender, findings)
         await until(lambda: len(receiver.arrived) == 1)
         pid, before = daemon.process.pid, len(daemon.lines)
         limits = resource.prlimit(pid, resource.RLIMIT_NOFILE)
@@ -85,23 +85,23 @@ async def torture(folder: Path, seconds: float, *, variant: str = "honest", even
         resource.prlimit(pid, resource.RLIMIT_NOFILE, (_lowest_free(pid), limits[1]))
         knocking = asyncio.create_task(_knock(daemon.url))
         for _ in range(events):
-            await _send(sender, toll)
-        await asyncio.sleep(seconds)  # how long it lasts is what is asked for
+            await _send(sender, findings)
+        await asyncio.sleep(seconds)  # the requested duration
         knocking.cancel()
-        toll.held = _count(folder, "SELECT count(*) FROM deliveries WHERE state = 'pending'")
+        findings.held = _count(folder, "SELECT count(*) FROM deliveries WHERE state = 'pending'")
         resource.prlimit(pid, resource.RLIMIT_NOFILE, limits)
-        toll.seconds = time.monotonic() - began
+        findings.seconds = time.monotonic() - began
         receiver.open.set()
         async with asyncio.timeout(20):
-            toll.answers_after = await _is_heard(daemon.url)
+            findings.answers_after = await _is_heard(daemon.url)
         with suppress(AssertionError):
-            await until(lambda: toll.acknowledged <= set(receiver.ids), 20)
-        toll.undelivered = toll.acknowledged - set(receiver.ids)
-        toll.lines = len(daemon.lines) - before
-        toll.opened = daemon.output.count("circuit opened")
+            await until(lambda: findings.acknowledged <= set(receiver.ids), 20)
+        findings.undelivered = findings.acknowledged - set(receiver.ids)
+        findings.lines = len(daemon.lines) - before
+        findings.opened = daemon.output.count("circuit opened")
         await daemon.stop()
-    toll.failed = _count(folder, "SELECT count(*) FROM attempts WHERE result <> 'ok'")
-    return toll
+    findings.failed = _count(folder, "SELECT count(*) FROM attempts WHERE result <> 'ok'")
+    return findings
 
 
 def _lowest_free(pid: int) -> int:
@@ -110,9 +110,9 @@ def _lowest_free(pid: int) -> int:
     return next(number for number in itertools.count() if number not in used)
 
 
-async def _send(sender: Wire, toll: Toll) -> None:
+async def _send(sender: Wire, findings: Findings) -> None:
     await sender.send(request("POST", "/v1/events", adorn()))
-    toll.acknowledged.add((await sender.answer()).json["event_id"])
+    findings.acknowledged.add((await sender.answer()).json["event_id"])
 
 
 async def _knock(url: str) -> None:
@@ -142,11 +142,11 @@ def _count(folder: Path, query: str) -> int:
 @click.option("--seconds", default=30.0, show_default=True)
 @click.option("--variant", type=click.Choice(list(VARIANTS)), default="honest", show_default=True)
 def main(seconds: float, variant: str) -> None:
-    """Take the daemon's descriptors away, and count what it cost."""
+    """Take the daemon's descriptors away, and print the findings."""
     with tempfile.TemporaryDirectory() as folder:
-        toll = asyncio.run(torture(Path(folder), seconds, variant=variant))
-    click.echo(toll)
-    sys.exit(0 if toll.fine else 1)
+        findings = asyncio.run(torture(Path(folder), seconds, variant=variant))
+    click.echo(findings)
+    sys.exit(0 if findings.fine else 1)
 
 
 if __name__ == "__main__":

@@ -45,8 +45,8 @@ VARIANTS: dict[str, Sequence[str]] = {
 
 
 @dataclass
-class Toll:
-    """What the full disks cost."""
+class Findings:
+    """Lost and repeated events, odd answers and failed starts on full disks."""
 
     rounds: int = 0
     acknowledged: set[str] = field(default_factory=set)
@@ -83,10 +83,10 @@ async def torture(
     seed: int,
     variant: str = "honest",
     drain: float = DRAIN,
-    report: Callable[[Toll], None] = lambda _toll: None,
-) -> Toll:
+    report: Callable[[Findings], None] = lambda _toll: None,
+) -> Findings:
     """Fill the disk that many times, then let the daemon deliver what is left."""
-    rand, toll, kills = random.Random(seed), Toll(), 0
+    rand, findings, kills = random.Random(seed), Findings(), 0
     state = folder / "state"
     with small_disk(state, SIZE) as disk:
         async with Counting() as receiver:
@@ -96,61 +96,63 @@ async def torture(
             await daemon.start()
             try:
                 await daemon.ready()
-                await _overfill(daemon, disk, toll)
-                for toll.rounds in range(1, rounds + 1):
-                    senders = [asyncio.create_task(_send(daemon, rand, toll)) for _ in range(SENDERS)]
+                await _overfill(daemon, disk, findings)
+                for findings.rounds in range(1, rounds + 1):
+                    senders = [asyncio.create_task(_send(daemon, rand, findings)) for _ in range(SENDERS)]
                     await asyncio.sleep(
                         rand.uniform(0, LONGEST_FULL)
                     )  # a random moment, nothing is waited for
                     disk.fill()
                     await asyncio.sleep(rand.uniform(0, LONGEST_FULL))
-                    if toll.rounds % 2:
+                    if findings.rounds % 2:
                         kills += 1
                         await daemon.end()
                         # A start has to make these, and there is no room for them.
                         for name in ("relay.db-shm", "relay.db.ballast"):
                             (state / name).unlink(missing_ok=True)
                         disk.fill()
-                        if not await _started(daemon, toll):
-                            return toll
+                        if not await _started(daemon, findings):
+                            return findings
                     for sender in senders:
                         sender.cancel()
                     await asyncio.gather(*senders, return_exceptions=True)
                     disk.clear()
-                    if not await _healed(daemon, toll):
-                        return toll
-                    report(toll)
+                    if not await _healed(daemon, findings):
+                        return findings
+                    report(findings)
                 with suppress(AssertionError):
-                    await until(lambda: toll.acknowledged <= receiver.counts.keys(), drain)
+                    await until(lambda: findings.acknowledged <= receiver.counts.keys(), drain)
                 await daemon.stop()
             finally:
                 await daemon.end()
-            toll.undelivered = toll.acknowledged - receiver.counts.keys()
-            toll.repeated = receiver.repeated - kills * IN_FLIGHT
+            findings.undelivered = findings.acknowledged - receiver.counts.keys()
+            findings.repeated = receiver.repeated - kills * IN_FLIGHT
             with closing(sqlite3.connect(f"file:{state / 'relay.db'}?mode=ro", uri=True)) as reader:
-                toll.corrupt += [text for (text,) in reader.execute("PRAGMA integrity_check") if text != "ok"]
-    return toll
+                findings.corrupt += [
+                    text for (text,) in reader.execute("PRAGMA integrity_check") if text != "ok"
+                ]
+    return findings
 
 
-async def _overfill(daemon: Daemon, disk: SmallDisk, toll: Toll) -> None:
+async def _overfill(daemon: Daemon, disk: SmallDisk, findings: Findings) -> None:
     """Send until the disk's floor is reached: the relay itself never goes below it."""
 
     async def work(number: int) -> None:
         for count in range(SIZE // 1_000_000):
             body = adorn(f"large {number}", payload={"n": count, "text": "x" * 1_000_000})
             answer = await exchange(daemon.url, request("POST", "/v1/events", body))
-            if not _note(answer.status, answer.headers, answer.body, toll):
+            if not _note(answer.status, answer.headers, answer.body, findings):
                 return
-            toll.acknowledged.add(answer.json["event_id"])
+            findings.acknowledged.add(answer.json["event_id"])
 
     await asyncio.gather(*(work(number) for number in range(SENDERS)))
-    toll.least = min(toll.least, disk.free)
-    if toll.least >= FLOOR:
-        await _healed(daemon, toll, seconds=3 * HEALED)  # by retention
-    toll.worst, toll.slow = 0.0, 0
+    findings.least = min(findings.least, disk.free)
+    if findings.least >= FLOOR:
+        await _healed(daemon, findings, seconds=3 * HEALED)  # by retention
+    findings.worst, findings.slow = 0.0, 0
 
 
-async def _send(daemon: Daemon, rand: random.Random, toll: Toll) -> None:
+async def _send(daemon: Daemon, rand: random.Random, findings: Findings) -> None:
     """Send until cancelled, through kills and starts."""
     for number in itertools.count():
         size = rand.choice((10, 10, 10, BIGGEST))
@@ -162,46 +164,46 @@ async def _send(daemon: Daemon, rand: random.Random, toll: Toll) -> None:
         except (ConnectionError, asyncio.IncompleteReadError):
             await asyncio.sleep(0.01)  # killed
             continue
-        if _note(answer.status, answer.headers, answer.body, toll):
-            toll.acknowledged.add(answer.json["event_id"])
+        if _note(answer.status, answer.headers, answer.body, findings):
+            findings.acknowledged.add(answer.json["event_id"])
         else:
             await asyncio.sleep(0.005)
 
 
-def _note(status: int, headers: dict[str, str], body: bytes, toll: Toll) -> bool:
+def _note(status: int, headers: dict[str, str], body: bytes, findings: Findings) -> bool:
     """Return whether an event was accepted; a refusal must be one that a sender understands."""
     if status == HTTPStatus.OK:
         return True
-    toll.refused += 1
+    findings.refused += 1
     is_json = headers.get("content-type", "").startswith("application/json") and b'"status":"error"' in body
     if status != HTTPStatus.SERVICE_UNAVAILABLE or "retry-after" not in headers or not is_json:
-        toll.odd.append(f"{status}: {body[:200]!r}")
+        findings.odd.append(f"{status}: {body[:200]!r}")
     return False
 
 
-async def _started(daemon: Daemon, toll: Toll) -> bool:
+async def _started(daemon: Daemon, findings: Findings) -> bool:
     """Start on a full disk; return whether the relay starts and reports that it is not ready."""
     await daemon.start()
     try:
         await daemon.ready()
     except (AssertionError, TimeoutError):
-        toll.down.append(daemon.output[-500:])
+        findings.down.append(daemon.output[-500:])
         return False
     return True
 
 
-async def _healed(daemon: Daemon, toll: Toll, seconds: float = HEALED) -> bool:
+async def _healed(daemon: Daemon, findings: Findings, seconds: float = HEALED) -> bool:
     """Send until an event is accepted; return whether that was in time."""
     began = time.monotonic()
     raw = request("POST", "/v1/events", adorn("healed"))
     while True:
         answer = await exchange(daemon.url, raw)
-        if _note(answer.status, answer.headers, answer.body, toll):
-            toll.acknowledged.add(answer.json["event_id"])
-            toll.worst = max(toll.worst, time.monotonic() - began)
+        if _note(answer.status, answer.headers, answer.body, findings):
+            findings.acknowledged.add(answer.json["event_id"])
+            findings.worst = max(findings.worst, time.monotonic() - began)
             return True
         if time.monotonic() - began > seconds:
-            toll.slow += 1
+            findings.slow += 1
             return False
         await asyncio.sleep(0.05)
 
@@ -211,16 +213,16 @@ async def _healed(daemon: Daemon, toll: Toll, seconds: float = HEALED) -> bool:
 @click.option("--seed", default=1, show_default=True)
 @click.option("--variant", type=click.Choice(list(VARIANTS)), default="honest", show_default=True)
 def main(rounds: int, seed: int, variant: str) -> None:
-    """Fill the disk in a loop, and count what it cost."""
+    """Fill the disk in a loop, and print the findings."""
 
-    def report(toll: Toll) -> None:
-        if toll.rounds % 10 == 0:
-            click.echo(toll)
+    def report(findings: Findings) -> None:
+        if findings.rounds % 10 == 0:
+            click.echo(findings)
 
     with tempfile.TemporaryDirectory() as folder:
-        toll = asyncio.run(torture(Path(folder), rounds, seed=seed, variant=variant, report=report))
-    click.echo(toll)
-    sys.exit(0 if toll.fine else 1)
+        findings = asyncio.run(torture(Path(folder), rounds, seed=seed, variant=variant, report=report))
+    click.echo(findings)
+    sys.exit(0 if findings.fine else 1)
 
 
 if __name__ == "__main__":

@@ -67,8 +67,8 @@ HAPPENINGS: tuple[Callable[[Path], None], ...] = (delete, delete_log, delete_all
 
 
 @dataclass
-class Toll:
-    """What it cost."""
+class Findings:
+    """Faults that were noticed late, and lost events."""
 
     cycles: int = 0
     acknowledged: int = 0
@@ -97,27 +97,27 @@ async def torture(
     *,
     seed: int,
     variant: str = "honest",
-    report: Callable[[Toll], None] = lambda _toll: None,
-) -> Toll:
+    report: Callable[[Findings], None] = lambda _toll: None,
+) -> Findings:
     """Apply each fault to a separate daemon; None: a byte of its log flips after a kill."""
-    rand, toll = random.Random(seed), Toll()
-    for toll.cycles, happens in enumerate(kinds, start=1):
-        place = folder / str(toll.cycles)
+    rand, findings = random.Random(seed), Findings()
+    for findings.cycles, happens in enumerate(kinds, start=1):
+        place = folder / str(findings.cycles)
         place.mkdir()
         config = write_config(place, SOURCES)
         if happens is None:
-            await _flip(config, rand, toll, VARIANTS[variant])
+            await _flip(config, rand, findings, VARIANTS[variant])
         else:
-            await _vanish(config, rand, toll, VARIANTS[variant], happens)
+            await _vanish(config, rand, findings, VARIANTS[variant], happens)
         shutil.rmtree(place)
-        report(toll)
-    return toll
+        report(findings)
+    return findings
 
 
 async def _vanish(
     config: Path,
     rand: random.Random,
-    toll: Toll,
+    findings: Findings,
     command: Sequence[str],
     happens: Callable[[Path], None],
 ) -> None:
@@ -130,16 +130,16 @@ async def _vanish(
         happens(database)
         _, going_on = await asyncio.wait(senders, timeout=SOON)
         if going_on:
-            toll.late.append(happens.__name__)
+            findings.late.append(happens.__name__)
         await daemon.stop()
         await asyncio.gather(*senders)
         copies = sorted(database.parent.glob("relay.db.rescue-*"))
         kept = _events(copies[-1]) if copies else set()
-        toll.acknowledged += len(acknowledged)
-        toll.lost += len(acknowledged - kept)
+        findings.acknowledged += len(acknowledged)
+        findings.lost += len(acknowledged - kept)
 
 
-async def _flip(config: Path, rand: random.Random, toll: Toll, command: Sequence[str]) -> None:
+async def _flip(config: Path, rand: random.Random, findings: Findings, command: Sequence[str]) -> None:
     database, acknowledged = _database(config), set[str]()
     async with Daemon(config, command) as daemon:
         senders = [asyncio.create_task(_send(daemon.url, acknowledged)) for _ in range(SENDERS)]
@@ -155,12 +155,12 @@ async def _flip(config: Path, rand: random.Random, toll: Toll, command: Sequence
         is_reported = any("data was lost" in json.loads(line)["message"] for line in daemon.lines)
         await daemon.stop()
     missing = acknowledged - _events(database)
-    toll.acknowledged += len(acknowledged)
-    toll.flips += 1
+    findings.acknowledged += len(acknowledged)
+    findings.flips += 1
     # The last transaction may go unnoticed if it came after the last mark: it looks like one cut short.
     if len(missing) > SENDERS:
-        toll.dropped += 1
-        toll.silent += not is_reported
+        findings.dropped += 1
+        findings.silent += not is_reported
 
 
 async def _send(url: str, acknowledged: set[str]) -> None:
@@ -191,17 +191,17 @@ def _events(database: Path) -> set[str]:
 @click.option("--seed", default=1, show_default=True)
 @click.option("--variant", type=click.Choice(list(VARIANTS)), default="honest", show_default=True)
 def main(cycles: int, seed: int, variant: str) -> None:
-    """Take files away from a daemon and flip bytes of its log, and count what it cost."""
+    """Take files away from a daemon and flip bytes of its log, and print the findings."""
 
-    def report(toll: Toll) -> None:
-        if toll.cycles % 10 == 0:
-            click.echo(toll)
+    def report(findings: Findings) -> None:
+        if findings.cycles % 10 == 0:
+            click.echo(findings)
 
     kinds = list(itertools.islice(itertools.cycle([*HAPPENINGS, *[None] * len(HAPPENINGS)]), cycles))
     with tempfile.TemporaryDirectory() as folder:
-        toll = asyncio.run(torture(Path(folder), kinds, seed=seed, variant=variant, report=report))
-    click.echo(toll)
-    sys.exit(0 if toll.fine else 1)
+        findings = asyncio.run(torture(Path(folder), kinds, seed=seed, variant=variant, report=report))
+    click.echo(findings)
+    sys.exit(0 if findings.fine else 1)
 
 
 if __name__ == "__main__":

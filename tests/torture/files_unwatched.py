@@ -1,6 +1,6 @@
 """Relays that ignore lost files, for the harness to notice: `relay`, broken on purpose.
 
-The first argument says how: `blind` never checks its files, `trusting` trusts its log.
+The first argument selects the fault: `blind` never checks its files, `trusting` trusts its log.
 """
 
 import sys

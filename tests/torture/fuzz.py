@@ -46,7 +46,7 @@ PATIENCE = 10.0  # seconds for an answer, or an end
 MOST_LOG = 2**20  # bytes
 MOST_GROWTH = 16 * 2**20  # bytes
 LONGEST = 4000  # bytes of a sample worth mutating: the few larger ones are about size alone
-DRAIN = 120.0  # seconds for what is pending in the end
+DRAIN = 120.0  # seconds for the last pending deliveries
 PROBES = 97  # worker ids that take turns, so that an answer to another request shows
 TOKEN = {"authorization": "Bearer worker-secret-token-12345"}
 SECRET = base64.b64decode("MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw")  # of `daemon.destination`
@@ -69,24 +69,24 @@ def flip(rand: random.Random, raw: bytes) -> bytes:
 
 
 def cut(rand: random.Random, raw: bytes) -> bytes:
-    """Leave a piece out."""
+    """Remove a piece."""
     at = rand.randrange(len(raw))
     return raw[:at] + raw[at + rand.randrange(40) :]
 
 
 def end(rand: random.Random, raw: bytes) -> bytes:
-    """Stop early."""
+    """Cut off the end."""
     return raw[: rand.randrange(1, len(raw) + 1)]
 
 
 def double(rand: random.Random, raw: bytes) -> bytes:
-    """Say a piece twice."""
+    """Repeat a piece."""
     at, size = rand.randrange(len(raw)), rand.randrange(200)
     return raw[: at + size] + raw[at:]
 
 
 def insert(rand: random.Random, raw: bytes) -> bytes:
-    """Put something odd in between."""
+    """Insert odd bytes."""
     at = rand.randrange(len(raw))
     return raw[:at] + rand.choice(ODDITIES) + raw[at:]
 
@@ -445,7 +445,7 @@ async def torture(
     report: Callable[[Findings], None] = lambda _found: None,
     **meddling: float,
 ) -> Findings:
-    """Send that many mutated requests to a daemon with a destination, and look after it.
+    """Send that many mutated requests to a daemon with a destination, and check the daemon.
 
     `meddling` is that of a `Meddler` between them.
     """
@@ -520,7 +520,7 @@ VARIANTS = {"honest": {}, "hangs": {"hangs": 0.05}, "corrupts": {"corrupts": 0.0
 @click.option("--seed", default=1, show_default=True)
 @click.option("--variant", type=click.Choice(list(VARIANTS)), default="honest", show_default=True)
 def main(requests: int, seed: int, variant: str) -> None:
-    """Send mutated requests to a daemon of its own."""
+    """Start a daemon and send mutated requests to it."""
 
     def report(found: Findings) -> None:
         if found.requests % 10_000 == 0:

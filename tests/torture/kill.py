@@ -32,8 +32,8 @@ VARIANTS: dict[str, Sequence[str]] = {
 
 
 @dataclass
-class Toll:
-    """What the kills cost."""
+class Findings:
+    """Lost and repeated events after the kills."""
 
     cycles: int = 0
     acknowledged: set[str] = field(default_factory=set)
@@ -79,37 +79,37 @@ async def torture(
     *,
     seed: int,
     variant: str = "honest",
-    report: Callable[[Toll], None] = lambda _toll: None,
-) -> Toll:
+    report: Callable[[Findings], None] = lambda _toll: None,
+) -> Findings:
     """Kill the daemon that many times, then let it deliver what is left."""
-    rand, toll = random.Random(seed), Toll()
+    rand, findings = random.Random(seed), Findings()
     async with Counting() as receiver:
         config = write_config(folder, SOURCES, destination("crm", receiver.url, f"concurrency = {IN_FLIGHT}"))
         database = folder / "state" / "relay.db"
         newest = 0
-        for toll.cycles in range(1, cycles + 1):
+        for findings.cycles in range(1, cycles + 1):
             repeated = receiver.repeated
             async with Daemon(config, VARIANTS[variant]) as daemon:
                 acknowledged = await load_and_kill(daemon, rand)
-            toll.acknowledged |= acknowledged
-            toll.most_repeated = max(toll.most_repeated, receiver.repeated - repeated)
+            findings.acknowledged |= acknowledged
+            findings.most_repeated = max(findings.most_repeated, receiver.repeated - repeated)
             with closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True)) as reader:
                 found = reader.execute("SELECT id, public_id FROM events WHERE id > ?", (newest,)).fetchall()
-                toll.corrupt += [text for (text,) in reader.execute("PRAGMA quick_check") if text != "ok"]
-            toll.lost |= acknowledged - {public_id for _, public_id in found}
+                findings.corrupt += [text for (text,) in reader.execute("PRAGMA quick_check") if text != "ok"]
+            findings.lost |= acknowledged - {public_id for _, public_id in found}
             newest = max([newest, *(id_ for id_, _ in found)])
-            report(toll)
+            report(findings)
         repeated = receiver.repeated
         async with Daemon(config, VARIANTS[variant]) as daemon:
-            await until(lambda: owed(database) == 0, DRAIN)
+            await until(lambda: pending(database) == 0, DRAIN)
             await daemon.stop()
-        toll.most_repeated = max(toll.most_repeated, receiver.repeated - repeated)
+        findings.most_repeated = max(findings.most_repeated, receiver.repeated - repeated)
         with closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True)) as reader:
             stored = {public_id for (public_id,) in reader.execute("SELECT public_id FROM events")}
-            toll.corrupt += [text for (text,) in reader.execute("PRAGMA integrity_check") if text != "ok"]
-        toll.undelivered = stored - receiver.counts.keys()
-        toll.lost |= toll.acknowledged - stored
-    return toll
+            findings.corrupt += [text for (text,) in reader.execute("PRAGMA integrity_check") if text != "ok"]
+        findings.undelivered = stored - receiver.counts.keys()
+        findings.lost |= findings.acknowledged - stored
+    return findings
 
 
 async def load_and_kill(daemon: Daemon, rand: random.Random) -> set[str]:
@@ -133,7 +133,7 @@ async def _send(url: str, acknowledged: set[str]) -> None:
         return  # killed
 
 
-def owed(database: Path) -> int:
+def pending(database: Path) -> int:
     """Count the deliveries that have not ended."""
     with closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True)) as reader:
         [count] = reader.execute("SELECT count(*) FROM deliveries WHERE state = 'pending'").fetchone()
@@ -145,16 +145,16 @@ def owed(database: Path) -> int:
 @click.option("--seed", default=1, show_default=True)
 @click.option("--variant", type=click.Choice(list(VARIANTS)), default="honest", show_default=True)
 def main(cycles: int, seed: int, variant: str) -> None:
-    """Kill the daemon in a loop, and count what it cost."""
+    """Kill the daemon in a loop, and print the findings."""
 
-    def report(toll: Toll) -> None:
-        if toll.cycles % 50 == 0:
-            click.echo(toll)
+    def report(findings: Findings) -> None:
+        if findings.cycles % 50 == 0:
+            click.echo(findings)
 
     with tempfile.TemporaryDirectory() as folder:
-        toll = asyncio.run(torture(Path(folder), cycles, seed=seed, variant=variant, report=report))
-    click.echo(toll)
-    sys.exit(0 if toll.fine else 1)
+        findings = asyncio.run(torture(Path(folder), cycles, seed=seed, variant=variant, report=report))
+    click.echo(findings)
+    sys.exit(0 if findings.fine else 1)
 
 
 if __name__ == "__main__":

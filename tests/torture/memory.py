@@ -43,7 +43,7 @@ async def torture(folder: Path, events: int, command: Sequence[str] = SERVE) -> 
 @click.option("--events", default=1500, show_default=True)
 @click.option("--variant", type=click.Choice(list(VARIANTS)), default="honest", show_default=True)
 def main(events: int, variant: str) -> None:
-    """Send large events to a daemon of its own."""
+    """Start a daemon and send large events to it."""
     with tempfile.TemporaryDirectory() as folder:
         resident = asyncio.run(torture(Path(folder), events, VARIANTS[variant]))
     click.echo(

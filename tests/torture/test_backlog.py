@@ -4,22 +4,22 @@ from torture.backlog import CONCURRENCY, FAILURES, MOST_GROWTH, torture
 
 
 async def test_a_backlog_drains_in_order_with_a_ramp_and_constant_memory(tmp_path):
-    toll = await torture(tmp_path, 3000)
-    assert toll.pending == 3000
-    assert (toll.lost, toll.repeated, toll.disordered) == (0, 0, 0)
-    assert (toll.rushed, toll.unbalanced) == (0, 0)
-    assert FAILURES <= toll.spent < FAILURES + CONCURRENCY
-    assert toll.grown + toll.drained < MOST_GROWTH
-    assert toll.fine
+    findings = await torture(tmp_path, 3000)
+    assert findings.pending == 3000
+    assert (findings.lost, findings.repeated, findings.disordered) == (0, 0, 0)
+    assert (findings.rushed, findings.unbalanced) == (0, 0)
+    assert FAILURES <= findings.spent < FAILURES + CONCURRENCY
+    assert findings.grown + findings.drained < MOST_GROWTH
+    assert findings.fine
 
 
 async def test_the_check_detects_a_destination_without_order(tmp_path):
-    toll = await torture(tmp_path, 2000, variant="unordered")
-    assert toll.disordered
-    assert not toll.fine
+    findings = await torture(tmp_path, 2000, variant="unordered")
+    assert findings.disordered
+    assert not findings.fine
 
 
 async def test_the_check_detects_a_circuit_that_never_opens(tmp_path):
-    toll = await torture(tmp_path, 300, variant="headlong")
-    assert toll.rushed
-    assert not toll.fine
+    findings = await torture(tmp_path, 300, variant="headlong")
+    assert findings.rushed
+    assert not findings.fine

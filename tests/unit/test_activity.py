@@ -158,7 +158,7 @@ async def test_silence_is_found_and_ends_with_an_event(store, clock):
     assert activity.silence("shop") == HOUR
 
 
-async def test_time_in_which_no_event_could_be_accepted_is_no_silence(store, clock):
+async def test_time_in_which_no_event_could_be_accepted_does_not_count_as_silence(store, clock):
     await history(store, clock, "1" * (WEEK + 2))
     world = World(store, clock)
     await world.pass_minutes("." * 100)

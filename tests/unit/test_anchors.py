@@ -37,7 +37,7 @@ def patterns(file):
 
 
 def ends_before_a_line_break(parsed):
-    """Say whether a parsed pattern has a `$`."""
+    """Return whether a parsed pattern has a `$`."""
     for operation, value in parsed:
         if str(operation) == "AT" and str(value) == "AT_END":
             return True

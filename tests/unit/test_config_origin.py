@@ -1,4 +1,4 @@
-"""Secrets are found where config.toml says, and no message ever contains one."""
+"""Secrets are read from the places in config.toml, and no message ever contains a secret."""
 
 import pytest
 
@@ -56,7 +56,7 @@ def test_a_secret_comes_from_a_systemd_credential(tmp_path):
         (["x"], ["got a list"]),
     ],
 )
-def test_a_secret_that_cannot_be_found_says_what_to_do(tmp_path, value, text):
+def test_a_missing_secret_has_a_hint(tmp_path, value, text):
     (tmp_path / "blank").write_text("\n")
     (tmp_path / "binary").write_bytes(b"\xff\xfe")
     (tmp_path / "huge").write_bytes(b"x" * 65_537)
@@ -65,7 +65,7 @@ def test_a_secret_that_cannot_be_found_says_what_to_do(tmp_path, value, text):
         assert words in message
 
 
-def test_a_credential_that_systemd_did_not_load_says_which_line_loads_it(tmp_path):
+def test_an_unloaded_credential_has_a_hint_with_the_line_that_loads_it(tmp_path):
     message = refused(tmp_path, {"credential": "crm"}, CREDENTIALS_DIRECTORY=str(tmp_path))
     assert "the credential crm does not exist; add `LoadCredential=crm:" in message
 

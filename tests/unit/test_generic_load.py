@@ -8,7 +8,7 @@ from generic import load_table, problems_of
 HMAC = 'verify = { hmac = { header = "X-Sign" } }\nsecrets = ["s"]'
 
 FAULTS = Path(__file__).parents[1] / "helpers" / "generic_faults.txt"
-"""Blocks: lines of a table, and then what the problems say, each after `> `."""
+"""Blocks: lines of a table, then the expected problems, each after `> `."""
 
 
 def cases():
@@ -68,7 +68,7 @@ def test_a_key_in_the_query_is_a_warning():
     )
 
 
-def test_without_cryptography_the_error_says_what_to_install(monkeypatch):
+def test_without_cryptography_the_error_names_the_package(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "cryptography.hazmat.primitives.asymmetric", None)
     monkeypatch.setitem(__import__("sys").modules, "cryptography.hazmat.primitives", None)
     for scheme in ("ed25519", "ecdsa"):

@@ -144,7 +144,7 @@ def test_the_mapping_of_the_shop():
         ('body = "raw"', b"\x00\xff", '{"content_type":"image/png","base64":"AP8="}'),
     ],
 )
-def test_data_is_the_body_unless_a_template_says_otherwise(keys, body, data):
+def test_data_is_the_body_unless_a_template_sets_it(keys, body, data):
     assert text_of(event_of(load_table(keys), body, {"Content-Type": "image/png"}).data) == data
 
 

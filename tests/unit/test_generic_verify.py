@@ -1,4 +1,4 @@
-"""How a generic source checks its senders, and what `relay verify` says about a refused request."""
+"""How a generic source checks its senders, and how `relay verify` explains a refused request."""
 
 import base64
 import gzip

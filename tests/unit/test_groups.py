@@ -64,7 +64,7 @@ async def flush(store):
 
 
 async def until_pending(store, name, count):
-    """Wait until a destination has so many pending deliveries."""
+    """Wait until a destination has this number of pending deliveries."""
     async with asyncio.timeout(30):
         while len(await store.queries.find("deliveries", state="pending", destination=name)) < count:  # noqa: ASYNC110 - the store offers nothing to await
             await asyncio.sleep(0.01)

@@ -56,7 +56,7 @@ async def fail(store, clock, destination, seconds):
 
 
 async def look(store, *names, kept=KEPT):
-    """Expire until nothing is left, as the daemon does; return how many expired."""
+    """Expire overdue deliveries as the daemon does; return their number."""
     count = 0
     while some := await store.deliveries.expire_held(names, kept):
         count += some

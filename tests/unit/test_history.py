@@ -37,7 +37,7 @@ async def daemon(clock):
     return daemon
 
 
-async def test_each_slot_has_what_was_gained_in_it(daemon):
+async def test_each_slot_has_the_growth_of_the_counters(daemon):
     for count in (1, 0, 4):
         daemon.metrics.received.labels("shop").inc(count)
         daemon.metrics.rejected.labels("shop", "auth").inc(2 * count)

@@ -16,7 +16,7 @@ LOG = logging.getLogger("relay.test")
 
 
 def decode(data):
-    """Return the fields of an entry, as the description of the protocol says."""
+    """Return the fields of an entry, by the description of the protocol."""
     found = {}
     while data:
         line, _, rest = data.partition(b"\n")

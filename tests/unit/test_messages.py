@@ -189,7 +189,7 @@ class TestLimits:
 
     @settings(max_examples=20)
     @given(data=datas, text=odd)
-    def test_no_setting_does(self, name, data, text):
+    def test_no_setting_makes_a_message_beyond_the_limits_of_its_service(self, name, data, text):
         fields = {f"field {number}": "{data.a}" for number in range(10)}
         settings = {"title": "{data.a}", "text": "{data.a}\n{data.a}", "fields": fields, "link": "{data.a}"}
         CHECKS[name](render(name, event("shop.order", data | {"a": text}), **settings))
@@ -495,7 +495,7 @@ def test_the_settings_of_services_are_sent():
     assert render("pagerduty", ORDER)["payload"]["timestamp"] == rfc3339(NOW)
 
 
-def test_what_is_over_resolves_its_alert():
+def test_the_end_of_a_problem_resolves_its_alert():
     data = {"destination": "crm", "url": URL, "reason": "ok"}
     opened, closed = (
         render("pagerduty", event(f"relay.destination.{what}", data))

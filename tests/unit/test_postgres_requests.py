@@ -63,7 +63,7 @@ async def nodes(pool):
 
 
 @needs_postgres
-async def test_the_owner_alone_does_it_and_its_answer_comes_back(pool, nodes):
+async def test_only_the_owner_executes_a_request_and_its_answer_is_returned(pool, nodes):
     assert await nodes[0].requests.ask("crm", "pause", {"until": None}) == {"held": "paused"}
     assert [node.done for node in nodes] == [[], [("crm", {"until": None})], []]
     assert await pool.fetch("SELECT * FROM requests") == []
@@ -80,7 +80,7 @@ async def test_a_refusal_comes_back_as_an_error(nodes, argument, result):
 
 
 @needs_postgres
-async def test_two_owners_at_once_do_it_once(nodes):
+async def test_two_owners_execute_a_request_once(nodes):
     nodes[2].lanes = {"crm"}  # a zombie
     for _ in range(10):
         await nodes[0].requests.ask("crm", "pause", "now")
@@ -98,7 +98,7 @@ async def test_without_an_owner_the_request_is_withdrawn(pool, nodes):
 
 
 @needs_postgres
-async def test_an_owner_that_stops_meanwhile_leaves_it_open_whether_it_was_done(nodes):
+async def test_an_owner_that_stops_meanwhile_leaves_the_result_unknown(nodes):
     async def hang(_destination, _argument):
         await gate.wait()
 

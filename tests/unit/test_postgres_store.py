@@ -1,4 +1,4 @@
-"""The store in PostgreSQL: what no other engine has, on a real server."""
+"""The store in PostgreSQL: behaviour that no other engine has, on a real server."""
 
 import asyncio
 
@@ -361,7 +361,7 @@ async def test_texts_with_nul_are_stored_with_its_escape(store, clock):
     assert [worker.id for worker in store.workers.all()] == ["w\0 1"]
 
 
-async def test_an_ordinary_batch_is_one_statement_without_a_transaction_of_its_own(store, clock, monkeypatch):
+async def test_an_ordinary_batch_is_one_statement_without_begin_and_commit(store, clock, monkeypatch):
     seen = []
     connection = store.database.writer.connection
     original = connection._raw.fetch
@@ -381,7 +381,7 @@ async def test_an_ordinary_batch_is_one_statement_without_a_transaction_of_its_o
     assert len(seen) <= 4
 
 
-async def test_every_transaction_says_how_durable_it_is(tmp_path, clock, monkeypatch):
+async def test_every_transaction_sets_its_durability(tmp_path, clock, monkeypatch):
     seen = []
     original = transaction._text
     monkeypatch.setattr(transaction, "_text", lambda *parts: seen.append(original(*parts)) or seen[-1])

@@ -107,7 +107,7 @@ async def test_a_lost_connection_is_replaced_and_polled_meanwhile(make):
 
 
 @needs_postgres
-async def test_behind_a_pooler_a_node_looks_every_quarter_second(make):
+async def test_behind_a_pooler_a_node_polls_every_quarter_second(make):
     with patch.object(wakeups, "PROBE_TIMEOUT", 0.1):
         deaf, other = make("a", is_deaf=True), make("b")
         await until(lambda: other.arrives and len(deaf.heard) >= 3)

@@ -12,7 +12,7 @@ NOW = 1_700_000_000 * SECOND
 
 
 def taken(bucket, now):
-    """Take all there is and count it."""
+    """Take all tokens and return their number."""
     count = 0
     while not bucket.take(now):
         count += 1
@@ -40,7 +40,7 @@ def test_the_burst_is_configurable():
 @pytest.mark.parametrize(
     ("rate", "seconds"), [(Rate(50, 1), 0.02), (Rate(1, 1), 1), (Rate(30, 60), 2), (Rate(1, 3600), 3600)]
 )
-def test_an_empty_bucket_says_how_long_until_the_next_token(rate, seconds):
+def test_an_empty_bucket_returns_the_wait_for_the_next_token(rate, seconds):
     bucket = TokenBucket(rate, NOW)
     taken(bucket, NOW)
     assert bucket.take(NOW) == pytest.approx(seconds)

@@ -33,7 +33,7 @@ WALL, STEADY = 1_705_314_600_000_000, 5_000 * SECOND
 
 
 def at(seconds: float) -> Now:
-    """Return a moment that many seconds after the start of the test; the clocks differ on purpose."""
+    """Return the time this number of seconds after the start of the test; the clocks differ on purpose."""
     return Now(wall=WALL + int(seconds * SECOND), steady=STEADY + int(seconds * SECOND))
 
 
@@ -360,7 +360,7 @@ def iso(seconds):
 
 
 def turned(status, reported, id_="s1"):
-    """Build a session's event that was made so many seconds after the start of the test."""
+    """Build a session's event that was made this number of seconds after the start of the test."""
     written = reported if isinstance(reported, str | None) else iso(reported)
     return SessionSeen(
         session=Session(id=id_, status=status, last_activity=written), worker_id="w", at=written

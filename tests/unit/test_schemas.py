@@ -1,4 +1,4 @@
-"""JSON Schemas of the data of events: what satisfies them, and what stops the start."""
+"""JSON Schemas of the data of events: accepted and refused data, and faults that stop the start."""
 
 import sys
 import time
@@ -195,7 +195,7 @@ def test_a_missing_schema_file_stops_the_start(tmp_path):
         Schemas().add("a", tmp_path / "none.json")
 
 
-def test_schemas_without_the_library_say_what_to_install(tmp_path, monkeypatch):
+def test_schemas_without_the_library_have_a_hint(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "jsonschema", None)
     with pytest.raises(ValueError, match=r'pip install "hookferry\[schemas\]"'):
         with_schema(tmp_path, USER)

@@ -93,7 +93,7 @@ def test_a_step_of_the_server_is_followed_slowly_and_never_back(step):
     assert machine.clock.behind == 0
 
 
-def test_it_shows_how_far_it_is_behind():
+def test_the_clock_shows_its_lag():
     machine = Machine()
     machine.compare()
     machine.ahead = 10 * SECOND

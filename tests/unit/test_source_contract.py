@@ -1,4 +1,4 @@
-"""What the contract of a source gives to plugins: maps, ids, types, and every refusal in an envelope."""
+"""The contract of a source for plugins: maps, ids, types, and every refusal in an envelope."""
 
 import msgspec
 import pytest

@@ -27,7 +27,7 @@ async def store(tmp_path, clock):
     await store.close()
 
 
-def owe(store, *destinations):
+def route_to(store, *destinations):
     """Route everything except operator events to destinations given as (name, options)."""
     subscriptions = {name: Subscription.of(("shop.*",)) for name, _ in destinations}
     terms = {name: SubscriptionOptions.of(name, **fields) for name, fields in destinations}
@@ -49,7 +49,7 @@ async def states(store):
 
 
 async def test_deliveries_of_one_key_become_due_one_after_another(store, clock):
-    owe(store, ("crm", {"order_by": "subject"}))
+    route_to(store, ("crm", {"order_by": "subject"}))
     for subject in ("a", "b", "a", "a"):
         await store.events.append(accept(clock, subject=subject))
     made = await ids(store, "deliveries")
@@ -60,7 +60,7 @@ async def test_deliveries_of_one_key_become_due_one_after_another(store, clock):
 
 
 async def test_any_end_of_the_first_delivery_releases_its_key(store, clock):
-    owe(store, ("crm", {"order_by": "subject", "ttl": 60}))
+    route_to(store, ("crm", {"order_by": "subject", "ttl": 60}))
     for _ in range(3):
         await store.events.append(accept(clock))
     await store.deliveries.settle(ending(store.fresh[0], "dead", reason="aborted"))
@@ -71,7 +71,7 @@ async def test_any_end_of_the_first_delivery_releases_its_key(store, clock):
 
 
 async def test_a_first_delivery_that_waits_for_its_retry_blocks_its_key(store, clock):
-    owe(store, ("crm", {"order_by": "subject"}))
+    route_to(store, ("crm", {"order_by": "subject"}))
     for _ in range(2):
         await store.events.append(accept(clock))
     later = clock.steady() + 5 * SECOND
@@ -80,7 +80,7 @@ async def test_a_first_delivery_that_waits_for_its_retry_blocks_its_key(store, c
 
 
 async def test_order_holds_within_one_batch_and_across_batches(store, clock):
-    owe(store, ("crm", {"order_by": "data.k"}))
+    route_to(store, ("crm", {"order_by": "data.k"}))
     bodies = [b'{"k": %d}' % (number % 3) for number in range(30)]
     await asyncio.gather(*(store.events.append(accept(clock, body=body)) for body in bodies))
     assert len(store.fresh) == 3
@@ -99,14 +99,14 @@ async def test_order_holds_within_one_batch_and_across_batches(store, clock):
 
 
 async def test_an_event_without_the_value_does_not_wait(store, clock):
-    owe(store, ("crm", {"order_by": "data.k"}))
+    route_to(store, ("crm", {"order_by": "data.k"}))
     for _ in range(2):
         await store.events.append(accept(clock))
     assert [d.id for d in store.fresh] == await ids(store, "deliveries")
 
 
 async def test_a_delivery_past_its_ttl_expires_even_if_claimed(store, clock):
-    owe(store, ("crm", {"ttl": 60}))
+    route_to(store, ("crm", {"ttl": 60}))
     await store.events.append(accept(clock))
     store.deliveries.release([store.fresh[0].id])
     await store.events.append(accept(clock))
@@ -119,7 +119,7 @@ async def test_a_delivery_past_its_ttl_expires_even_if_claimed(store, clock):
 
 
 async def test_a_delivery_in_flight_does_not_expire(store, clock):
-    owe(store, ("crm", {"ttl": 60}))
+    route_to(store, ("crm", {"ttl": 60}))
     await store.events.append(accept(clock))
     assert store.deliveries.begin_attempt(store.fresh[0].id)
     clock.advance(61)
@@ -128,7 +128,7 @@ async def test_a_delivery_in_flight_does_not_expire(store, clock):
 
 
 async def test_a_newer_event_of_a_type_and_key_expires_the_older(store, clock):
-    owe(store, ("crm", {"latest_by": "subject"}))
+    route_to(store, ("crm", {"latest_by": "subject"}))
     await store.events.append(accept(clock))
     await store.events.append(accept(clock, subject="b"))
     await store.events.append(accept(clock, type="shop.other"))
@@ -139,7 +139,7 @@ async def test_a_newer_event_of_a_type_and_key_expires_the_older(store, clock):
 
 
 async def test_of_one_batch_only_the_newest_of_a_key_is_sent(store, clock):
-    owe(store, ("crm", {"latest_by": "subject"}))
+    route_to(store, ("crm", {"latest_by": "subject"}))
     await asyncio.gather(*(store.events.append(accept(clock)) for _ in range(5)))
     rows = await states(store)
     assert rows.count(("pending", None)) == 1
@@ -148,7 +148,7 @@ async def test_of_one_batch_only_the_newest_of_a_key_is_sent(store, clock):
 
 
 async def test_a_delivery_in_flight_is_never_superseded(store, clock):
-    owe(store, ("crm", {"latest_by": "subject"}))
+    route_to(store, ("crm", {"latest_by": "subject"}))
     await store.events.append(accept(clock))
     assert store.deliveries.begin_attempt(store.fresh[0].id)
     await store.events.append(accept(clock))
@@ -156,7 +156,7 @@ async def test_a_delivery_in_flight_is_never_superseded(store, clock):
 
 
 async def test_beyond_max_pending_a_new_delivery_is_dead_and_counted(store, clock):
-    owe(store, ("crm", {"max_pending": 2}))
+    route_to(store, ("crm", {"max_pending": 2}))
     await asyncio.gather(*(store.events.append(accept(clock)) for _ in range(4)))
     assert await states(store) == [("pending", None)] * 2 + [("dead", "backlog_full")] * 2
     await store.deliveries.settle(ending(store.fresh[0]))
@@ -166,11 +166,11 @@ async def test_beyond_max_pending_a_new_delivery_is_dead_and_counted(store, cloc
 
 
 async def test_the_backlog_is_known_again_after_a_restart(store, clock, tmp_path):
-    owe(store, ("crm", {"max_pending": 1}))
+    route_to(store, ("crm", {"max_pending": 1}))
     await store.events.append(accept(clock))
     await store.close()
     again = make_store(tmp_path / "relay.db", clock)
-    owe(again, ("crm", {"max_pending": 1}))
+    route_to(again, ("crm", {"max_pending": 1}))
     await again.open()
     try:
         await again.events.append(accept(clock))
@@ -185,7 +185,7 @@ async def test_a_dead_delivery_goes_to_on_dead_and_raises_an_event(store, clock)
         types.extend(e.type for e in news.events),
         store.fresh.extend(news.deliveries),
     )
-    owe(store, ("crm", {"on_dead": "spare"}))
+    route_to(store, ("crm", {"on_dead": "spare"}))
     await store.events.append(accept(clock))
     await store.deliveries.settle(ending(store.fresh[0], "dead", reason="exhausted"))
     assert types == ["shop.order", "relay.delivery.dead"]
@@ -203,7 +203,7 @@ async def test_a_dead_delivery_of_an_operator_event_raises_no_event(store, clock
 
 
 async def test_the_outcome_decides_for_a_cancelled_delivery_in_flight(store, clock):
-    owe(store, ("crm", {}))
+    route_to(store, ("crm", {}))
     await store.events.append(accept(clock))
     assert store.deliveries.begin_attempt(store.fresh[0].id)
     assert await store.deliveries.cancel([store.fresh[0].id]) == Cancelled(in_flight=1)
@@ -212,7 +212,7 @@ async def test_the_outcome_decides_for_a_cancelled_delivery_in_flight(store, clo
 
 
 async def test_a_delivery_that_a_transaction_is_ending_cannot_begin(store, clock):
-    owe(store, ("crm", {}))
+    route_to(store, ("crm", {}))
     await store.events.append(accept(clock))
     made = store.fresh[0].id
     cancelling = asyncio.ensure_future(store.deliveries.cancel([made]))

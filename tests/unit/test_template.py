@@ -160,7 +160,7 @@ def test_scalars_become_text_as_json_writes_them(value, text):
 
 
 @pytest.mark.parametrize("value", [[], {}, msgspec.Raw(b"[1]"), msgspec.Raw(b"{}")])
-def test_lists_and_objects_have_no_text(value):
+def test_lists_and_objects_cannot_become_text(value):
     with pytest.raises(ValueError, match="expected text, a number, true or false, got a"):
         text_of(value)
 
