@@ -317,9 +317,9 @@ class ReplySettings(msgspec.Struct, frozen=True, kw_only=True):
 
     status: Annotated[int, msgspec.Meta(ge=200, le=299), describe("the HTTP status, 200 to 299")] = 200
     json: Annotated[
-        Any, describe("a JSON value; a text in it is a template, a lone placeholder keeps its JSON value")
+        Any, describe("a JSON value; a string in it is a template, a lone placeholder keeps its JSON value")
     ] = None
-    text: Annotated[Template | None, describe("a text: a template")] = None
+    text: Annotated[Template | None, describe("text: a template")] = None
     empty: Annotated[bool, describe("whether the reply has no body")] = False
     content_type: Annotated[
         str | None, describe('by default "application/json" or "text/plain; charset=utf-8"')

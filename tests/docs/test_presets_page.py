@@ -43,7 +43,7 @@ def verification(verify):
 
 def table():
     """Render the table of presets."""
-    lines = ["| preset | sender | verification | at the sender's side |", "|---|---|---|---|"]
+    lines = ["| preset | sender | verification | steps in the sender's settings |", "|---|---|---|---|"]
     for name, data in files().items():
         preset = data["preset"]
         steps = " ".join(f"{at}. {fill(step, WORDS)}." for at, step in enumerate(preset["steps"], 1))
