@@ -95,7 +95,7 @@ def test_a_statement_about_another_project_names_its_source():
         "Svix", "Convoy", "Outpost", "Hook0", "Hookaido", "adnanh/webhook", "Alertmanager",
     ]  # fmt: skip
     for part in others:
-        for heading in ("What it is for", "What it does better"):
+        for heading in ("Purpose", "Strengths"):
             paragraph = part.partition(f"**{heading}.**")[2].partition("\n\n")[0]
             assert "](https://" in paragraph, (part.split("\n")[0], heading)
         assert "**Choose it instead**" in part
