@@ -94,13 +94,13 @@ ANSWERS = [
     ("3xx", (301, 302, 304, 308), {}, "retry"),
     ("410", (410,), {}, "disable"),
     (
-        "any status but 2xx, with `webhook-delivery: disable`",
+        "any status except 2xx, with `webhook-delivery: disable`",
         (302, 400, 429, 503),
         {"webhook-delivery": "disable"},
         "disable",
     ),
     (
-        "any status but 2xx and 410, with `webhook-delivery: abort-message`",
+        "any status except 2xx and 410, with `webhook-delivery: abort-message`",
         (302, 400, 500),
         {"webhook-delivery": "abort-message"},
         "abort",
