@@ -421,7 +421,8 @@ class RefusedConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     keep: Annotated[Interval, _help("the time to keep a refused request")] = 7 * 86_400.0
     max_size: Annotated[
-        Size, _help('the space that they may take; the oldest are deleted first. `"0 B"` keeps none')
+        Size,
+        _help('maximum total size of the kept requests; the oldest are deleted first. `"0 B"` keeps none'),
     ] = 32 * 2**20
 
 
@@ -514,7 +515,7 @@ class DestinationConfig(msgspec.Struct, frozen=True, kw_only=True):
     template: Annotated[
         Any,
         _help(
-            "instead of `format`: a [request body of your own](messages.md#request-bodies), as text, a "
+            "instead of `format`: a custom [request body](messages.md#request-bodies), as text, a "
             "table or a list with placeholders"
         ),
     ] = None  # relay.formats compiles it
