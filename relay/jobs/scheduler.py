@@ -190,4 +190,5 @@ class Jobs:
         self._clock_check = asyncio.get_running_loop().call_later(CHECK_EVERY, self._check_clocks)
 
     def _difference(self) -> int:
-        return self._clock.wall() - self._clock.steady()
+        """Return how far the clock of APScheduler is ahead of the steady clock, in microseconds."""
+        return int(datetime.now(UTC).timestamp() * SECOND) - self._clock.steady()

@@ -12,6 +12,7 @@ from relay.base.clock import SECOND, SystemClock
 from relay.errors import StorageError
 from relay.model import Attempt, DestinationState, Outcome, Target
 from relay.store import opening
+from relay.store.postgres.clock import ServerClock
 
 pytest.importorskip("asyncpg")
 
@@ -39,12 +40,12 @@ class Attendant:
 class Node:
     """A store of a cluster whose ownership the test decides."""
 
-    def __init__(self, url, folder, name):
+    def __init__(self, url, folder, name, clock=CLOCK):
         self.fresh, self.attendant = [], Attendant()
         self.options = {"crm": {}, "erp": {}}
         folder.mkdir(exist_ok=True)
         self.store = opening.make_store(
-            url, folder, CLOCK, route=self.route, listeners=[self.listen], node=name, cluster=30.0
+            url, folder, clock, route=self.route, listeners=[self.listen], node=name, cluster=30.0
         )
 
     def route(self, event):
@@ -162,6 +163,29 @@ async def test_each_node_has_its_own_row_ids(nodes):
     assert len(rows) == 10
     assert {first.store.nodes.slot, second.store.nodes.slot} == {0, 1}
     assert slots <= {0, 1}
+
+
+class Behind(SystemClock):
+    """The clock of a machine that is five minutes behind."""
+
+    def wall(self):
+        return super().wall() - 300 * SECOND
+
+    def steady(self):
+        return super().steady() - 300 * SECOND
+
+
+@needs_postgres
+async def test_row_ids_follow_the_order_of_acceptance_although_the_clocks_of_nodes_differ(nodes, tmp_path):
+    behind = Node(url_of(tmp_path, CLOCK), tmp_path / "c", "c", ServerClock(Behind()))
+    await behind.open()
+    try:
+        ids = [await node.send() for node in (nodes[0], behind, nodes[1], behind)]
+    finally:
+        await behind.store.close()
+    rows = await nodes[0].store.queries.find("events", limit=9)
+    assert [row["id"] for row in reversed(rows)] == ids
+    assert abs(rows[0]["received_at"] - rows[1]["received_at"]) < 60 * SECOND
 
 
 @needs_postgres

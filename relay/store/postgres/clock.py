@@ -1,6 +1,7 @@
 """The clock of a cluster: all nodes follow the clock of their PostgreSQL server.
 
 Due times and deadlines are stored, and any node may read them, so the steady clocks of all nodes must agree.
+So must the wall clocks: row ids contain the time, and order keys and lists follow row ids.
 """
 
 import msgspec
@@ -26,10 +27,10 @@ class _Sample(msgspec.Struct, frozen=True):
 
 
 class ServerClock:
-    """`relay.base.clock.Clock` whose steady time follows a server's clock. Microseconds.
+    """`relay.base.clock.Clock` that follows a server's clock. Microseconds.
 
-    The first comparison sets the steady clock; do that before any time is used. Later ones only change its
-    rate: it never jumps, and never goes back. The comparison with the smallest possible error counts.
+    The first comparison sets the clock; do that before any time is used. Later ones only change its rate: it
+    never jumps, and never goes back. The comparison with the smallest possible error counts.
     """
 
     def __init__(self, local: Clock) -> None:
@@ -40,8 +41,8 @@ class ServerClock:
         self._target = 0  # offset that the clock approaches
 
     def wall(self) -> int:
-        """See `Clock.wall`."""
-        return self._local.wall()
+        """See `Clock.wall`; after the first comparison, this is the steady clock."""
+        return self._local.wall() if self._best is None else self.steady()
 
     def steady(self) -> int:
         """See `Clock.steady`."""
