@@ -8,6 +8,7 @@ import atexit
 import fcntl
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -36,9 +37,13 @@ WATCH = """
 "$@" & server=$!
 trap 'kill -INT $server; wait $server; rm -rf "$FOLDER"; exit' TERM INT
 while kill -0 "$RUN" 2>/dev/null && kill -0 $server 2>/dev/null; do sleep 1 & wait $!; done
-kill -INT $server 2>/dev/null; wait $server; rm -rf "$FOLDER"
+kill -INT $server 2>/dev/null; wait $server
+[ -n "$KEEP" ] && kill -0 "$RUN" 2>/dev/null || rm -rf "$FOLDER"
 """
-"""Runs the server until the test run, or the server itself, is gone; then removes its folder."""
+"""Runs the server until the test run, or the server itself, is gone; then removes its folder.
+
+With KEEP, the folder stays if only the server is gone.
+"""
 
 POOLER = shutil.which("pgbouncer", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
 POOLER_SETTINGS = """\
@@ -68,12 +73,30 @@ _watchers = []
 class Server:
     """A running server."""
 
-    def __init__(self, folder, port):
-        self.folder, self.port = folder, port
+    def __init__(self, folder, port, settings=()):
+        self.folder, self.port, self.settings = folder, port, settings
 
     def url(self, database):
         """Return the DSN of a database over loopback."""
         return f"postgresql://{USER}@127.0.0.1:{self.port}/{database}"
+
+    @property
+    def pid(self):
+        """The first process of a server in this folder."""
+        return int((self.folder / "data" / "postmaster.pid").read_text().split()[0])
+
+    def crash(self, number=signal.SIGQUIT):
+        """End the server at once, without a checkpoint; wait until it is gone. Start it with `keep`."""
+        pid = self.pid
+        os.kill(pid, number)
+        deadline = time.monotonic() + 60
+        while Path(f"/proc/{pid}").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+    def restart(self):
+        """Start the server again after `crash`, in the same folder and on the same port."""
+        start(self.folder, port=self.port, settings=self.settings, keep=True)
 
     def run(self, sql, database="postgres"):
         """Run a statement with psql; returns the output, unaligned and without headings."""
@@ -86,10 +109,11 @@ class Server:
         return done.stdout
 
 
-def start(folder, *, watched=None, port=None, settings=()):
+def start(folder, *, watched=None, port=None, settings=(), keep=False):
     """Start a server in a new folder, and wait until it accepts connections.
 
-    It ends when the process `watched` (by default this one) ends. A cluster in the folder is used again.
+    It ends when the process `watched` (by default this one) ends. A cluster in the folder is used again; with
+    `keep`, the folder stays after a crash of the server.
     """
     folder.mkdir(exist_ok=True, parents=True)
     as_user = []
@@ -106,7 +130,7 @@ def start(folder, *, watched=None, port=None, settings=()):
     with (folder / "log").open("ab") as log:
         watcher = subprocess.Popen(
             ["sh", "-c", WATCH, "sh", *as_user, f"{BINARIES}/postgres", "-D", str(data), *flags],
-            env={**os.environ, "RUN": str(watched or os.getpid()), "FOLDER": str(folder)},
+            env={**os.environ, "RUN": str(watched or os.getpid()), "FOLDER": str(folder), "KEEP": "1" * keep},
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
@@ -119,7 +143,7 @@ def start(folder, *, watched=None, port=None, settings=()):
     while subprocess.run(ready, check=False).returncode:
         assert time.monotonic() < deadline, (folder / "log").read_text()
         time.sleep(0.05)
-    return Server(folder, port)
+    return Server(folder, port, settings)
 
 
 class Pooler:

@@ -1,0 +1,250 @@
+"""What the nodes of a cluster did, compared with what they may do: the promises of docs/cluster.md."""
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torture.nodes import (
+    CONCURRENCY,
+    LANES,
+    LEASE,
+    ORDERED,
+    TIMEOUT,
+    Arrival,
+    Cluster,
+    Fault,
+)
+
+MARGIN = 2.0  # seconds beyond the lease within which a lane resumes
+NEAR = 0.1  # seconds within which the times of different processes are compared
+BREAKS = ("kill", "freeze", "cut", "restart_server", "failover")  # faults that cut attempts off
+SETTLING = 1.5  # seconds within which an outcome is stored on a busy machine
+
+EVENTS_SQL = "SELECT 'evt_' || public_id::text, source, subject FROM events"
+MISSING_SQL = """
+    SELECT 'evt_' || e.public_id::text, l.name FROM events AS e CROSS JOIN unnest($1::text[]) AS l (name)
+     WHERE e.source = 'adorn'
+       AND NOT EXISTS (SELECT 1 FROM deliveries AS d WHERE d.event_id = e.id AND d.destination = l.name)
+"""
+DELIVERIES_SQL = """
+    SELECT d.destination, 'evt_' || e.public_id::text
+      FROM deliveries AS d JOIN events AS e ON e.id = d.event_id
+"""
+UNACCOUNTED_SQL = """
+    SELECT coalesce(sum(abs(coalesce(created, 0) - coalesce(ended, 0) - coalesce(pending, 0))), 0)::int
+      FROM (SELECT destination, sum(created) AS created, sum(delivered + dead + expired + cancelled) AS ended
+              FROM ledger GROUP BY 1) AS l
+      FULL JOIN (SELECT destination, count(*) AS pending FROM owed GROUP BY 1) AS o USING (destination)
+"""
+CHECK_SQL = """
+    SELECT (SELECT count(*) FROM deliveries AS d
+             WHERE (SELECT count(*) FROM owed AS o WHERE o.id = d.id)
+                 + (SELECT count(*) FROM ends AS e WHERE e.delivery_id = d.id) <> 1)
+         + (SELECT abs((SELECT count(*) FROM deliveries) - (SELECT sum(created) FROM ledger)))
+         + (SELECT abs((SELECT count(*) FROM ends)
+                       - (SELECT sum(delivered + dead + expired + cancelled) FROM ledger)))
+"""
+ATTEMPTS_SQL = """
+    SELECT d.destination, 'evt_' || e.public_id::text AS event_id, (a.id & 255)::int AS slot, a.started_at,
+           a.result
+      FROM attempts AS a JOIN deliveries AS d ON d.id = a.delivery_id JOIN events AS e ON e.id = d.event_id
+"""
+LEASES_SQL = """
+    SELECT substr(l.name, 6) AS lane, n.name AS node, n.slot, l.epoch,
+           min(extract(epoch FROM l.at))::float8 AS began,
+           max(extract(epoch FROM l.until))::float8 AS longest,
+           (array_agg(extract(epoch FROM l.until) ORDER BY l.id DESC))[1]::float8 AS ended
+      FROM torture_leases AS l JOIN torture_nodes AS n USING (incarnation)
+     WHERE l.name LIKE 'lane:%' GROUP BY 1, 2, 3, 4
+"""
+
+
+@dataclass
+class Toll:
+    """What the faults of a cluster cost."""
+
+    lag: float = 0.0  # seconds for which acknowledged events may be missing before the failover
+    acknowledged: int = 0
+    lost: dict[str, float] = field(default_factory=dict)  # acknowledged and not stored, with that time
+    raced: int = 0  # idempotency keys sent to two nodes at once
+    keys_twice: int = 0  # of them, those that became two events
+    missing: int = 0  # deliveries that were not created
+    undelivered: int = 0
+    unaccounted: int = 0
+    late: list[str] = field(default_factory=list)  # attempts that began without a lease
+    frozen: int = 0  # of attempts without a lease, those in flight at a freeze
+    crowded: list[str] = field(default_factory=list)  # more than `concurrency` at once
+    disordered: list[str] = field(default_factory=list)
+    repeated: int = 0
+    unexplained: list[str] = field(default_factory=list)  # repetitions of attempts that were not in flight
+    most_at_once: int = 0
+    pauses: dict[str, tuple[float, float]] = field(default_factory=dict)  # by fault: the longest, the limit
+    machine: float = 0.0  # seconds that the machine was too busy for this process
+
+    def faults(self) -> list[str]:
+        """Return the promises that were broken."""
+        found = [
+            f"{len(self.lost)} acknowledged events are lost" * (self.lag == 0.0 and bool(self.lost)),
+            f"{self.keys_twice} idempotency keys became two events" * bool(self.keys_twice),
+            f"{self.missing} deliveries were not created" * bool(self.missing),
+            f"{self.undelivered} deliveries never arrived" * bool(self.undelivered),
+            f"{self.unaccounted} deliveries are unaccounted for" * bool(self.unaccounted),
+        ]
+        found += (f"without a lease: {line}" for line in self.late)
+        found += (f"too many at once: {line}" for line in self.crowded)
+        found += (f"out of order: {line}" for line in self.disordered)
+        found += (f"repeated: {line}" for line in self.unexplained)
+        for kind, (pause, limit) in self.pauses.items():
+            if pause > limit:
+                found.append(f"{kind}: a lane paused for {pause:.2f} s, more than {limit:.2f} s")
+        return [line for line in found if line]
+
+    @property
+    def shown_pauses(self) -> str:
+        """The longest pause of a lane during each kind of fault."""
+        return ", ".join(f"{kind} {pause:.2f} s" for kind, (pause, _) in sorted(self.pauses.items()))
+
+    def __str__(self) -> str:
+        return (
+            f"{self.acknowledged} acknowledged, {len(self.lost)} lost, {self.raced} raced keys, "
+            f"{self.undelivered} undelivered, {self.unaccounted} unaccounted, {len(self.late)} late and "
+            f"{self.frozen} frozen attempts, at most {self.most_at_once} at once, {self.repeated} repeated; "
+            f"longest pauses: {self.shown_pauses}; the machine was late by up to {self.machine:.2f} s"
+        )
+
+
+def pause(cluster: Cluster, toll: Toll, fault: Fault, limit: float, *, since: float, until: float) -> None:
+    """Note the longest pause of a lane during a fault; the machine's own delays count in addition."""
+    longest = cluster.receiver.longest_pause(LANES, since, until)
+    allowed = limit + 3 * cluster.receiver.lag
+    known = toll.pauses.get(fault.kind)
+    if known is None or longest - allowed > known[0] - known[1]:
+        toll.pauses[fault.kind] = longest, allowed
+
+
+async def audit(cluster: Cluster, toll: Toll, *, failover: float | None = None) -> None:
+    """Compare the database, the receivers and the history of leases, once everything is delivered.
+
+    `failover` is the time from which on an asynchronous standby had nothing: what was acknowledged later may
+    be lost.
+    """
+    receiver = cluster.receiver
+    events = {id_: (source, subject) for id_, source, subject in await cluster.fetch(EVENTS_SQL)}
+    toll.acknowledged = len(cluster.acknowledged)
+    at = {sent.event_id: sent.acknowledged for sent in cluster.sent}
+    toll.lost = {id_: at.get(id_, 0.0) for id_ in cluster.acknowledged - events.keys()}
+    subjects = Counter(subject for source, subject in events.values() if source == "adorn")
+    toll.raced = len(cluster.raced)
+    toll.keys_twice = sum(count > 1 for subject, count in subjects.items() if subject.startswith("race "))
+    toll.keys_twice += sum(len(ids & events.keys()) > 1 for ids in cluster.raced)
+    toll.missing = len(await cluster.fetch(MISSING_SQL, list(LANES)))
+    wanted = set(map(tuple, await cluster.fetch(DELIVERIES_SQL)))
+    toll.undelivered = len(wanted - receiver.by_delivery.keys())
+    [(unaccounted,)], [(contradictions,)] = (
+        await cluster.fetch(UNACCOUNTED_SQL),
+        await cluster.fetch(CHECK_SQL),
+    )
+    toll.unaccounted = unaccounted + int(contradictions)
+    toll.most_at_once, toll.machine = receiver.most_at_once, receiver.lag
+    frozen = [fault for fault in cluster.faults if fault.kind == "freeze"]
+    near = NEAR + receiver.lag
+    attempts = await cluster.fetch(ATTEMPTS_SQL)
+    leases = await cluster.fetch(LEASES_SQL)
+    if failover is None:  # else the history of the leases has a gap
+        _find_late(cluster, toll, attempts, leases, frozen=frozen, near=near)
+    for moment, name, count in receiver.crowds:
+        if not any(_around(fault, moment) for fault in frozen) or count > 2 * CONCURRENCY:
+            toll.crowded.append(f"{count} at {name}")
+    _find_disorder(cluster, toll, {id_: subject for id_, (_, subject) in events.items()}, frozen)
+    failed = Counter((row["destination"], row["event_id"]) for row in attempts if row["result"] != "ok")
+    _find_unexplained(cluster, toll, failed, near=near, failover=failover)
+
+
+def _around(fault: Fault, moment: float) -> bool:
+    return fault.began - NEAR <= moment <= fault.ended + LEASE + MARGIN
+
+
+def _find_late(
+    cluster: Cluster, toll: Toll, attempts: list[Any], leases: list[Any], *, frozen: list[Fault], near: float
+) -> None:
+    """Find attempts that began while their node did not hold the lane, or too late for its lease."""
+    by_node, by_slot = defaultdict(list), defaultdict(list)
+    for lease in leases:
+        by_node[lease["lane"], lease["node"]].append((lease["began"], lease["ended"]))
+        # The node's own deadline comes before the end of the latest lease by the timeout of an attempt.
+        deadline = min(lease["ended"], lease["longest"] - TIMEOUT)
+        by_slot[lease["lane"], lease["slot"]].append((lease["began"], deadline))
+    names = {lease["slot"]: lease["node"] for lease in leases}
+    found = [
+        (arrival.destination, arrival.node, arrival.began, "a request arrived")
+        for arrival in cluster.receiver.arrivals
+        if not _within(by_node[arrival.destination, arrival.node], arrival.began, near)
+    ]
+    for row in attempts:
+        started = row["started_at"] / 1_000_000
+        if not _within(by_slot[row["destination"], row["slot"]], started, NEAR):
+            found.append((row["destination"], names.get(row["slot"], "?"), started, "an attempt began"))
+    excused: Counter[tuple[str, str, float, str]] = Counter()
+    for lane, node, moment, what in sorted(found, key=lambda each: each[2]):
+        fault = next((each for each in frozen if node in each.nodes and _around(each, moment)), None)
+        place = (lane, node, fault.began if fault else 0.0, what)
+        excused[place] += 1
+        if fault is not None and excused[place] <= CONCURRENCY:
+            toll.frozen += 1
+        else:
+            toll.late.append(f"{what} for {lane} by {node} at {moment:.3f}")
+
+
+def _within(spans: list[tuple[float, float]], moment: float, near: float) -> bool:
+    return any(began - near <= moment <= ended + near for began, ended in spans)
+
+
+def _find_disorder(
+    cluster: Cluster, toll: Toll, subjects: Mapping[str, str | None], frozen: list[Fault]
+) -> None:
+    """Find requests of one order key at the same time, and events that overtook an earlier one."""
+    first: dict[str, Arrival] = {}
+    latest: dict[str | None, Arrival] = {}
+    for arrival in cluster.receiver.arrivals:
+        if arrival.destination != ORDERED:
+            continue
+        first.setdefault(arrival.event_id, arrival)
+        key = subjects.get(arrival.event_id)
+        before = latest.get(key)
+        if key is not None and before is not None and before.ended > arrival.began and not any(
+            _around(fault, arrival.began) for fault in frozen
+        ):  # fmt: skip
+            toll.disordered.append(f"two requests of {key} at once, by {before.node} and {arrival.node}")
+        latest[key] = arrival
+    senders: dict[tuple[int, str], Arrival] = {}
+    for sent in cluster.sent:  # a sender sends the next event after the acknowledgement of the one before
+        if (arrival := first.get(sent.event_id)) is None:
+            continue
+        earlier = senders.get((sent.sender, sent.subject))
+        if earlier is not None and arrival.began < earlier.began:
+            toll.disordered.append(f"an event of {sent.subject} overtook an earlier one")
+        senders[sent.sender, sent.subject] = arrival
+
+
+def _find_unexplained(
+    cluster: Cluster,
+    toll: Toll,
+    failed: Mapping[tuple[str, str], int],
+    *,
+    near: float,
+    failover: float | None,
+) -> None:
+    """Find repeated requests although the one before had not failed, and was not in flight at a fault."""
+    for place, arrivals in cluster.receiver.by_delivery.items():
+        toll.repeated += len(arrivals) - 1
+        for before in arrivals[: len(arrivals) - 1 - failed.get(place, 0)]:
+            explained = any(
+                fault.kind in BREAKS
+                and before.node in fault.nodes
+                and before.began <= fault.ended + near
+                and before.ended >= fault.began - SETTLING
+                for fault in cluster.faults
+            )
+            if not explained and not (failover is not None and before.ended >= failover - SETTLING):
+                toll.unexplained.append(f"{place[0]}: {place[1]} by {before.node} at {before.began:.3f}")

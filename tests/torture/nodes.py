@@ -1,0 +1,399 @@
+"""Daemons on one PostgreSQL database under load, for `tests.torture.cluster`: receivers, senders, faults.
+
+Receivers note the node that sent each request. Triggers in the database note who held which lease until when,
+so an audit can compare both.
+"""
+
+import asyncio
+import itertools
+import signal
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from contextlib import AsyncExitStack, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+from urllib.parse import urlsplit
+
+import asyncpg
+from aiohttp import web
+from daemons import HEAD, SERVE, Daemon, adorn, destination
+from wire import Wire, request
+
+LEASE = 3.0  # seconds
+TIMEOUT = 1.0  # seconds of an attempt; a node stops beginning attempts that long before a lease ends
+PLAIN = ("d0", "d1", "d2", "d3")
+ORDERED, DRIFT = "ordered", "drift"
+LANES = (*PLAIN, ORDERED)  # of every node; the last node has `DRIFT` in addition
+CONCURRENCY = 4
+SENDERS = 3
+KEYS = 4  # order keys that all senders share
+PAUSE = 0.04  # seconds between two events of a sender
+ANSWER = 0.01  # seconds until the receiver answers
+TICK = 0.02  # seconds between two looks at how late the event loop is
+
+HISTORY = """
+CREATE TABLE torture_leases (id bigserial, name text, incarnation uuid, epoch bigint, until timestamptz,
+                             at timestamptz DEFAULT clock_timestamp());
+CREATE TABLE torture_nodes (incarnation uuid, slot int, name text);
+CREATE FUNCTION torture_lease() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+    INSERT INTO torture_leases (name, incarnation, epoch, until)
+    VALUES (NEW.name, NEW.incarnation, NEW.epoch, NEW.until);
+    RETURN NULL;
+END $$;
+CREATE FUNCTION torture_node() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+    INSERT INTO torture_nodes VALUES (NEW.incarnation, NEW.slot, NEW.name);
+    RETURN NULL;
+END $$;
+CREATE TRIGGER torture AFTER UPDATE ON leases FOR EACH ROW EXECUTE FUNCTION torture_lease();
+CREATE TRIGGER torture AFTER INSERT ON nodes FOR EACH ROW EXECUTE FUNCTION torture_node();
+INSERT INTO torture_nodes SELECT incarnation, slot, name FROM nodes;
+INSERT INTO torture_leases (name, incarnation, epoch, until, at)
+SELECT name, incarnation, epoch, until, clock_timestamp() - interval '1 minute' FROM leases;
+"""
+
+
+@dataclass
+class Arrival:
+    """One request at the receiver; times are seconds since the Unix epoch."""
+
+    destination: str
+    event_id: str
+    node: str
+    began: float
+    ended: float = float("inf")
+
+
+@dataclass
+class Sent:
+    """One event that was acknowledged."""
+
+    event_id: str
+    sender: int
+    subject: str
+    at: float  # when it was sent; seconds since the Unix epoch
+    acknowledged: float
+
+
+@dataclass
+class Fault:
+    """Something that was done to nodes."""
+
+    kind: str
+    nodes: tuple[str, ...]
+    began: float
+    ended: float = float("inf")
+
+
+class Receiver:
+    """Receives the deliveries of all lanes; the path of a request is its destination."""
+
+    def __init__(self) -> None:
+        self.arrivals: list[Arrival] = []
+        self.by_delivery: dict[tuple[str, str], list[Arrival]] = defaultdict(list)
+        self.times: dict[str, list[float]] = defaultdict(list)  # by destination
+        self.busy: dict[str, set[int]] = defaultdict(set)  # indexes of arrivals
+        self.crowds: list[tuple[float, str, int]] = []  # more requests at once than `concurrency`
+        self.most_at_once = 0
+        self.lag = 0.0  # the most that this event loop was late
+
+    async def __aenter__(self) -> Self:
+        self._runner = web.ServerRunner(web.Server(self._handle, access_log=None), shutdown_timeout=0.1)
+        await self._runner.setup()
+        await web.TCPSite(self._runner, "127.0.0.1", 0, backlog=1024).start()
+        host, port = self._runner.addresses[0]
+        self.url = f"http://{host}:{port}"
+        self._ticking = asyncio.create_task(self._tick())
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._ticking.cancel()
+        await asyncio.gather(self._ticking, return_exceptions=True)
+        await self._runner.cleanup()
+
+    def longest_pause(self, names: Sequence[str], since: float, until: float) -> float:
+        """Return the longest time between two arrivals of a lane, within a span."""
+        longest = 0.0
+        for name in names:
+            moments = [since, *(moment for moment in self.times[name] if since < moment < until), until]
+            longest = max(longest, *(after - before for before, after in itertools.pairwise(moments)))
+        return longest
+
+    async def _handle(self, request: web.BaseRequest) -> web.Response:
+        name, number = request.path.strip("/"), len(self.arrivals)
+        now = time.time()
+        arrival = Arrival(name, request.headers["webhook-id"], request.headers["x-node"], now)
+        self.arrivals.append(arrival)
+        self.by_delivery[name, arrival.event_id].append(arrival)
+        self.times[name].append(now)
+        busy = self.busy[name]
+        busy.add(number)
+        self.most_at_once = max(self.most_at_once, len(busy))
+        if len(busy) > CONCURRENCY:
+            self.crowds.append((now, name, len(busy)))
+        try:
+            await request.read()
+            await asyncio.sleep(ANSWER)  # a receiver takes time; nothing is waited for
+        finally:
+            busy.discard(number)
+            arrival.ended = time.time()
+        return web.Response()
+
+    async def _tick(self) -> None:
+        while True:
+            before = time.monotonic()
+            await asyncio.sleep(TICK)
+            self.lag = max(self.lag, time.monotonic() - before - TICK)
+
+
+class Proxy:
+    """A TCP proxy in front of the server, which a test can silence: connections stay open, nothing passes."""
+
+    def __init__(self, url: str) -> None:
+        parts = urlsplit(url)
+        self._target = parts.hostname, parts.port
+        self._parts = parts
+        self.passes = asyncio.Event()
+        self.passes.set()
+        self.is_deaf = False  # whether it closes connections that listen for notifications
+        self._writers: set[asyncio.StreamWriter] = set()
+
+    async def __aenter__(self) -> Self:
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        port = self._server.sockets[0].getsockname()[1]
+        self.url = self._parts._replace(netloc=f"{self._parts.username}@127.0.0.1:{port}").geturl()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.passes.set()
+        self._server.close()
+        for writer in list(self._writers):
+            writer.close()
+        await self._server.wait_closed()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await self.passes.wait()
+        try:
+            there, onward = await asyncio.open_connection(*self._target)
+        except OSError:
+            writer.close()
+            return
+        self._writers |= {writer, onward}
+        both = [self._pipe(reader, onward), self._pipe(there, writer)]
+        await asyncio.gather(*both)
+        self._writers -= {writer, onward}
+
+    async def _pipe(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(OSError):
+            while data := await reader.read(2**16):
+                await self.passes.wait()
+                if self.is_deaf and b"LISTEN" in data:
+                    break
+                writer.write(data)
+                await writer.drain()
+        writer.close()
+
+
+@dataclass
+class Setup:
+    """One node, as the next start makes it."""
+
+    ahead: float = 0.0  # seconds that its machine's clock is wrong
+    version: str = "-"  # other than the program's
+    url: str = ""  # of the database
+    drifts: bool = False  # whether its config has one destination more
+    more: str = ""  # lines of config.toml
+
+    @property
+    def command(self) -> Sequence[str]:
+        """The command without `-c`."""
+        if not self.ahead and self.version == "-":
+            return SERVE
+        odd = str(Path(__file__).with_name("odd_relay.py"))
+        return (sys.executable, odd, f"{self.ahead:g}", self.version, "serve")
+
+
+class Cluster:
+    """Nodes on one database, and load on all of them."""
+
+    def __init__(self, url: str, folder: Path, setups: Sequence[Setup]) -> None:
+        self.url = url
+        self.setups = setups
+        self.sent: list[Sent] = []
+        self.raced: list[set[str]] = []  # ids that two nodes returned for one idempotency key
+        self.faults: list[Fault] = []
+        self.refused = 0  # requests that were not acknowledged
+        self.out: set[int] = set()  # nodes that the load balancer has noticed to be out
+        self.nodes: list[Daemon] = []
+        self._folder = folder
+        self._loading = False
+        self._sending = 0  # senders that wait for an answer, or will send again
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def __aenter__(self) -> Self:
+        self._life = AsyncExitStack()
+        self.receiver = await self._life.enter_async_context(Receiver())
+        self.nodes = [self._make(number) for number in range(len(self.setups))]
+        await self.run(0)
+        await self.execute(HISTORY)
+        await asyncio.gather(*(self.run(number) for number in range(1, len(self.nodes))))
+        self._tasks = [asyncio.create_task(self._send(number)) for number in range(SENDERS)]
+        self._tasks.append(asyncio.create_task(self._race()))
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*(node.end() for node in self.nodes))
+        await self._life.aclose()
+
+    @property
+    def acknowledged(self) -> set[str]:
+        """The ids of all acknowledged events."""
+        return {sent.event_id for sent in self.sent}.union(*self.raced)
+
+    async def run(self, number: int) -> None:
+        """Start a node, and wait until it listens."""
+        await self.nodes[number].start()
+        await self.nodes[number].ready()
+
+    async def restart(self, number: int) -> None:
+        """Start a node again after its process has ended."""
+        self.nodes[number] = self._make(number)
+        await self.run(number)
+
+    def signal(self, number: int, name: signal.Signals) -> None:
+        """Send a signal to a node."""
+        self.nodes[number].process.send_signal(name)
+
+    async def fetch(self, sql: str, *values: Any) -> list[Any]:
+        """Run a statement on a new connection, because the server may have changed."""
+        connection = await asyncpg.connect(self.url, target_session_attrs="read-write")
+        try:
+            return list(await connection.fetch(sql, *values))
+        finally:
+            await connection.close()
+
+    async def execute(self, sql: str) -> None:
+        """Run several statements."""
+        connection = await asyncpg.connect(self.url)
+        try:
+            await connection.execute(sql)
+        finally:
+            await connection.close()
+
+    async def owners(self) -> dict[str, str]:
+        """Return the name of the node that holds each lane."""
+        rows = await self.fetch(
+            "SELECT substr(l.name, 6), n.name FROM leases AS l JOIN nodes AS n USING (incarnation)"
+            " WHERE l.name LIKE 'lane:%' AND until > clock_timestamp()"
+        )
+        return dict(map(tuple, rows))
+
+    async def until_owned(self, by: Sequence[int], seconds: float = 60.0) -> None:
+        """Wait until these nodes own the lanes that every node has."""
+        wanted = {f"n{number}" for number in by}
+        async with asyncio.timeout(seconds):
+            while not {(await self.owners()).get(lane) for lane in LANES} <= wanted:  # noqa: ASYNC110
+                await asyncio.sleep(0.1)
+
+    async def load(self, *, on: bool) -> None:
+        """Begin to send events, or end it and wait for the last answers."""
+        self._loading = on
+        async with asyncio.timeout(60):
+            while not on and self._sending:  # noqa: ASYNC110 - no event
+                await asyncio.sleep(0.01)
+
+    async def drained(self, seconds: float = 90.0) -> None:
+        """Wait until no delivery is pending."""
+        async with asyncio.timeout(seconds):
+            while (await self.fetch("SELECT count(*) FROM owed"))[0][0]:  # noqa: ASYNC110
+                await asyncio.sleep(0.1)
+
+    def begin(self, kind: str, *numbers: int, out: bool) -> Fault:
+        """Note that a fault begins; with `out`, the load balancer notices."""
+        fault = Fault(kind, tuple(f"n{number}" for number in numbers), time.time())
+        self.faults.append(fault)
+        self.out |= set(numbers) if out else set()
+        return fault
+
+    def end(self, fault: Fault) -> None:
+        """Note that a fault ends, and let the load balancer use the nodes again."""
+        fault.ended = time.time()
+        self.out -= {int(name[1:]) for name in fault.nodes}
+
+    def _make(self, number: int) -> Daemon:
+        setup = self.setups[number]
+        folder = self._folder / f"node{number}"
+        folder.mkdir(exist_ok=True)
+        parts = [
+            HEAD.format(port=0).replace("[storage]", f'[storage]\nurl = "{setup.url or self.url}"'),
+            f'[cluster]\nenabled = true\nnode = "n{number}"\nlease = "{LEASE:g}s"',
+            '[sources.adorn]\nplugin = "adorn"',
+            setup.more,
+        ]
+        options = (
+            f'concurrency = {CONCURRENCY}\ntimeout = "{TIMEOUT:g}s"\nheaders = {{ x-node = "n{number}" }}'
+        )
+        for name in (*LANES, DRIFT) if setup.drifts else LANES:
+            more = '\norder_by = "subject"' if name == ORDERED else ""
+            parts.append(destination(name, f"{self.receiver.url}/{name}", options + more))
+        path = folder / "config.toml"
+        path.write_text("\n".join(parts))
+        return Daemon(path, setup.command)
+
+    async def _send(self, number: int) -> None:
+        """Send events to the nodes in turn; a node that does not answer is left out for a while."""
+        for turn in itertools.count(number):
+            node = turn % len(self.nodes)
+            if not self._loading or node in self.out:
+                await asyncio.sleep(0.01)
+                continue
+            self._sending += 1
+            try:
+                async with asyncio.timeout(2.0), await Wire.open(self.nodes[node].url) as wire:
+                    for step in range(8):
+                        subject, at = f"key {(number + step) % KEYS}", time.time()
+                        await wire.send(request("POST", "/v1/events", adorn(subject)))
+                        answer = await wire.answer()
+                        if answer.status < 300:
+                            id_ = answer.json["event_id"]
+                            self.sent.append(Sent(id_, number, subject, at, time.time()))
+                        else:
+                            self.refused += 1
+                        await asyncio.sleep(PAUSE)
+            except (OSError, EOFError, TimeoutError, asyncio.IncompleteReadError):
+                await asyncio.sleep(PAUSE)  # killed, stopped or frozen
+            finally:
+                self._sending -= 1
+
+    async def _race(self) -> None:
+        """Send a request with one idempotency key to two nodes at once, again and again."""
+        for turn in itertools.count():
+            usable = [number for number in range(len(self.nodes)) if number not in self.out]
+            if not self._loading or len(usable) < 2:
+                await asyncio.sleep(0.01)
+                continue
+            body, key = adorn(f"race {turn}"), f"race {turn}"
+            raw = request("POST", "/v1/events", body, idempotency_key=key)
+            self._sending += 1
+            try:
+                pair = usable[turn % len(usable)], usable[(turn + 1) % len(usable)]
+                found = await asyncio.gather(*(self._ask(number, raw) for number in pair))
+                self.raced.append({id_ for id_ in found if id_})
+                await asyncio.sleep(2 * PAUSE)
+            finally:
+                self._sending -= 1
+
+    async def _ask(self, number: int, raw: bytes) -> str:
+        """Send one request; returns the id of the event if it is acknowledged."""
+        try:
+            async with asyncio.timeout(2.0), await Wire.open(self.nodes[number].url) as wire:
+                await wire.send(raw)
+                answer = await wire.answer()
+        except (OSError, EOFError, TimeoutError, asyncio.IncompleteReadError):
+            return ""
+        return str(answer.json["event_id"]) if answer.status < 300 else ""
