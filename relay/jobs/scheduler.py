@@ -170,6 +170,7 @@ class Jobs:
     def start(self) -> None:
         """Start the jobs."""
         self._scheduler.start()
+        self._clock_difference = self._difference()  # a cluster's clock was set meanwhile
         self._check_clocks()
 
     def stop(self) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from relay.store.postgres.rows import micros_of
 from torture.nodes import (
     CONCURRENCY,
     LANES,
@@ -14,6 +15,7 @@ from torture.nodes import (
     Arrival,
     Cluster,
     Fault,
+    Sent,
 )
 
 MARGIN = 2.0  # seconds beyond the lease within which a lane resumes
@@ -21,7 +23,7 @@ NEAR = 0.1  # seconds within which the times of different processes are compared
 BREAKS = ("kill", "freeze", "cut", "restart_server", "failover")  # faults that cut attempts off
 SETTLING = 1.5  # seconds within which an outcome is stored on a busy machine
 
-EVENTS_SQL = "SELECT 'evt_' || public_id::text, source, subject FROM events"
+EVENTS_SQL = "SELECT 'evt_' || public_id::text, source, subject, id FROM events"
 MISSING_SQL = """
     SELECT 'evt_' || e.public_id::text, l.name FROM events AS e CROSS JOIN unnest($1::text[]) AS l (name)
      WHERE e.source = 'adorn'
@@ -130,7 +132,9 @@ async def audit(cluster: Cluster, toll: Toll, *, failover: float | None = None) 
     be lost.
     """
     receiver = cluster.receiver
-    events = {id_: (source, subject) for id_, source, subject in await cluster.fetch(EVENTS_SQL)}
+    rows = await cluster.fetch(EVENTS_SQL)
+    events = {id_: (source, subject) for id_, source, subject, _ in rows}
+    row_ids = {id_: row for id_, _, _, row in rows}
     toll.acknowledged = len(cluster.acknowledged)
     at = {sent.event_id: sent.acknowledged for sent in cluster.sent}
     toll.lost = {id_: at.get(id_, 0.0) for id_ in cluster.acknowledged - events.keys()}
@@ -156,7 +160,8 @@ async def audit(cluster: Cluster, toll: Toll, *, failover: float | None = None) 
     for moment, name, count in receiver.crowds:
         if not any(_around(fault, moment) for fault in frozen) or count > 2 * CONCURRENCY:
             toll.crowded.append(f"{count} at {name}")
-    _find_disorder(cluster, toll, {id_: subject for id_, (_, subject) in events.items()}, frozen)
+    by_id = {id_: subject for id_, (_, subject) in events.items()}
+    _find_disorder(cluster, toll, by_id, row_ids, frozen=frozen)
     failed = Counter((row["destination"], row["event_id"]) for row in attempts if row["result"] != "ok")
     _find_unexplained(cluster, toll, failed, near=near, failover=failover)
 
@@ -201,7 +206,12 @@ def _within(spans: list[tuple[float, float]], moment: float, near: float) -> boo
 
 
 def _find_disorder(
-    cluster: Cluster, toll: Toll, subjects: Mapping[str, str | None], frozen: list[Fault]
+    cluster: Cluster,
+    toll: Toll,
+    subjects: Mapping[str, str | None],
+    row_ids: Mapping[str, int],
+    *,
+    frozen: list[Fault],
 ) -> None:
     """Find requests of one order key at the same time, and events that overtook an earlier one."""
     first: dict[str, Arrival] = {}
@@ -217,14 +227,22 @@ def _find_disorder(
         ):  # fmt: skip
             toll.disordered.append(f"two requests of {key} at once, by {before.node} and {arrival.node}")
         latest[key] = arrival
-    senders: dict[tuple[int, str], Arrival] = {}
+    senders: dict[tuple[int, str], tuple[Sent, Arrival]] = {}
     for sent in cluster.sent:  # a sender sends the next event after the acknowledgement of the one before
         if (arrival := first.get(sent.event_id)) is None:
             continue
         earlier = senders.get((sent.sender, sent.subject))
-        if earlier is not None and arrival.began < earlier.began:
-            toll.disordered.append(f"an event of {sent.subject} overtook an earlier one")
-        senders[sent.sender, sent.subject] = arrival
+        if earlier is not None and arrival.began < earlier[1].began:
+            places = (_place(*each, row_ids[each[0].event_id]) for each in (earlier, (sent, arrival)))
+            toll.disordered.append(f"{sent.subject}: {'; then '.join(places)}")
+        senders[sent.sender, sent.subject] = sent, arrival
+
+
+def _place(sent: Sent, arrival: Arrival, row: int) -> str:
+    return (
+        f"sent at {sent.at:.3f}, acknowledged at {sent.acknowledged:.3f} with the time"
+        f" {micros_of(row) / 1_000_000:.3f} of slot {row & 255}, arrived at {arrival.began:.3f}"
+    )
 
 
 def _find_unexplained(

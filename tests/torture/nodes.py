@@ -357,7 +357,9 @@ class Cluster:
                 async with asyncio.timeout(2.0), await Wire.open(self.nodes[node].url) as wire:
                     for step in range(8):
                         subject, at = f"key {(number + step) % KEYS}", time.time()
-                        await wire.send(request("POST", "/v1/events", adorn(subject)))
+                        # Equal bytes would repeat an event whose sender has disconnected.
+                        body = adorn(subject, number=f"{number} {turn} {step}")
+                        await wire.send(request("POST", "/v1/events", body))
                         answer = await wire.answer()
                         if answer.status < 300:
                             id_ = answer.json["event_id"]
