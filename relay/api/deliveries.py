@@ -118,6 +118,7 @@ class DeliveriesApi:
             kind,
             limit=filters.pop("limit"),
             cursor=filters.pop("cursor"),
+            answers=filters.pop("answer", True),
             filters=filters,
             now=self._clock.wall(),
             sources=self._ingest.mounts.keys(),

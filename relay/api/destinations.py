@@ -1,6 +1,7 @@
 """Destinations: list and show them with their backlog, pause, resume, disable, enable and test them."""
 
 import asyncio
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -20,7 +21,6 @@ from relay.api.views import (
     counted,
     destination_fields,
     pause_of,
-    times_of,
     unknown,
 )
 from relay.base.clock import SECOND
@@ -91,6 +91,8 @@ class DestinationsApi:
         self._state = context.state
         self._activity = context.activity
         self._owner = context.owner
+        self._history = context.history
+        self._ledger_check = context.ledger_check
         self._pings = Pings(context.clock, context.owner.close_circuit)
 
     @endpoint(
@@ -99,7 +101,8 @@ class DestinationsApi:
     )  # fmt: skip
     async def _list(self, _request: web.Request) -> dict[str, Any]:
         totals, lanes = await self._store.ledger.totals(), self._dispatcher.lanes
-        items = [{**self._fields(lane), **counted(totals.get(lane.name))} for lane in lanes.values()]
+        recent = self._recent()
+        items = [{**self._fields(lane, recent), **counted(totals.get(lane.name))} for lane in lanes.values()]
         items += [
             {**self._absent(name), **counted(counts)}
             for name, counts in totals.items()
@@ -117,9 +120,7 @@ class DestinationsApi:
             shown = self._absent(name)
         else:
             lane = self._lane(request)
-            health = lane.health
-            times = times_of(health.state, health.held_until if lane.held else None)
-            shown = {**self._fields(lane), "events": lane.config.events, **times}
+            shown = {**self._fields(lane, self._recent()), "events": lane.config.events}
         return {**shown, **await backlog_of(self._store, name, totals, self._clock.steady())}
 
     @endpoint(
@@ -158,12 +159,26 @@ class DestinationsApi:
     async def _test(self, request: web.Request, body: PingBody) -> dict[str, Any]:
         return await self._pings.send(self._lane(request), close_circuit=body.close_circuit)
 
-    def _fields(self, lane: Lane) -> dict[str, Any]:
-        activity = self._activity
+    def _recent(self) -> dict[str, tuple[float | None, float | None]]:
+        """Return the attempts of the last minute at each destination, and those that failed."""
+        found = {}
+        for each in self._history.hour(minutes=1, periods=1).destinations:
+            [succeeded], [failed] = each.figures["succeeded"], each.figures["failed"]
+            found[each.name] = None if succeeded is None else succeeded + (failed or 0), failed
+        return found
+
+    def _fields(self, lane: Lane, recent: Mapping[str, tuple[float | None, float | None]]) -> dict[str, Any]:
+        activity, health = self._activity, lane.health
         return {
             **_destination(lane),
             **destination_fields(
                 lane.config,
+                state=health.state,
+                circuit="open" if health.circuit.is_open else "closed",
+                held_until=health.held_until if lane.held else None,
+                oldest_pending=self._ledger_check.oldest.get(lane.name),
+                last_failure=lane.last_failure,
+                recent=recent.get(lane.name, (None, None)),
                 last_success=activity.last_success(lane.name),
                 certificate_expires=activity.certificate_expires(lane.name),
             ),
@@ -175,7 +190,7 @@ class DestinationsApi:
             "held": ABSENT,
             **pause_of(),
             "in_flight": self._dispatcher.in_flight(name),
-            **destination_fields(None),
+            **destination_fields(None, oldest_pending=self._ledger_check.oldest.get(name)),
         }
 
     def _lane(self, request: web.Request) -> Lane:

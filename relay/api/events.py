@@ -9,9 +9,19 @@ from aiohttp import web
 
 from relay.api.context import Context
 from relay.api.endpoints import Lines, Page, endpoint
-from relay.api.query_params import EventsQuery, ExportQuery, Filter, ImportQuery, StatsQuery
+from relay.api.query_params import EventsQuery, ExportQuery, Filter, ImportQuery, StatsQuery, TypesQuery
 from relay.api.responses import LINES, CountView, check_selected_once, respond, stream_lines
-from relay.api.views import EventShown, EventView, StatView, about, list_items, list_stats, show_event
+from relay.api.views import (
+    EventShown,
+    EventView,
+    StatView,
+    TypeView,
+    about,
+    list_items,
+    list_stats,
+    list_types,
+    show_event,
+)
 from relay.base.clock import rfc3339
 from relay.errors import RelayError, UnknownError
 from relay.model import Expunged, Imported, StoredEvent
@@ -206,6 +216,15 @@ class EventsApi:
             cursor=query.cursor,
             sources=self._state.ingest.mounts.keys(),
         )
+
+    @endpoint(
+        "GET", "/api/types", "listTypes", "List the types of events that arrived, the most frequent first.",
+        query=TypesQuery, returns=Page[TypeView],
+    )  # fmt: skip
+    async def _types(self, _request: web.Request, query: TypesQuery) -> dict[str, Any]:
+        selection = Filter(source=query.source, since=query.since).selection(self._clock, everything=True)
+        sources = self._state.ingest.mounts.keys()
+        return await list_types(self._store, selection, limit=query.limit, sources=sources)
 
 
 class Deletion:

@@ -9,14 +9,17 @@ from aiohttp import web
 
 from relay.api.context import Context
 from relay.api.endpoints import Page, endpoint
-from relay.api.query_params import NamesQuery
-from relay.api.views import about
+from relay.api.query_params import Filter, NamesQuery
+from relay.api.views import about, list_types
 from relay.base.clock import rfc3339
 from relay.base.ids import dashed
 from relay.errors import RelayError
 
 MOST = 100
 """Names in one response."""
+
+MOST_TYPES = 10_000
+"""Types among which those with a prefix are searched."""
 
 RECENT = 200
 """Latest events or deliveries whose ids are compared. An older id is found if its prefix is unique."""
@@ -45,10 +48,23 @@ class NamesApi:
     async def _list(self, _request: web.Request, query: NamesQuery) -> dict[str, Any]:
         if query.kind in _LISTS:
             found = await self._ids(query.kind, query.prefix)
+        elif query.kind == "type":
+            found = await self._types(query)
         else:
             found = [each for each in self._names(query) if each[0].startswith(query.prefix)]
         items = [NameView(name, about_) for name, about_ in found[:MOST]]
         return {"items": items, "next_cursor": None}
+
+    async def _types(self, query: NamesQuery) -> list[tuple[str, str]]:
+        """Return the types of the last week that begin with a text."""
+        clock, sources = self._context.clock, self._context.ingest.mounts
+        selection = Filter(source=query.source, since="7d").selection(clock)
+        types = (await list_types(self._context.store, selection, limit=MOST_TYPES, sources=sources))["items"]
+        return [
+            (each.type, f"{each.events} in the last week")
+            for each in types
+            if each.type.startswith(query.prefix)
+        ]
 
     def _names(self, query: NamesQuery) -> Iterator[tuple[str, str]]:
         context = self._context

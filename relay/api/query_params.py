@@ -142,7 +142,7 @@ Limit = Annotated[
     msgspec.Meta(ge=1, le=MOST_ROWS),
 ]
 Cursor = Annotated[str, _about("The `next_cursor` of the previous page.")]
-_PAGING = ("limit", "cursor")
+_PAGING = ("limit", "cursor", "answer")
 EventId = Annotated[str, _about("Id of the event; any unique prefix works.", option="event")]
 DeliveryId = Annotated[str, _about("Id of the delivery; any unique prefix works.", option="delivery")]
 
@@ -192,6 +192,7 @@ class AttemptsQuery(msgspec.Struct, kw_only=True):
     ) = None
     limit: Limit = 50
     cursor: Cursor | None = None
+    answer: Annotated[bool, _about("0: without the bodies of responses.", parse=_flag)] = True
 
 
 class WorkersQuery(msgspec.Struct, kw_only=True):
@@ -211,7 +212,8 @@ class NamesQuery(msgspec.Struct, kw_only=True):
     """`GET /api/names`."""
 
     kind: Annotated[
-        Literal["source", "destination", "worker", "job", "event", "delivery"], _about("The kind of name.")
+        Literal["source", "destination", "worker", "job", "event", "delivery", "type"],
+        _about("The kind of name."),
     ]
     prefix: Annotated[str, _about("The text that the names begin with.")] = ""
     source: Annotated[str, _about("For workers: name of the source.")] | None = None
@@ -260,6 +262,16 @@ class StatsQuery(msgspec.Struct, kw_only=True):
     until: Until | None = None
     limit: Limit = 50
     cursor: Cursor | None = None
+
+
+class TypesQuery(msgspec.Struct, kw_only=True):
+    """`GET /api/types`."""
+
+    source: Source | None = None
+    since: Annotated[
+        str, _about('With an event at this time or later: an age such as "2h", or RFC 3339.', read=moment)
+    ] = "7d"
+    limit: Limit = 50
 
 
 class TailQuery(msgspec.Struct, kw_only=True):
@@ -334,7 +346,7 @@ class ListFilter(msgspec.Struct, frozen=True):
 
 
 def filters_of(kind: str) -> tuple[ListFilter, ...]:
-    """Return the filters of a list of `LISTS`, without `limit` and `cursor`."""
+    """Return the filters of a list of `LISTS`, without the parameters that select no rows."""
     return tuple(each for each in _described(LISTS[kind]) if each.name not in _PAGING)
 
 

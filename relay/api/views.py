@@ -36,6 +36,9 @@ ABSENT = "not_in_config"
 MOST_PAYLOAD = 16 * 1024
 """Bytes of a body that are shown with an event."""
 
+MOST_COUNTS = 50_000
+"""Counts per hour, source and type that are read to list the types, the latest first."""
+
 _NOUNS = {"events": "event", "deliveries": "delivery"}
 _CURSOR = re.compile(r"([0-9]{1,18})/([^/]+)/(.+)", re.DOTALL)  # of counts: hour, source, type
 _TIMES = ("received_at", "created_at", "finished_at", "next_attempt_at", "started_at")
@@ -101,7 +104,9 @@ class AttemptView(msgspec.Struct):
         str | None, about("Id of the message for several deliveries; null: for this delivery alone.")
     ]
     group_size: Annotated[int | None, about("Number of deliveries of that message.")]
-    answer: Annotated[str, about("The first 16 KiB of the response body.")]
+    answer: Annotated[
+        str | None, about("The first 16 KiB of the response body; null in a list with `answer=0`.")
+    ]
 
 
 class EventShown(EventView):
@@ -130,6 +135,15 @@ class StatView(msgspec.Struct):
     bytes: int
 
 
+class TypeView(msgspec.Struct):
+    """A type of event that a source has sent."""
+
+    type: Annotated[str, about("Full type.")]
+    source: str
+    events: Annotated[int, about("Number of its events since `since`.")]
+    last_hour: Annotated[Time, about("The hour of its latest event.")]
+
+
 class DestinationSteered(msgspec.Struct, kw_only=True):
     """Whether a destination is held."""
 
@@ -154,6 +168,22 @@ class DestinationView(DestinationSteered, kw_only=True):
     certificate_expires: Annotated[
         Time | None, about("When its TLS certificate expires, as of the latest connect; null if unknown.")
     ]
+    circuit: Annotated[
+        Literal["open", "closed"] | None, about("State of its circuit breaker; null if it is not running.")
+    ]
+    failing_since: Time | None
+    disabled_at: Time | None
+    held_until: Annotated[
+        Time | None, about("When the hold ends, or the circuit lets the next probe through; null if unknown.")
+    ]
+    oldest_pending: Annotated[
+        Time | None,
+        about("Creation of its oldest pending delivery, within 15 s; null: none, or another node checks it."),
+    ]
+    last_error: Annotated[str | None, about("Of the latest failed attempt since the daemon started.")]
+    last_error_at: Time | None
+    attempts_per_minute: Annotated[float | None, about("Attempts in the last minute; null if unknown.")]
+    failed_per_minute: Annotated[float | None, about("Those of them that failed.")]
     created: int
     delivered: int
     dead: int
@@ -163,12 +193,9 @@ class DestinationView(DestinationSteered, kw_only=True):
 
 
 class DestinationShown(DestinationView, kw_only=True):
-    """A destination with its backlog. One that is no longer in config.toml lacks the optional fields."""
+    """A destination with its backlog. One that is no longer in config.toml lacks `events`."""
 
     events: tuple[str, ...] | msgspec.UnsetType = msgspec.UNSET
-    failing_since: Time | msgspec.UnsetType | None = msgspec.UNSET
-    disabled_at: Time | msgspec.UnsetType | None = msgspec.UNSET
-    held_until: Time | msgspec.UnsetType | None = msgspec.UNSET
     due: Annotated[int, about("Pending deliveries that are due.")]
     oldest: Annotated[DeliveryView | None, about("The oldest pending delivery.")]
     latest: Annotated[DeliveryView | None, about("The latest delivery.")]
@@ -217,6 +244,7 @@ async def list_items(
     now: int,
     sources: Collection[str],
     destinations: Collection[str],
+    answers: bool = True,
 ) -> dict[str, Any]:
     """Return one page of a list, newest first, and the cursor of the next page.
 
@@ -231,6 +259,7 @@ async def list_items(
         now: wall clock, the base of ages such as "2h".
         sources: names in config.toml; they may have no events yet.
         destinations: names in config.toml; they may have no deliveries yet.
+        answers: whether attempts have the bodies of their responses.
 
     Raises:
         UnknownError: the source or the destination is neither in config.toml nor in the store.
@@ -248,7 +277,8 @@ async def list_items(
         if name in wanted:
             wanted[name] = await _row(stored, noun, wanted[name])
     page = await stored.queries.page(kind, limit=min(limit, MOST_ROWS), cursor=cursor, **wanted)
-    return {"items": [view_of(row) for row in page.rows], "next_cursor": page.cursor}
+    rows = page.rows if answers else [{**row, "answer": None} for row in page.rows]
+    return {"items": [view_of(row) for row in rows], "next_cursor": page.cursor}
 
 
 async def list_stats(
@@ -282,6 +312,30 @@ async def list_stats(
         "items": [{**msgspec.structs.asdict(each), "hour": rfc3339(each.hour)} for each in found[:limit]],
         "next_cursor": None if last is None else f"{last.hour}/{last.source}/{last.type}",
     }
+
+
+async def list_types(
+    stored: StoredData, selection: Selection, *, limit: int, sources: Collection[str]
+) -> dict[str, Any]:
+    """Return the types with the most events; the selection has a source and a time.
+
+    Raises:
+        UnknownError: the source is neither in config.toml (`sources`) nor in the store.
+    """
+    await check_names(stored, source=selection.source, destination=None, sources=sources, destinations=())
+    found: dict[tuple[str, str], TypeView] = {}
+    read = 0
+    async for page in stored.queries.stats(selection):
+        for each in page:
+            known = found.setdefault(
+                (each.source, each.type), TypeView(each.type, each.source, 0, rfc3339(each.hour))
+            )
+            known.events += each.events
+        read += len(page)
+        if read > MOST_COUNTS:
+            break
+    items = sorted(found.values(), key=lambda each: (-each.events, each.source, each.type))
+    return {"items": items[:limit], "next_cursor": None}
 
 
 async def _row(stored: StoredData, noun: str | None, given: str) -> int:
@@ -360,7 +414,8 @@ def view_of(row: Mapping[str, Any]) -> dict[str, Any]:
         states = msgspec.json.decode(shown["deliveries"])
         shown["deliveries"] = {state: states[state] for state in STATES if states[state]}
     if "answer" in shown:
-        shown["answer"] = shown["answer"].decode("utf-8", "replace")
+        if shown["answer"] is not None:
+            shown["answer"] = shown["answer"].decode("utf-8", "replace")
         shown["truncated"] = bool(shown["truncated"])
     return shown
 
@@ -377,6 +432,7 @@ async def backlog_of(stored: StoredData, name: str, totals: Mapping[str, Counts]
     latest = await stored.queries.find("deliveries", destination=name, limit=1)
     return {
         **counted(totals.get(name)),
+        "oldest_pending": rfc3339(backlog.oldest) if backlog else None,
         "due": backlog.due if backlog else 0,
         "oldest": view_of(oldest[0]) if oldest else None,
         "latest": view_of(latest[0]) if latest else None,
@@ -407,10 +463,7 @@ async def list_destinations(
     backlogs = await stored.ledger.backlog(now)
     names = [*known, *(name for name, each in totals.items() if name not in known and each.pending)]
     items = [
-        {
-            **_stored(name, states, known, await latest_success(stored, name, backlogs.get(name))),
-            **counted(totals.get(name)),
-        }
+        {**await _stored(stored, name, states, known, backlogs.get(name)), **counted(totals.get(name))}
         for name in names
     ]
     return {"items": items, "next_cursor": None}
@@ -428,9 +481,9 @@ async def show_destination(
     if name not in known and name not in totals:
         raise unknown("destination", name, known)
     backlogs = await stored.ledger.backlog(now)
-    shown = _stored(name, states, known, await latest_success(stored, name, backlogs.get(name)))
+    shown = await _stored(stored, name, states, known, backlogs.get(name))
     if name in known:
-        shown |= {"events": known[name].events, **times_of(states.get(name, DestinationState(name=name)))}
+        shown["events"] = known[name].events
     return {**shown, **await backlog_of(stored, name, totals, now)}
 
 
@@ -439,43 +492,73 @@ def pause_of(by: Literal["operator", "config"] | None = None, until: int | None 
     return {"paused_by": by, "paused_until": None if until is None else rfc3339(until)}
 
 
-def times_of(state: DestinationState, held_until: int | None = None) -> dict[str, str | None]:
-    """Return the times since which a destination fails or is disabled, and until which it is held."""
-    times = {
-        "failing_since": state.failing_since,
-        "disabled_at": state.disabled_at,
-        "held_until": held_until,
-    }
-    return {name: None if moment is None else rfc3339(moment) for name, moment in times.items()}
-
-
 def destination_fields(
     config: DestinationConfig | None,
     *,
+    state: DestinationState | None = None,
+    circuit: str | None = None,
+    held_until: int | None = None,
+    oldest_pending: int | None = None,
     last_success: int | None = None,
+    last_failure: tuple[int, str] | None = None,
     certificate_expires: int | None = None,
+    recent: tuple[float | None, float | None] = (None, None),
 ) -> dict[str, Any]:
-    """Return the host and the latest success of a destination; `config` is None if config.toml lacks it.
+    """Return the fields of a destination that tell whether it works.
 
     The URL may contain a token, so only its host is shown.
+
+    Args:
+        config: None if config.toml lacks it.
+        state: as stored; None: it never failed and is not disabled.
+        circuit: "open" or "closed"; None if it is not running.
+        held_until: end of the hold (steady clock).
+        oldest_pending: creation of the oldest pending delivery (wall clock).
+        last_success: the latest 2xx (wall clock).
+        last_failure: time (wall clock) and error of the latest failed attempt.
+        certificate_expires: end of its TLS certificate (wall clock).
+        recent: attempts in the last minute, and those that failed.
     """
+    failed_at, error = last_failure or (None, None)
+    times = {
+        "last_success": last_success,
+        "certificate_expires": certificate_expires,
+        "failing_since": None if state is None else state.failing_since,
+        "disabled_at": None if state is None else state.disabled_at,
+        "held_until": held_until,
+        "oldest_pending": oldest_pending,
+        "last_error_at": failed_at,
+    }
     return {
         "url_host": None if config is None else urlsplit(config.url.reveal()).hostname,
-        "last_success": None if last_success is None else rfc3339(last_success),
-        "certificate_expires": None if certificate_expires is None else rfc3339(certificate_expires),
+        "circuit": circuit,
+        "last_error": error,
+        "attempts_per_minute": recent[0],
+        "failed_per_minute": recent[1],
+        **{name: None if moment is None else rfc3339(moment) for name, moment in times.items()},
     }
 
 
-def _stored(
+async def _stored(
+    stored: StoredData,
     name: str,
     states: Mapping[str, DestinationState],
     known: Mapping[str, DestinationConfig],
-    last_success: int | None,
+    backlog: Backlog | None,
 ) -> dict[str, Any]:
-    fields = {"in_flight": None, **destination_fields(known.get(name), last_success=last_success)}
+    """Return a destination of a stopped relay, without its counts."""
+    state = states.get(name, DestinationState(name=name))
+    fields = {
+        "in_flight": None,
+        **destination_fields(
+            known.get(name),
+            state=state,
+            last_success=await latest_success(stored, name, backlog),
+            oldest_pending=None if backlog is None else backlog.oldest,
+        ),
+    }
     if name not in known:
         return {"name": name, "held": ABSENT, **pause_of(), **fields}
-    state = states.get(name, DestinationState(name=name))
     if known[name].paused:
         return {"name": name, "held": PAUSED_IN_CONFIG, **pause_of("config"), **fields}
     pause = pause_of("operator", state.paused_until) if state.paused else pause_of()

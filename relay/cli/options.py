@@ -16,7 +16,7 @@ from relay.cli.main import OneOf, file_error
 from relay.cli.screen import utc_option
 from relay.routing.condition_text import read_conditions
 
-COMPLETED = ("source", "destination", "event", "delivery")
+COMPLETED = ("source", "destination", "event", "delivery", "type")
 """Filters whose values the daemon completes."""
 
 FILE = click.Path(path_type=Path, readable=False)

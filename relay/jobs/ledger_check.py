@@ -23,6 +23,7 @@ class LedgerCheck:
         self._metrics = metrics
         self._clock = clock
         self.unaccounted: dict[str, int] = {}  # by destination, those that are not 0, at the latest check
+        self.oldest: dict[str, int] = {}  # by destination: creation of the oldest pending one, wall
         self._names: set[str] = set()  # destinations whose gauges this node exports
 
     async def check(self) -> None:
@@ -35,6 +36,7 @@ class LedgerCheck:
             return
         counts = await self._store.ledger.audit()
         backlog = await self._store.ledger.backlog(self._clock.steady())
+        self.oldest = {name: each.oldest for name, each in backlog.items()}
         for name in self._dispatcher.lanes.keys() | counts.keys():
             lane, ledger, waiting = self._dispatcher.lanes.get(name), counts.get(name), backlog.get(name)
             unaccounted = 0 if ledger is None else ledger.unaccounted
@@ -61,6 +63,7 @@ class LedgerCheck:
 
     def _clear(self) -> None:
         """Set the gauges to 0, because another node exports them now."""
+        self.oldest = {}
         for name in self._names:
             for state in PENDING_STATES:
                 self._metrics.pending.labels(name, state).set(0)

@@ -166,6 +166,48 @@ async def test_an_event_in_a_list_has_exactly_these_fields(relay, event):
     }
 
 
+async def test_a_list_of_attempts_may_leave_out_the_bodies_of_responses(relay, event):
+    [whole] = (await relay.operator("GET", "/api/attempts"))["items"]
+    [short] = (await relay.operator("GET", "/api/attempts?answer=0&destination=crm"))["items"]
+    assert short == {**whole, "answer": None}
+    assert isinstance(whole["answer"], str)
+    answer = await exchange(relay.addresses.socket, request("GET", "/api/attempts?answer=x"))
+    assert answer.status == 400
+
+
+async def test_types_are_listed_with_the_most_frequent_one_first(relay, event):
+    for session in ("s-2", "s-3"):
+        await relay.exchange(request("POST", "/v1/events", adorn(session, event_type="image.made")))
+    items = (await relay.operator("GET", "/api/types?source=adorn"))["items"]
+    assert [(each["type"], each["events"]) for each in items] == [
+        ("adorn.image.made", 2),
+        ("adorn.session.started", 1),
+    ]
+    assert (await relay.operator("GET", "/api/types?limit=1"))["items"] == items[:1]
+    assert (await relay.operator("GET", "/api/types?source=moddy&since=1h"))["items"] == []
+    answer = await exchange(relay.addresses.socket, request("GET", "/api/types?source=adron"))
+    assert answer.status == 404
+
+
+async def test_a_list_of_destinations_tells_which_ones_fail_and_why(relay, recorder):
+    recorder.answers.extend([(500, {})] * 20)
+    await relay.exchange(request("POST", "/v1/events", BODY))
+    await until(lambda: relay.counted("relay_deliveries_finished_total", destination="crm", outcome="dead"))
+    await relay.operator("POST", "/api/destinations/idle/disable")
+    await relay.operator("POST", "/api/destinations/crm/pause")
+    await relay.exchange(request("POST", "/v1/events", adorn("s-9")))
+    await relay.app.ledger_check.check()
+    items = {each["name"]: each for each in (await relay.operator("GET", "/api/destinations"))["items"]}
+    crm, idle = items["crm"], items["idle"]
+    assert "500" in crm["last_error"]
+    assert crm["last_error_at"].endswith("Z")
+    assert crm["circuit"] in ("open", "closed")
+    assert (idle["last_error"], idle["circuit"], idle["oldest_pending"]) == (None, "closed", None)
+    assert idle["disabled_at"].endswith("Z")
+    shown = await relay.operator("GET", "/api/destinations/crm")
+    assert shown["oldest_pending"] == crm["oldest_pending"] == shown["oldest"]["created_at"]
+
+
 async def test_a_destination_is_shown_with_its_backlog_and_why_it_is_held(relay, event):
     shown = await relay.operator("GET", "/api/destinations/crm")
     assert (shown["created"], shown["pending"], shown["held"], shown["held_until"]) == (1, 0, None, None)

@@ -45,6 +45,8 @@ async def test_names_and_ids_are_completed(relay, monkeypatch):
         ("deliveries list --destination", "x", set()),
         ("sources pause", "ad", {"adorn"}),
         ("tail --source", "ado", {"adorn"}),
+        ("events list --type", "adorn.s", {"adorn.session.started"}),
+        ("deliveries list --type", "moddy", set()),
         ("send", "lazy", {"lazychat"}),
         ("explain --source", "mod", {"moddy"}),
         ("verify --destination", "crm", {"crm", "crm2"}),

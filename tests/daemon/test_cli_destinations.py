@@ -144,7 +144,7 @@ async def test_the_backlog_of_a_stopped_relay_is_read_from_its_file(tmp_path):
     async def offline(*args, code=0):
         return await asyncio.to_thread(run, "destinations", *args, "--offline", "-c", config, code=code)
 
-    assert (await offline("show", "crm", "--json")).json == {**there, "in_flight": None}
+    assert (await offline("show", "crm", "--json")).json == {**there, "in_flight": None, "circuit": None}
     assert "`relay destinations resume crm`" in (await offline("show", "crm")).err
     rows = (await offline("list")).rows
     assert [row[:3] for row in rows] == [["crm", "paused", "1"], ["gone", "not_in_config", "1"]]

@@ -204,6 +204,7 @@ async def test_every_response_matches_its_schema(relay, recorder):
         "db",
         "doctor",
         "stats",
+        "types?since=1h",
         "sources",
         "sources/adorn",
         "destinations",

@@ -123,6 +123,12 @@ def destination(name, held=None, *, pending=0, in_flight=0, dead=0, delivered=90
         "url_host": "hooks.example.com" if held != "not_in_config" else None,
         "last_success": at(-7860 if held else -3) if delivered else None,
         "certificate_expires": at(86_400 * 41) if "crm" in name else None,
+        "circuit": "open" if held == "circuit open" else "closed",
+        "failing_since": None, "disabled_at": None, "held_until": None,
+        "oldest_pending": at(-840) if pending else None,
+        "last_error": "HTTP 503" if held == "circuit open" else None,
+        "last_error_at": at(-37) if held == "circuit open" else None,
+        "attempts_per_minute": 12.0, "failed_per_minute": 0.0,
         "created": delivered + dead + pending, "delivered": delivered, "dead": dead, "expired": 0,
         "cancelled": 2, "pending": pending, **more,
     }  # fmt: skip
