@@ -161,7 +161,7 @@ class Admin(msgspec.Struct, frozen=True, kw_only=True):
         tuple[Annotated[str, _check(validators.admin_proxy)], ...],
         _help(
             "proxies that may send `user_header`: addresses or networks, or `unix:` and the user of a proxy "
-            "that connects to the socket; what this user sends has no other rights than the named user"
+            "that connects to the socket; requests of this user have only the rights of the named user"
         ),
     ] = ()
     proxy_secret: Annotated[
