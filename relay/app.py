@@ -30,6 +30,8 @@ from relay.ingest.server import MAX_CONNECTIONS, Server
 from relay.ingest.token_use import EVERY as TOKENS_EVERY
 from relay.jobs.activity import Activity
 from relay.jobs.backups import Backups
+from relay.jobs.database_watch import DATABASE, DatabaseWatch
+from relay.jobs.database_watch import EVERY as DATABASE_EVERY
 from relay.jobs.disk_forecast import DiskForecast
 from relay.jobs.history import History
 from relay.jobs.ledger_check import LEDGER, LedgerCheck
@@ -136,6 +138,7 @@ class App:
             if kind.preset is None:  # there are dozens of presets for one kind
                 self.metrics.plugins.labels(kind.name, kind.version).set(1)
         self.ledger_check = LedgerCheck(self.store, self.dispatcher, self.metrics, clock)
+        self.database_watch = DatabaseWatch(self.store, self.metrics, clock)
         self.disk_forecast = DiskForecast(clock, self.metrics, self.store.files.get("main"))
         self.activity = Activity(
             self.store,
@@ -179,6 +182,7 @@ class App:
                 history=self.history,
                 disk=self.disk_forecast,
                 ledger_check=self.ledger_check,
+                database_watch=self.database_watch,
                 addresses=self.addresses,
                 listeners=self.listeners,
             )
@@ -281,9 +285,11 @@ class App:
         self._log_end()
 
     async def _measure(self) -> None:
-        """Check disk and ledger, and begin the history, before the first request."""
+        """Check disk, ledger and database server, and begin the history, before the first request."""
         await self._check_disk()
         await self.ledger_check.check()
+        if not self.store.files:
+            await self.database_watch.check()
         await self.history.run()
 
     def _log_end(self) -> None:
@@ -421,6 +427,8 @@ class App:
         jobs.add("backup", self.backups.every, self.backups.run, cluster=True)
         jobs.add("disk", DISK_EVERY, self._check_disk)
         jobs.add(LEDGER, LEDGER_EVERY, self.ledger_check.check)
+        if not self.store.files:  # a server has them
+            jobs.add(DATABASE, DATABASE_EVERY, self.database_watch.check)
         jobs.add("refused", self.ingest.refused.every, self.ingest.refused.run)
         jobs.add("history", self.history.every, self.history.run)
         jobs.add("activity", self.activity.every, self.activity.run)

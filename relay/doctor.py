@@ -4,7 +4,7 @@ The running daemon and the offline command use the same checks, as far as files 
 """
 
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import msgspec
@@ -12,7 +12,7 @@ import msgspec
 from relay.base.clock import SECOND, rfc3339
 from relay.config.schema import Config
 from relay.jobs.scheduler import Past
-from relay.model import PAUSED_IN_CONFIG, Check
+from relay.model import PAUSED_IN_CONFIG, Caution, Check
 
 FAILING = 600 * SECOND
 """Microseconds: a destination that has failed for longer is reported, although retries continue."""
@@ -53,6 +53,18 @@ def held(destinations: Iterable[DestinationBacklog], now: int, patience: int = F
     if found:
         return Check(name="held", ok=False, detail="; ".join(found), hint="; ".join(hints))
     return Check(name="held", ok=True, detail="no deliveries are held")
+
+
+def wakeups(figures: Mapping[str, float], cautions: Iterable[Caution]) -> Check:
+    """Check that a node of a cluster learns soon of deliveries that another node accepted."""
+    for caution in cautions:
+        if "notifications" in caution.what:
+            hint = "if the connection goes through a pooler, add pooler=true to [storage] url"
+            return Check(name="wakeups", ok=False, detail=caution.what, hint=hint)
+    milliseconds = figures["wakeup_delay"] * 1000
+    return Check(
+        name="wakeups", ok=True, detail=f"deliveries of other nodes are noticed in {milliseconds:.0f} ms"
+    )
 
 
 def jobs(pasts: Iterable[Past]) -> Check:

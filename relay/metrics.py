@@ -28,7 +28,7 @@ from prometheus_client.samples import Sample
 
 from relay import __version__
 from relay.errors import REASONS, UNROUTABLE
-from relay.model import RESULTS, DeliveryState, WorkerStatus
+from relay.model import RESULTS, DeliveryState, Observed, WorkerStatus
 
 disable_created_metrics()  # type: ignore[no-untyped-call]
 
@@ -36,6 +36,7 @@ STATUSES: tuple[str, ...] = get_args(WorkerStatus)
 OUTCOMES = tuple(state for state in get_args(DeliveryState) if state != "pending")
 PENDING_STATES = ("due", "waiting", "in_flight", "held")
 JOB_OUTCOMES = ("ok", "failed")
+REPLICATION = ("sync", "async")
 
 NAMES = ("*",)
 """Stands for label values that are not known at import, such as names in config.toml."""
@@ -212,7 +213,12 @@ class Metrics:
     job_runs = _counter("relay_job_runs", "Runs of jobs, by outcome.", job_name=NAMES, outcome=JOB_OUTCOMES)
     job_seconds = _histogram("relay_job_duration_seconds", "Duration of a job's run.", _SLOW, job_name=NAMES)
     plugins = _gauge("relay_plugin_info", "1 for each available kind of source.", plugin=NAMES, version=NAMES)
-    size = _gauge("relay_storage_size_bytes", "Size of each file of the database.", file=NAMES)
+    size = _gauge(
+        "relay_storage_size_bytes",
+        "Size of each file of the database, or of the PostgreSQL database and its table of pending "
+        "deliveries.",
+        file=NAMES,
+    )
     disk_free = _gauge("relay_disk_free_bytes", "Free space of the disk that holds the database.")
     disk_floor = _gauge(
         "relay_disk_min_free_bytes", "`[storage] min_free_disk`: with less free space, senders get 503."
@@ -236,6 +242,46 @@ class Metrics:
     commit_events = _histogram(
         "relay_storage_commit_events", "Number of requests and delivery outcomes in one transaction.", _SHARED
     )
+    standbys = _gauge(
+        "relay_database_standbys",
+        "Connected standbys of the PostgreSQL server, by the kind of their replication.",
+        replication=REPLICATION,
+    )
+    standby_lag = _gauge(
+        "relay_database_standby_lag_bytes", "WAL that the standby furthest behind has not stored yet."
+    )
+    standby_delay = _gauge(
+        "relay_database_standby_lag_seconds",
+        "Time until the standby furthest behind stores what the PostgreSQL server writes.",
+    )
+    oldest_snapshot = _gauge(
+        "relay_database_oldest_snapshot_seconds",
+        "Age of the oldest snapshot on the PostgreSQL server; old ones slow down the queue.",
+    )
+    dead_rows = _gauge(
+        "relay_database_queue_dead_rows",
+        "Dead rows in PostgreSQL's table of pending deliveries, which vacuum has not removed yet.",
+    )
+    connections = _gauge(
+        "relay_database_connections_used_ratio",
+        "Share of the connections of the PostgreSQL server that are in use.",
+    )
+    clock_offset = _gauge(
+        "relay_database_clock_offset_seconds",
+        "How far the clock of the PostgreSQL server is ahead of this machine's.",
+    )
+    nodes = _gauge("relay_cluster_nodes", "Live nodes of the cluster; 0 without a cluster.")
+    lanes = _gauge("relay_cluster_lanes", "Destinations whose lanes this node of a cluster runs.")
+    renewal_age = _gauge(
+        "relay_cluster_renewal_age_seconds", "Time since this node last renewed the leases of its lanes."
+    )
+    config_differs = _gauge(
+        "relay_cluster_config_differs", "1 while another node has a different configuration."
+    )
+    wakeup_delay = _gauge(
+        "relay_cluster_wakeup_delay_seconds",
+        "Time after which a node notices deliveries that another node accepted, within 10 seconds.",
+    )
     lag = _gauge("relay_event_loop_lag_seconds", "Delay of the event loop at the latest measurement.")
     log_dropped = _counter(
         "relay_log_lines_dropped", "Log lines dropped because the reader of the log was too slow."
@@ -247,17 +293,19 @@ class Metrics:
         """Create the metrics, with the series of these sources and destinations at 0."""
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
-        build = {
+        self._build = {
             "version": __version__,
             "python": platform.python_version(),
             "sqlite": sqlite3.sqlite_version,
+            "postgresql": "",
             "listener": listener,
         }
-        Info(
+        self._build_info = Info(
             "relay_build",
-            "Version of the relay, of Python and of SQLite, and the listener in use.",
+            "Version of the relay, Python, SQLite and the PostgreSQL server, and the listener in use.",
             registry=self.registry,
-        ).info(build)
+        )
+        self._build_info.info(self._build)
         for attribute, each in declared().items():
             made = each.kind(each.name, each.help, tuple(each.labels), registry=self.registry, **each.options)
             setattr(self, attribute, made)
@@ -309,10 +357,33 @@ class Metrics:
         """Count a worker's change to a status."""
         self.transitions.labels(source, status).inc()
 
+    def note_server(self, observed: Observed) -> None:
+        """Set the metrics about a database server."""
+        if self._build["postgresql"] != observed.engine:
+            self._build["postgresql"] = observed.engine
+            self._build_info.info(self._build)
+        for label, size in observed.sizes.items():
+            self.size.labels(label).set(size)
+        for kind in REPLICATION:
+            self.standbys.labels(kind).set(observed.figures[f"standbys_{kind}"])
+        for name in _OF_SERVER:
+            getattr(self, name).set(observed.figures[name])
+
+    def watch_cluster(self, figures: Callable[[], Mapping[str, float]]) -> None:
+        """Let each scrape read the metrics about the cluster from memory."""
+        for name in _OF_CLUSTER:
+            getattr(self, name).set_function(lambda name=name: figures()[name])
+
     def add_files(self, files: Mapping[str, Path]) -> None:
         """Let each scrape read the sizes of the store's files, by label."""
         for label, path in files.items():
             self.size.labels(label).set_function(partial(_size, path))
+
+
+_OF_SERVER = (
+    "standby_lag", "standby_delay", "oldest_snapshot", "dead_rows", "connections", "clock_offset",
+)  # fmt: skip
+_OF_CLUSTER = ("nodes", "lanes", "renewal_age", "config_differs", "wakeup_delay")
 
 
 def declared() -> dict[str, Declared]:

@@ -249,6 +249,23 @@ class Node(msgspec.Struct, frozen=True, kw_only=True):
     config: str = ""  # digest of its config, in hexadecimal
 
 
+class Caution(msgspec.Struct, frozen=True):
+    """What an operator should know, although the relay works."""
+
+    what: str
+    next: str  # what to do, or the next command
+    is_choice: bool = False  # it follows from a setting that may be wanted, so it is no problem
+
+
+class Observed(msgspec.Struct, frozen=True, kw_only=True):
+    """The state of a database server at one moment."""
+
+    engine: str  # version of the server
+    sizes: Mapping[str, int]  # bytes, by the label of `relay_storage_size_bytes`
+    figures: Mapping[str, float]  # see `relay.metrics.Metrics.note_server`
+    cautions: tuple[Caution, ...] = ()  # the worst first
+
+
 class Job(msgspec.Struct, frozen=True, kw_only=True):
     """Periodic work of a plugin; one run at a time."""
 

@@ -175,7 +175,7 @@ class Standby:
         return respond({"status": "ok"})
 
     async def _ready(self, _request: web.Request) -> web.Response:
-        return respond({"ready": False, "reasons": [self._why]}, 503)
+        return respond({"ready": False, "reasons": [self._why], "warnings": []}, 503)
 
     async def _unavailable(self, _request: web.Request) -> web.Response:
         response = error_response(503, "unavailable", f"the daemon cannot start: {self._error.message}", HINT)

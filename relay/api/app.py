@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Iterable, Mapping
 from functools import cache
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 from aiohttp import web
@@ -30,6 +30,7 @@ from relay.api.sources import SourcesApi
 from relay.api.status import StatusView, status_of
 from relay.api.tail import TailApi
 from relay.api.top import TopApi
+from relay.api.views import about
 from relay.api.workers import WorkersApi
 from relay.config.effective import effective
 from relay.reload import ReloadBody, Reloaded
@@ -46,6 +47,9 @@ class ReadyView(msgspec.Struct):
 
     ready: bool
     reasons: list[str]
+    warnings: Annotated[
+        list[str], about("What an operator should know although the daemon accepts events, the worst first.")
+    ]
 
 
 class ConfigView(msgspec.Struct):
@@ -84,7 +88,8 @@ class DaemonApi:
     )  # fmt: skip
     async def _ready(self, _request: web.Request) -> web.Response:
         reasons = self._context.health.reasons()
-        return respond(ReadyView(not reasons, reasons), 503 if reasons else 200)
+        warnings = [caution.what for caution in self._context.database_watch.cautions]
+        return respond(ReadyView(not reasons, reasons, warnings), 503 if reasons else 200)
 
     @endpoint(
         "GET", "/metrics", "metrics", "Return all metrics for Prometheus.",

@@ -11,6 +11,7 @@ from relay.delivery.owner import Owner
 from relay.ingest.handler import Ingest
 from relay.jobs.activity import Activity
 from relay.jobs.backups import Backups
+from relay.jobs.database_watch import DatabaseWatch
 from relay.jobs.disk_forecast import DiskForecast
 from relay.jobs.history import History
 from relay.jobs.ledger_check import LedgerCheck
@@ -42,6 +43,7 @@ class Context(msgspec.Struct, frozen=True, kw_only=True):
     history: History
     disk: DiskForecast
     ledger_check: LedgerCheck
+    database_watch: DatabaseWatch
     addresses: dict[str, str]  # URLs of the open listeners, "public" and "admin"; filled at the start
     listeners: list[Listener]  # called after each commit (`relay.store.Listener`); streams join and leave
 

@@ -97,7 +97,7 @@ class DatabaseApi:
         return await stream_lines(request, self._checks(), result=ChecksView)
 
     async def _checks(self) -> tuple[Check, ...]:
-        config = self._state.config
+        config, nodes = self._state.config, self._store.nodes
         found = await self._store.upkeep.examine(
             min_free=config.storage.min_free_disk,
             destinations=config.destinations.keys(),
@@ -107,6 +107,7 @@ class DatabaseApi:
         return (
             *found,
             doctor.held(self._destinations(), self._clock.steady()),
+            *([] if nodes.alone else [doctor.wakeups(nodes.figures(), nodes.cautions())]),
             *([self._backups.examine()] if self._store.files else []),
             doctor.writable(config, config.state_dir),
             doctor.ready(self._health.reasons()),

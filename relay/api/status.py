@@ -122,6 +122,9 @@ def _problems(context: Context, reasons: list[str]) -> Iterator[StatusProblem]:
     lanes = sorted(context.dispatcher.lanes.values(), key=lambda lane: -pending.get(lane.name, 0))
     for lane in lanes:
         yield from _problems_of_destination(context, lane, pending.get(lane.name, 0))
+    for caution in context.database_watch.cautions:
+        if not caution.is_choice:
+            yield StatusProblem(caution.what, caution.next)
     yield from _problems_of_jobs(context)
     if context.reloads.failed is not None:
         what = f"the last reload failed: {context.reloads.failed}"

@@ -21,6 +21,7 @@ from relay.model import (
     AuditEntry,
     Backlog,
     Backup,
+    Caution,
     Check,
     Chosen,
     Claim,
@@ -36,6 +37,7 @@ from relay.model import (
     Named,
     News,
     Node,
+    Observed,
     Outcome,
     Pruned,
     Receipt,
@@ -599,6 +601,10 @@ class Upkeep(Protocol):
         """
         ...
 
+    async def observe(self) -> Observed | None:
+        """Return figures and cautions about the database server; None: SQLite, which has no server."""
+        ...
+
 
 class Ownership(msgspec.Struct, frozen=True):
     """The lanes of this node. Other nodes own the other lanes, or will take them."""
@@ -650,6 +656,14 @@ class Nodes(Protocol):
 
     async def all(self) -> tuple[Node, ...]:
         """Return the nodes that have renewed lately, in order of name."""
+        ...
+
+    def figures(self) -> Mapping[str, float]:
+        """Return the state of the cluster as this node knows it; see `Metrics.watch_cluster`."""
+        ...
+
+    def cautions(self) -> tuple[Caution, ...]:
+        """Return what an operator should know about the cluster."""
         ...
 
     async def leave(self) -> None:

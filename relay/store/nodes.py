@@ -7,7 +7,7 @@ from typing import Any
 from relay import __version__
 from relay.base.clock import Clock
 from relay.errors import UnknownError
-from relay.model import Node
+from relay.model import Caution, Node
 from relay.store import FOREVER, Attendant, Ownership
 
 
@@ -55,6 +55,14 @@ class OneNode:
                 config=self._digest().hex(),
             ),
         )
+
+    def figures(self) -> Mapping[str, float]:
+        """See `Nodes.figures`; there is no cluster."""
+        return {}
+
+    def cautions(self) -> tuple[Caution, ...]:
+        """See `Nodes.cautions`; there is no cluster."""
+        return ()
 
     async def leave(self) -> None:
         """See `Nodes.leave`; no other node waits for that."""

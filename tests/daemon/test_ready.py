@@ -28,7 +28,7 @@ def post(session):
 
 async def test_a_running_relay_is_ready(tmp_path):
     async with running(write_config(tmp_path, SOURCES)) as relay:
-        assert await ready(relay) == (200, {"ready": True, "reasons": []})
+        assert await ready(relay) == (200, {"ready": True, "reasons": [], "warnings": []})
 
 
 async def test_a_starting_relay_is_not_ready(tmp_path, monkeypatch):
@@ -67,7 +67,7 @@ async def test_a_draining_relay_is_not_ready(tmp_path):
         await until(lambda: relay.app.ingest._budget.used)
         relay.app.stopping.set()
         await until(lambda: relay.app.health.phase == "draining")
-        assert await ready(relay) == (503, {"ready": False, "reasons": ["draining"]})
+        assert await ready(relay) == (503, {"ready": False, "reasons": ["draining"], "warnings": []})
         await wire.send(whole[-1:])
         assert (await wire.answer()).status == 200
 

@@ -436,4 +436,4 @@ def _advice(error: BaseException) -> str:
         return "this is a pooler such as PgBouncer: add pooler=true to [storage] url"
     if isinstance(error, ssl.SSLError) or "SSL" in text:
         return "check sslmode and sslrootcert of [storage] url, and the server's certificate"
-    return "check that PostgreSQL runs and accepts connections from here"
+    return "check that PostgreSQL runs and accepts connections from this machine"

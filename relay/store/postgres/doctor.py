@@ -23,6 +23,7 @@ DEAD_ROWS = 100_000  # in the queue: more of them than live rows slow claims dow
 CONNECTIONS = 0.9  # share of `max_connections` in use
 SLOT_WAL = 2**30  # bytes that an unused replication slot may keep
 SKEW = 5 * SECOND  # difference of the clocks of this machine and of the server
+IDLE = 15.0  # seconds after which a node should have taken a free lane
 DAYS_AHEAD = 2  # for which partitions must exist; usually there are seven
 
 _REPORT = "please report this as a bug, with a dump of the database"
@@ -64,6 +65,18 @@ PARTITIONS_SQL = """
 INVALID_SQL = """
     SELECT c.relname FROM pg_index AS i JOIN pg_class AS c ON c.oid = i.indexrelid
      WHERE NOT i.indisvalid AND c.relkind = 'i' AND c.relnamespace = current_schema()::regnamespace
+"""
+NODES_SQL = """
+    SELECT name, version, config_digest FROM nodes
+     WHERE seen > clock_timestamp() - interval '5 seconds' ORDER BY name, started
+"""
+FREE_SQL = """
+    SELECT substr(name, 6) FROM leases
+     WHERE name LIKE 'lane:%' AND until < clock_timestamp() - $1::float8 * interval '1 second'
+       AND EXISTS (SELECT FROM nodes WHERE substr(leases.name, 6) = ANY(destinations)
+                      AND seen > clock_timestamp() - interval '5 seconds'
+                      AND started < clock_timestamp() - $1::float8 * interval '1 second')
+     ORDER BY name
 """
 STUCK_SQL = """
     SELECT 'dlv_' || o.public_id FROM owed AS o
@@ -150,7 +163,7 @@ async def replication(_examined: Examined, connection: Connection) -> Check:
     settings = await _settings(connection)
     names = settings["synchronous_standby_names"]
     standbys = await connection.fetch(STANDBYS_SQL)
-    if any(state is None for _, state, _ in standbys):
+    if names and any(state is None for _, state, _ in standbys):
         hint = "GRANT pg_monitor TO the user of [storage] url"
         return failed("replication", f"standbys whose details this user cannot see: {len(standbys)}", hint)
     slots = [(name, size) for name, size in await connection.fetch(SLOTS_SQL) if size > SLOT_WAL]
@@ -161,7 +174,8 @@ async def replication(_examined: Examined, connection: Connection) -> Check:
             "replication", detail, f"SELECT pg_drop_replication_slot('{name}'), or start its standby"
         )
     shown = "; ".join(
-        f"{name}: {state}" + ("" if lag is None else f", {lag:.1f} s behind") for name, state, lag in standbys
+        f"{name}: {state or 'async'}" + ("" if lag is None else f", {lag:.1f} s behind")
+        for name, state, lag in standbys
     )
     if names and not any(state in {"sync", "quorum"} for _, state, _ in standbys):
         detail = f"no synchronous standby is connected, so commits wait ({names})"
@@ -233,6 +247,22 @@ async def indexes(_examined: Examined, connection: Connection) -> Check:
         hint = "; ".join(f"REINDEX INDEX {name}" for name in names)
         return failed("indexes", f"invalid: {', '.join(names)}", hint)
     return passed("indexes", "all indexes are valid")
+
+
+async def nodes(_examined: Examined, connection: Connection) -> Check:
+    """Compare the nodes of a cluster, and look for lanes that none of them runs."""
+    rows = await connection.fetch(NODES_SQL)
+    if not rows:
+        return passed("nodes", "no cluster")
+    shown = ", ".join(f"{name} ({version})" for name, version, _ in rows)
+    if len({digest for _, _, digest in rows}) > 1:
+        detail = f"nodes with different configurations: {shown}"
+        return failed("nodes", detail, "copy config.toml to all nodes, then run on each: relay reload")
+    free = [name for (name,) in await connection.fetch(FREE_SQL, IDLE)]
+    if free:
+        detail = f"no node runs the lanes of {', '.join(free)}, which nodes have configured"
+        return failed("nodes", detail, "relay nodes; restart the node that should run them")
+    return passed("nodes", shown)
 
 
 async def conservation(_examined: Examined, connection: Connection) -> Check:
@@ -311,7 +341,7 @@ async def workers(_examined: Examined, connection: Connection) -> Check:
 _DURABLE = ("fsync", "full_page_writes", "synchronous_commit", "data_checksums")
 
 CHECKS: tuple[Callable[[Examined, Connection], Awaitable[Check]], ...] = (
-    server, version, durability, replication, connections, vacuum, snapshots, partitions, indexes,
+    server, version, durability, replication, connections, vacuum, snapshots, partitions, indexes, nodes,
     conservation, stuck, dead, bodies, clock, room, destinations, sources, workers,
 )  # fmt: skip
 

@@ -20,12 +20,12 @@ import msgspec
 from relay import __version__
 from relay.base.clock import SECOND, Clock
 from relay.errors import StorageError
-from relay.model import Node
+from relay.model import Caution, Node
 from relay.store import Attendant, Ownership
 from relay.store.batch import Scope
 from relay.store.postgres.clock import SLEW, ServerClock
 from relay.store.postgres.requests import Handle, Requests
-from relay.store.postgres.wakeups import Notifications, WakeUp, WakeUps
+from relay.store.postgres.wakeups import POLL, Notifications, WakeUp, WakeUps
 
 log = logging.getLogger("relay.store")
 
@@ -73,6 +73,7 @@ class Peer(msgspec.Struct, frozen=True):
     name: str
     age: float  # seconds since it started
     destinations: frozenset[str]
+    config: str = ""  # digest of its config, in hexadecimal
 
     def may_hold(self, name: str) -> bool:
         """Return whether the node can run a lane or a job."""
@@ -208,7 +209,7 @@ LEASES_SQL = """
 """
 
 PEERS_SQL = """
-    SELECT incarnation::text, name, destinations,
+    SELECT incarnation::text, name, destinations, encode(config_digest, 'hex') AS config,
            extract(epoch FROM clock_timestamp() - started)::float8 AS age
       FROM nodes WHERE seen > clock_timestamp() - $1::float8 * interval '1 second'
 """
@@ -273,6 +274,8 @@ class PostgresNodes:
         self._known: frozenset[str] = frozenset()  # destinations in the config of a live node
         self._scope = Scope(frozenset(), frozenset(), has_orphans=False)
         self._scope_until = 0  # steady clock
+        self._peers: Sequence[Peer] = ()  # the live nodes at the latest renewal
+        self._renewed_at = clock.steady()
         self._lock = asyncio.Lock()  # held while the connection is used
         self._has_left = False
         self._attendant: Attendant | None = None
@@ -332,13 +335,16 @@ class PostgresNodes:
                 for row in await self._fetch(LEASES_SQL)
             ]
             peers = [
-                Peer(row["incarnation"], row["name"], row["age"], frozenset(row["destinations"]))
+                Peer(
+                    row["incarnation"], row["name"], row["age"], frozenset(row["destinations"]), row["config"]
+                )
                 for row in await self._fetch(PEERS_SQL, self._live)
             ]
             if not self._has_left:
                 await self._follow(leases, peers, {*map(_lane, lanes), *map(_job, jobs)})
             self._known = frozenset().union(*(peer.destinations for peer in peers))
             self._scope_until = 0
+            self._peers, self._renewed_at = peers, self._clock.steady()
         self._answer_requests()
         return self._ownership(leases, peers)
 
@@ -394,6 +400,41 @@ class PostgresNodes:
                 config=row["config"] or "",
             )
             for row in rows
+        )
+
+    def figures(self) -> Mapping[str, float]:
+        """See `Nodes.figures`."""
+        return {
+            "nodes": len(self._peers),
+            "lanes": len(self.owned),
+            "renewal_age": max(0, self._clock.steady() - self._renewed_at) / SECOND,
+            "config_differs": float(bool(self._differing())),
+            "wakeup_delay": 0.0 if self._wake_ups is None else self._wake_ups.delay,
+        }
+
+    def cautions(self) -> tuple[Caution, ...]:
+        """See `Nodes.cautions`."""
+        found = []
+        if names := self._differing():
+            shown = ", ".join(names)
+            found.append(
+                Caution(f"nodes with a configuration that differs from this node's: {shown}", "relay nodes")
+            )
+        if self._wake_ups is not None and self._wake_ups.fails:
+            found.append(
+                Caution(
+                    f"notifications of PostgreSQL do not arrive, so deliveries that another node accepted "
+                    f"start up to {POLL:g} s later",
+                    "relay doctor",
+                )
+            )
+        return tuple(found)
+
+    def _differing(self) -> list[str]:
+        """Return the names of live nodes whose config differs from this node's."""
+        mine = self._digest().hex()
+        return sorted(
+            peer.name for peer in self._peers if peer.incarnation != self.incarnation and peer.config != mine
         )
 
     async def leave(self) -> None:

@@ -7,9 +7,10 @@ from typing import Never
 
 from relay.base.clock import Clock
 from relay.errors import StorageError
-from relay.model import Backup, Check, Compacted, Measured, Pruned
+from relay.model import Backup, Check, Compacted, Measured, Observed, Pruned
 from relay.store.postgres.connection import Connection, Database
 from relay.store.postgres.doctor import LONG, Examined, examine
+from relay.store.postgres.observing import observe
 from relay.store.postgres.prune import PostgresRetention
 from relay.store.pruning import PASS
 from relay.store.retention_policy import Policy
@@ -100,6 +101,11 @@ class PostgresUpkeep:
         )
         async with self._database.reader() as connection:
             return await examine(examined, connection)
+
+    async def observe(self) -> Observed | None:
+        """See `Upkeep.observe`."""
+        async with self._database.reader() as connection:
+            return await observe(connection, self._clock.wall())
 
 
 async def measure(location: str, connection: Connection) -> Measured:

@@ -67,6 +67,8 @@ class WakeUps:
         Behind a pooler, a probe may arrive by chance, on the session that happens to listen.
         """
         self.arrives = False  # whether notifications arrive
+        self.fails = False  # whether they should arrive, but do not
+        self.delay = POLL  # seconds that one takes, or until the next look at the database
         self._connect = connect
         self._sender = sender
         self._on_wake_up = on_wake_up
@@ -123,7 +125,7 @@ class WakeUps:
                     await asyncio.sleep(PROBE_EVERY)
             except Exception as error:  # noqa: BLE001 - after any error, the node polls
                 log.debug("wake-ups do not arrive: %s", error)
-            self.arrives = False
+            self.arrives, self.delay = False, POLL
             self._disconnect()
             await asyncio.sleep(RETRY)
 
@@ -131,15 +133,17 @@ class WakeUps:
         """Send a probe to this node. A pooler in transaction mode lets no notification through."""
         self._probe += 1
         self._answered.clear()
+        sent = asyncio.get_running_loop().time()
         await self._notify(WakeUp(self._sender, probe=self._probe))
         try:
             await asyncio.wait_for(self._answered.wait(), PROBE_TIMEOUT)
         except TimeoutError:
             if self.arrives:
                 log.warning("PostgreSQL's notifications do not arrive; polling every %g s instead", POLL)
-            self.arrives = False
+            self.arrives, self.fails, self.delay = False, True, POLL
         else:
-            self.arrives = True
+            self.arrives, self.fails = True, False
+            self.delay = asyncio.get_running_loop().time() - sent
 
     def _receive(self, _connection: Any, _pid: int, _channel: str, payload: str) -> None:
         try:

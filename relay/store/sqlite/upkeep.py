@@ -126,3 +126,6 @@ class SqliteUpkeep:
             config=config,
         )
         return await in_thread(partial(examine, examined))
+
+    async def observe(self) -> None:
+        """See `Upkeep.observe`."""

@@ -1,0 +1,160 @@
+"""What an operator learns about a PostgreSQL server and a cluster: metrics, `/ready`, status and doctor."""
+
+import asyncio
+import os
+
+import asyncpg
+import pytest
+from daemons import adorn, destination, running, write_config
+from postgres import BINARIES, database_of, drop_databases, needs_postgres, server, start
+from stores import KINDS
+from support import until
+from wire import exchange, request
+
+from relay.base.clock import SystemClock
+from relay.store.postgres import doctor, observing
+from relay.store.postgres.connection import connect, read_url
+
+pytestmark = needs_postgres
+
+
+@pytest.fixture
+def url(tmp_path):
+    yield database_of(tmp_path)
+    drop_databases()
+
+
+def config(folder, url, *, events="*", cluster=""):
+    folder.mkdir(exist_ok=True)
+    parts = [
+        '[sources.adorn]\nplugin = "adorn"\n',
+        destination("crm", "http://127.0.0.1:9/x").replace('["*"]', f'["{events}"]'),
+        cluster,
+    ]
+    path = write_config(folder, *parts)
+    text = path.read_text()
+    if KINDS[0] != "postgres":
+        text = text.replace("[storage]", f'[storage]\nurl = "{url}"', 1)
+    else:
+        [line] = [each for each in text.splitlines() if each.startswith("url = ") and "postgres" in each]
+        text = text.replace(line, f'url = "{url}"')
+    path.write_text(text)
+    return path
+
+
+async def test_metrics_status_and_doctor_describe_the_server(tmp_path, url):
+    async with running(config(tmp_path / "a", url)) as relay:
+        await relay.exchange(request("POST", "/v1/events/adorn", body=adorn()))
+        await relay.app.database_watch.check()
+        assert relay.counted("relay_storage_size_bytes", file="database") > 1_000_000
+        assert relay.counted("relay_storage_size_bytes", file="pending") > 0
+        assert 0 < relay.counted("relay_database_connections_used_ratio") < 1
+        assert relay.counted("relay_cluster_nodes") == 0
+        samples = list(relay.app.metrics.registry.restricted_registry(["relay_build_info"]).collect())
+        [build] = [sample.labels for family in samples for sample in family.samples]
+        assert build["postgresql"].split(".")[0].isdigit()
+        ready = (await exchange(relay.addresses.socket, request("GET", "/ready"))).json
+        # The tests' server runs without fsync.
+        what = (
+            "fsync or full_page_writes of the PostgreSQL server is off: a power failure damages the database"
+        )
+        assert ready == {"ready": True, "reasons": [], "warnings": [what]}
+        status = await relay.operator("GET", "/api/status")
+        assert {"what": what, "next": "relay doctor"} in status["problems"]
+
+
+async def test_nodes_with_different_configurations_are_reported(tmp_path, url):
+    cluster = '[cluster]\nenabled = true\nlease = "5s"\nnode = "{}"\n'
+    one = config(tmp_path / "a", url, cluster=cluster.format("one"))
+    two = config(tmp_path / "b", url, events="adorn.*", cluster=cluster.format("two"))
+    async with running(one) as first, running(two) as second:
+        await until(lambda: first.counted("relay_cluster_nodes") == 2)
+        await until(lambda: first.counted("relay_cluster_config_differs") == 1)
+        assert first.counted("relay_cluster_lanes") + second.counted("relay_cluster_lanes") <= 1
+        assert first.counted("relay_cluster_renewal_age_seconds") < 15
+        await until(lambda: first.counted("relay_cluster_wakeup_delay_seconds") > 0)
+        what = "nodes with a configuration that differs from this node's: two"
+        ready = (await exchange(first.addresses.socket, request("GET", "/ready"))).json
+        assert what in ready["warnings"]
+        status = await first.operator("GET", "/api/status")
+        assert {"what": what, "next": "relay nodes"} in status["problems"]
+        found = await connect(read_url(url), writes=False)
+        check = await doctor.nodes(doctor.Examined(location="", now=0), found)
+        await found.close()
+        assert (check.ok, check.detail[:36]) == (False, "nodes with different configurations:")
+
+
+async def observed(url, clock=SystemClock()):  # noqa: B008 - it has no state
+    opened = await connect(read_url(url), writes=False)
+    try:
+        found = await observing.observe(opened, clock.wall())
+        examined = doctor.Examined(location="", now=clock.wall())
+        checks = {check.__name__: await check(examined, opened) for check in (doctor.replication,)}
+    finally:
+        await opened.close()
+    return found, checks["replication"]
+
+
+async def observed_once(url, condition):
+    """Return what is observed as soon as a condition is true."""
+    async with asyncio.timeout(30):
+        while not condition(*(found := await observed(url))):  # noqa: ASYNC110 - only the server knows
+            await asyncio.sleep(0.05)
+    return found
+
+
+async def test_an_asynchronous_standby_is_reported_before_a_failover(tmp_path):
+    """A stream of WAL to pg_receivewal is a standby for the server, without the cost of a second server."""
+    base = server().folder.parent / f"relay-primary-{os.getpid()}"
+    primary = start(base, settings=("shared_buffers=4MB", "fsync=on", "full_page_writes=on"))
+    primary.run("CREATE TABLE owed (id bigint)")
+    url = primary.url("postgres")
+    found, check = await observed(url)
+    assert (found.cautions, check.detail) == ((), "no standbys")
+
+    wal = tmp_path / "wal"
+    wal.mkdir()
+    receive = await asyncio.create_subprocess_exec(
+        f"{BINARIES}/pg_receivewal", "-D", str(wal), "-d", url, "--no-password",
+        stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        found, check = await observed_once(url, lambda found, _: found.figures["standbys_async"])
+        [caution] = found.cautions
+        assert caution.is_choice
+        assert caution.what.startswith("all standbys of the PostgreSQL server are asynchronous (")
+        assert (check.ok, check.detail[:22]) == (False, "asynchronous standbys:")
+        lagging = observing.LAGGING_BYTES
+        try:
+            observing.LAGGING_BYTES = -1
+            found, _ = await observed(url)
+        finally:
+            observing.LAGGING_BYTES = lagging
+        assert [caution.is_choice for caution in found.cautions] == [True, False]
+
+        primary.run("CREATE ROLE plain LOGIN")  # it may not see the details of standbys
+        primary.run("GRANT SELECT ON owed TO plain")
+        found, check = await observed(url.replace("postgres@", "plain@"))
+        assert [caution.is_choice for caution in found.cautions] == [True]
+        assert not check.ok
+
+        primary.run("ALTER SYSTEM SET synchronous_standby_names = 'nowhere'")
+        primary.run("SELECT pg_reload_conf()")
+        found, check = await observed_once(url, lambda found, _: "commits wait" in str(found.cautions))
+        assert "commits wait" in check.detail
+        assert "commits wait" in found.cautions[0].what
+    finally:
+        receive.kill()
+        await receive.wait()
+
+
+async def test_an_old_snapshot_is_reported(url, monkeypatch):
+    setup = await asyncpg.connect(url)
+    await setup.execute("CREATE TABLE owed (id bigint)")
+    monkeypatch.setattr(observing, "OLD_SNAPSHOT", 0.2)
+    await setup.execute("BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT count(*) FROM owed")
+    try:
+        found, _ = await observed_once(url, lambda found, _: found.figures["oldest_snapshot"] > 0.5)
+    finally:
+        await setup.close()
+    assert any("has had a snapshot for" in caution.what for caution in found.cautions)
