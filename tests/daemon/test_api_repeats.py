@@ -5,7 +5,7 @@ import json
 
 import pytest
 from daemons import SOURCES, Recorder, adorn, destination, running, write_config
-from stores import set_pragma
+from stores import refuse_writes
 from support import until
 from wire import exchange, request
 
@@ -297,9 +297,9 @@ async def test_a_failing_store_is_answered_with_503(relay, monkeypatch):
     event_id = await send(relay)
     await until(lambda: finished(relay, "delivered") == 1)
     [delivery] = await relay.rows("deliveries")
-    await set_pragma(relay.app.store, "query_only = ON")
+    await refuse_writes(relay.app.store, now=True)
     status, reply = await ask(relay, "POST", RETRY, {"ids": [delivery["id"]]})
-    await set_pragma(relay.app.store, "query_only = OFF")
+    await refuse_writes(relay.app.store, now=False)
     assert (status, reply["error"]["code"]) == (503, "unavailable")
     await until(lambda: relay.app.store.failure is None)
     assert len(await relay.rows("deliveries", event_id=event_id)) == 1

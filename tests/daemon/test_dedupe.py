@@ -9,7 +9,7 @@ from contextlib import closing
 import pytest
 import pytest_asyncio
 from daemons import SOURCES, Relay, adorn, running, write_config
-from stores import make_event, make_store
+from stores import make_event, make_store, only_sqlite
 from stores import rows as read_rows
 from support import FakeClock, until
 from wire import Wire, request
@@ -346,6 +346,7 @@ async def test_a_rejected_conflict_stores_nothing_and_does_not_fail_its_batch(tm
     await store.close()
 
 
+@only_sqlite("steps of its statements")
 async def test_a_constant_key_costs_the_same_after_many_requests(tmp_path):
     """Each request is looked up directly, not among all requests with the key."""
     clock = FakeClock()
@@ -385,6 +386,7 @@ def test_no_two_requests_have_the_same_identity():
     assert len(identities) == 4
 
 
+@only_sqlite("migrations of its file")
 async def test_keys_of_a_migrated_database_still_work(tmp_path):
     clock = FakeClock()
     path, later = tmp_path / "relay.db", clock.steady() + 86_400_000_000

@@ -13,6 +13,7 @@ import daemons
 import pytest
 from daemons import SOURCES, Daemon, adorn, destination, write_config
 from machines import small_disk
+from stores import only_sqlite
 from support import until
 from wire import exchange, request
 
@@ -24,6 +25,7 @@ from relay.store.opening import DISK_RESERVE
 from relay.store.sqlite.disk import Disk
 from relay.store.sqlite.rescue import rescues_of
 
+pytestmark = only_sqlite("its file on a full disk, or locked")
 MIB = 2**20
 HEALED = 15.0  # seconds; the relay checks its disk every second
 

@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 from daemons import PLUGINS, SOURCES, Relay, running, write_config
-from stores import set_pragma
+from stores import refuse_writes
 from support import until
 from wire import Answer, Wire, exchange, request
 
 from relay.errors import StorageError, StorageUnavailableError
 from relay.ingest.body import Patience
+from relay.store import DiskSpace
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -184,11 +185,14 @@ async def about_to_stop(relay, name, **headers):
 
 @trouble("disk", 503)
 async def disk_full(relay, name, **headers):
+    async def check_disk():
+        return DiskSpace(folder=Path("state"), free=0, floor=1, is_full=True)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(relay.app.store.disk, "free", lambda: 0)
+        patch.setattr(relay.app.store.upkeep, "check_disk", check_disk)
         await relay.app._check_disk()
         answer = await relay.exchange(good(name, **headers))
-    await relay.app._check_disk()
+    relay.app.ingest.admission.disk_full = False
     return answer
 
 
@@ -276,14 +280,14 @@ async def test_a_probe_of_an_unknown_shop_is_refused_through_every_failure(relay
     assert answer.status == 401
 
 
-async def test_a_full_disk_gives_503_and_recovers_by_itself(relay: Relay):
-    """A real SQLITE_FULL: the file may not grow."""
+async def test_a_store_that_accepts_no_writes_gives_503_and_recovers_by_itself(relay: Relay):
+    """A real SQLITE_FULL, because the file may not grow; or a PostgreSQL session that only reads."""
     big = json.dumps({"name": "big", "payload": {"text": "x" * 1_000_000}}).encode()
     raw = request("POST", PATHS["compozy"], big, **AUTHORIZED["compozy"])
     await relay.exchange(good("compozy"))
-    await set_pragma(relay.app.store, "max_page_count = 1")  # SQLite raises it to the current size
+    await refuse_writes(relay.app.store, now=True)
     refused = await relay.exchange(raw)
-    await set_pragma(relay.app.store, "max_page_count = 1000000")
+    await refuse_writes(relay.app.store, now=False)
     assert refused.status == 503
     assert refused.json["error"]["code"] == "unavailable"
     await until(lambda: relay.app.store.failure is None)

@@ -8,14 +8,13 @@ import asyncio
 import contextlib
 import json
 import random
-import sqlite3
 import sys
 from collections import defaultdict
-from contextlib import closing
 from pathlib import Path
 
 import pytest
 from daemons import SOURCES, Recorder, destination, write_config
+from stores import rows_of
 from support import until
 from wire import Wire, request
 
@@ -165,8 +164,7 @@ async def test_every_status_change_of_200_workers_is_one_event_across_a_kill(tmp
             await relay.die(KILLED, due)
         async with Relay(config, BACK) as relay:
             await relay.live(BACK + STEP, END, due)
-            with closing(sqlite3.connect(tmp_path / "state" / "relay.db")) as db:
-                events = db.execute("SELECT public_id, type, subject FROM events ORDER BY id").fetchall()
+            events = rows_of(config, "SELECT public_id, type, subject FROM events ORDER BY id")
             stories = defaultdict(list)
             for _, type_, worker in events:
                 stories[worker].append(type_.removeprefix("whatsapp.worker."))

@@ -10,6 +10,7 @@ import sys
 
 import pytest
 from daemons import SERVE, SOURCES, Daemon, adorn, destination, running, write_config
+from stores import only_sqlite
 from support import until
 from wire import Wire, exchange, request
 
@@ -194,6 +195,7 @@ async def test_a_log_without_a_reader_delays_no_sender_and_lost_lines_are_counte
         os.close(reader)
 
 
+@only_sqlite("a folder in the place of its file")
 @pytest.mark.parametrize("is_read", [True, False])
 async def test_a_daemon_stops_even_if_nobody_reads_its_log(tmp_path, is_read):
     (tmp_path / "state" / "relay.db").mkdir(parents=True)

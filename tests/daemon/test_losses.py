@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from daemons import SERVE, SOURCES, Daemon, adorn, running, write_config
-from stores import make_store, opened, send
+from stores import make_store, only_sqlite, opened, send
 from support import FakeClock, until
 from wire import exchange, request
 
@@ -21,6 +21,7 @@ from relay.store.sqlite.rescue import rescues_of
 from relay.store.sqlite.wal import log_of, read_log
 from relay.store.writer import Job
 
+pytestmark = only_sqlite("damage of its file")
 SOON = 5.0  # seconds within which senders are refused
 
 

@@ -9,6 +9,7 @@ import pytest
 from click.testing import CliRunner
 from commands import run
 from daemons import PLUGINS, SERVE, SOURCES, Recorder, adorn, destination, running, write_config
+from stores import only_sqlite
 from support import until
 from wire import request
 
@@ -100,6 +101,7 @@ async def test_doctor_finds_a_failing_job(tmp_path):
         assert "relay jobs run shop.sync" in online["jobs"]["hint"]
 
 
+@only_sqlite("backups of its file")
 async def test_doctor_finds_failing_backups(tmp_path):
     config = write_config(tmp_path, SOURCES, '[backup]\nevery = "1d"\n')
     async with running(config) as relay:
@@ -122,6 +124,7 @@ async def test_doctor_reports_a_relay_that_is_not_ready(tmp_path):
         assert online["ready"]["detail"] == "something is the matter"
 
 
+@only_sqlite("a folder in the place of its file")
 @pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo, lambda path: path.symlink_to(path)])
 async def test_doctor_reports_a_database_that_is_not_a_file(tmp_path, make):
     config = write_config(tmp_path, SOURCES)

@@ -7,7 +7,7 @@ import re
 import aiohttp
 import pytest
 from daemons import SOURCES, Recorder, adorn, destination, running, write_config
-from stores import fail_writes, make_store
+from stores import close_connections, fail_writes, make_store, only_sqlite
 from support import until
 from wire import Wire, exchange, request
 
@@ -72,6 +72,7 @@ async def test_a_draining_relay_is_not_ready(tmp_path):
         assert (await wire.answer()).status == 200
 
 
+@only_sqlite("the free space for its file")
 async def test_a_full_disk_is_a_reason_until_there_is_room(tmp_path):
     async with running(write_config(tmp_path, SOURCES)) as relay:
         relay.app.store.disk.free = lambda: 0
@@ -152,9 +153,7 @@ async def test_an_unexpected_error_of_the_writer_stops_the_daemon(tmp_path):
     await until(lambda: died)
     assert "the writer failed" in died[0]
     append.cancel()
-    await store.database.counter.close()
-    await store.database.reader.close()
-    await store.database.connection.close()
+    await close_connections(store)
 
 
 async def test_nobody_learns_versions_without_a_token(tmp_path):

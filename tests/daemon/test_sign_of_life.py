@@ -8,6 +8,7 @@ from itertools import product
 
 import pytest
 from daemons import SOURCES, running, write_config
+from stores import break_disk, only_sqlite, rows_of
 from support import until
 from wire import Wire, exchange, request
 
@@ -111,26 +112,10 @@ def full_queue(_relay, patch):
 @contextmanager
 def failing_disk(relay, patch):
     """Fail each COMMIT as a broken disk does."""
-    connection = relay.app.store.database.connection
-    original = connection.run
-
-    async def broken(statements):
-        error = sqlite3.OperationalError("disk I/O error")
-        error.sqlite_errorcode = sqlite3.SQLITE_IOERR
-        raise error
-
-    async def no_probe(sql, *_):
-        if sql.startswith("BEGIN"):
-            error = sqlite3.OperationalError("disk I/O error")
-            error.sqlite_errorcode = sqlite3.SQLITE_IOERR
-            raise error
-
     with patch.context() as now:
         now.setattr(writer, "PROBE_EVERY", 0.01)
-        now.setattr(connection, "run", broken)
-        now.setattr(connection, "execute", no_probe)
+        break_disk(relay.app.store, now)
         yield
-    assert connection.run == original
 
 
 async def types(relay):
@@ -184,6 +169,7 @@ async def test_a_request_that_cannot_be_stored_keeps_a_worker_alive(relay, clock
     assert await types(relay) == ["registered"]
 
 
+@only_sqlite("the free space for its file")
 async def test_a_disk_below_its_floor_marks_no_worker_offline(config, clock):
     async with running(config, clock=clock) as relay:
         await relay.exchange(register())
@@ -207,9 +193,7 @@ async def test_the_effect_of_a_refused_request_is_stored_soon(config, relay, clo
     clock.advance(60)
     assert (await relay.exchange(beat())).status == 503
     await relay.app.store.workers.flush()
-    with sqlite3.connect(f"file:{config.parent}/state/relay.db?mode=ro", uri=True) as db:
-        [(at,)] = db.execute("SELECT last_heartbeat FROM workers")
-    assert at == clock.wall()
+    assert rows_of(config, "SELECT last_heartbeat FROM workers") == [(clock.wall(),)]
 
 
 async def test_a_request_beyond_the_limit_of_connections_keeps_a_worker_alive(relay, clock):
@@ -312,6 +296,7 @@ async def test_workers_that_stop_together_with_the_relay_raise_no_offline_event(
         assert await types(relay) == ["registered", "unregistered"]
 
 
+@only_sqlite("a copy of its file")
 async def test_a_refused_unregister_outlasts_a_crash_once_it_has_been_flushed(config, clock, tmp_path):
     async with running(config, clock=clock) as relay:
         await relay.exchange(register())
@@ -328,6 +313,7 @@ async def test_a_refused_unregister_outlasts_a_crash_once_it_has_been_flushed(co
         assert await types(relay) == ["registered", "unregistered"]
 
 
+@only_sqlite("a lock of its file")
 @pytest.mark.parametrize("again", [None, beat, register])
 async def test_an_unregister_before_the_store_is_open_is_stored_afterwards(config, clock, again):
     async with running(config, clock=clock) as relay:

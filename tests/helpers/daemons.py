@@ -141,10 +141,11 @@ class Relay:
     async def rows(self, kind: str = "events", **filters: Any) -> list[dict[str, Any]]:
         """Return all matching rows of a list, oldest first."""
         found: list[dict[str, Any]] = []
-        before = None
-        while page := await self.app.store.queries.find(kind, limit=500, before=before, **filters):
-            found += page
-            before = page[-1]["row"]
+        cursor, is_last = None, False
+        while not is_last:
+            page = await self.app.store.queries.page(kind, limit=500, cursor=cursor, **filters)
+            found += page.rows
+            cursor, is_last = page.cursor, page.cursor is None
         return found[::-1]
 
     async def event(self, public_id: str) -> StoredEvent:

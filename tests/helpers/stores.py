@@ -156,6 +156,41 @@ async def refuse_writes(store, *, now):
             await asyncio.sleep(0.01)
 
 
+def break_disk(store, patch):
+    """Let each transaction fail as on a broken disk, until the patches are undone."""
+    if is_postgres(store):
+        connection = store.database.writer.connection
+
+        async def broken(*_, **__):
+            raise asyncpg.PostgresIOError("could not write to file")
+
+        patch.setattr(connection, "fetch", broken)
+        patch.setattr(connection, "execute", broken)
+        return
+    error = sqlite3.OperationalError("disk I/O error")
+    error.sqlite_errorcode = sqlite3.SQLITE_IOERR
+
+    async def fail(_statements):
+        raise error
+
+    async def fail_probe(sql, *_):
+        if sql.startswith("BEGIN"):
+            raise error
+
+    patch.setattr(store.database.connection, "run", fail)
+    patch.setattr(store.database.connection, "execute", fail_probe)
+
+
+async def close_connections(store):
+    """Close the connections of a store whose writer has failed."""
+    if is_postgres(store):
+        await store.database.writer.connection.close()
+        await store.database.close()
+        return
+    for connection in (store.database.counter, store.database.reader, store.database.connection):
+        await connection.close()
+
+
 async def call_writer(store, function):
     """Run a function on the writer's connection, in turn with the store's transactions."""
     return await store.database.writer.call(function)

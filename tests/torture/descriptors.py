@@ -8,18 +8,18 @@ over a connection that is open already; then it is raised again. Run `python -m 
 import asyncio
 import itertools
 import resource
-import sqlite3
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from contextlib import AsyncExitStack, closing, suppress
+from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from pathlib import Path
 
 import click
 from daemons import SERVE, SOURCES, Daemon, Recorder, adorn, destination, write_config
+from stores import rows_of
 from support import until
 from wire import Wire, request
 
@@ -134,8 +134,7 @@ async def _is_heard(url: str) -> bool:
 
 
 def _count(folder: Path, query: str) -> int:
-    with closing(sqlite3.connect(f"file:{folder / 'state' / 'relay.db'}?mode=ro", uri=True)) as reader:
-        return int(reader.execute(query).fetchone()[0])
+    return int(rows_of(folder / "config.toml", query)[0][0])
 
 
 @click.command()
