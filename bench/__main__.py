@@ -9,8 +9,8 @@ from bench.loop import run
 from bench.report import as_json, table
 from bench.rounds import Plan
 
-BENCHMARKS = ("ingest", "relay", "generic", "zoo")
-"""One module each, with a docstring of one line and `run(plan)`."""
+BENCHMARKS = ("ingest", "relay", "generic", "zoo", "cluster")
+"""One module each, with a docstring of one line and `run(plan)`, which returns its comparisons."""
 
 
 @click.command()
@@ -30,9 +30,10 @@ def main(names: tuple[str, ...], rounds: int, requests: int, connections: int, *
     plan = Plan(rounds=rounds, requests=requests, connections=connections)
     comparisons = []
     for _, module in modules:
-        comparisons.append(run(module.run(plan)))
-        if not json:
-            print(table(comparisons[-1]), flush=True)
+        for comparison in run(module.run(plan)):
+            comparisons.append(comparison)
+            if not json:
+                print(table(comparison), flush=True)
     if json:
         print(as_json(comparisons))
 

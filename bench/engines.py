@@ -1,19 +1,19 @@
-"""CPU of one event with its deliveries in each store engine, in the process and in the database server."""
+"""The stores alone: CPU of one event with its deliveries in SQLite and in PostgreSQL, and in its server."""
 
 import asyncio
 import hashlib
-import os
-import statistics
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import click
-import msgspec
 
-from bench.loop import run
+from bench.loop import run as execute
+from bench.postgres import Processes, server
+from bench.report import table
+from bench.rounds import Comparison, Measured, Plan, alternate_all
 from relay.base.clock import SystemClock
 from relay.base.ids import EVENT, new_id
 from relay.model import Attempt, Delivery, News, Outcome, StoredEvent, Target
@@ -23,32 +23,6 @@ from relay.store.opening import make_store
 CLOCK = SystemClock()
 BODY = b'{"id":"8b2f","total":45000.00,"items":[' + b",".join(b'{"sku":"A%d"}' % n for n in range(12)) + b"]}"
 FAN_OUT = 3
-_TICK = 1 / os.sysconf("SC_CLK_TCK")
-
-
-class Cost(msgspec.Struct, frozen=True):
-    """One round of one engine: microseconds of CPU per event with its deliveries, and events per second."""
-
-    process: float
-    server: float
-    rate: float
-
-    @property
-    def total(self) -> float:
-        """CPU of both."""
-        return self.process + self.server
-
-
-def server_cpu(pids: list[int]) -> float:
-    """Return the seconds of CPU that processes of this machine have used so far."""
-    used = 0
-    for pid in pids:
-        try:
-            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        except OSError:  # it has ended
-            continue
-        used += int(fields[11]) + int(fields[12])
-    return used * _TICK
 
 
 @asynccontextmanager
@@ -68,28 +42,25 @@ async def opened(url: str, folder: Path) -> AsyncIterator[tuple[Store, list[Deli
         await store.close()
 
 
-async def pids_of(store: Store) -> list[int]:
-    """Return the processes of the server of a store."""
-    database = getattr(store, "database")  # noqa: B009 - not part of the interface
-    if not hasattr(database, "address"):
-        return []
-    rows = await database.fetch("SELECT pid FROM pg_stat_activity")
-    return [pid for (pid,) in rows]
-
-
-async def measure(url: str, events: int, callers: int) -> Cost:
+async def measure(url: str, server: Processes | None, events: int, callers: int) -> Measured:
     """Append events with an idempotency key each, and settle their deliveries, from many callers at once."""
     with TemporaryDirectory() as folder:
         async with opened(url, Path(folder)) as (store, fresh):
             await _work(store, fresh, callers * 4, callers)  # plans, caches, partitions
-            pids = await pids_of(store)
-            began, process, server = time.perf_counter(), time.process_time(), server_cpu(pids)
+
+            def used() -> float:
+                return 0.0 if server is None else server.cpu()
+
+            began, process, other = time.perf_counter(), time.process_time(), used()
             await _work(store, fresh, events, callers)
-            seconds, process = time.perf_counter() - began, time.process_time() - process
-            server = server_cpu(pids) - server
+            seconds, process, other = (
+                time.perf_counter() - began,
+                time.process_time() - process,
+                used() - other,
+            )
             ledger = await store.ledger.audit()
             assert all(counts.unaccounted == 0 for counts in ledger.values())
-    return Cost(process / events * 1e6, server / events * 1e6, events / seconds)
+    return Measured(events=events, seconds=seconds, process=process, server=other)
 
 
 async def _work(store: Store, fresh: list[Delivery], events: int, callers: int) -> None:
@@ -133,33 +104,59 @@ def _outcome(delivery: Delivery) -> Outcome:
     return Outcome(delivery=delivery, attempt=attempt, state="delivered")
 
 
-async def compare(url: str, rounds: int, events: int, callers: int) -> dict[str, list[Cost]]:
-    """Measure both engines in alternating rounds."""
-    found: dict[str, list[Cost]] = {"sqlite": [], "postgresql": []}
-    for _ in range(rounds):
-        for name, each in (("sqlite", "sqlite:relay.db"), ("postgresql", url)):
-            found[name].append(await measure(each, events, callers))
-    return found
+async def run(plan: Plan, url: str | None = None) -> list[Comparison]:
+    """Measure both engines; without the URL of a database, on a server of their own."""
+    with server(url) as address:
+        processes = await Processes.of(address)
+        embedded, served = await alternate_all(
+            plan,
+            (
+                lambda: measure("sqlite:relay.db", None, plan.requests, plan.connections),
+                lambda: measure(address, processes, plan.requests, plan.connections),
+            ),
+        )
+    title = f"the store alone: an event with {FAN_OUT} deliveries, appended and settled"
+    return compare("store", title, "PostgreSQL", served, embedded, total=1 / 1.25, own=1 / 0.75)
+
+
+def compare(
+    name: str,
+    title: str,
+    us: str,
+    ours: Sequence[Measured],
+    embedded: Sequence[Measured],
+    *,
+    total: float | None = None,
+    own: float | None = None,
+) -> list[Comparison]:
+    """Return two comparisons with SQLite: by the CPU of processes and server, and of the processes alone."""
+    return [
+        Comparison(
+            name=f"{name}-{part}",
+            title=f"{title}; CPU of {what}",
+            us=us,
+            rival="SQLite",
+            target=target,
+            is_of_cost=True,
+            ours=tuple(getattr(each, part) for each in ours),
+            theirs=tuple(getattr(each, part) for each in embedded),
+        )
+        for part, what, target in (
+            ("total", "process and database server", total),
+            ("own", "the process alone", own),
+        )
+    ]
 
 
 @click.command()
-@click.argument("url")
+@click.argument("url", required=False)
 @click.option("--rounds", default=5, show_default=True, help="Rounds per engine.")
 @click.option("--events", default=6000, show_default=True, help="Events per round.")
 @click.option("--callers", default=64, show_default=True, help="Callers at once.")
-def main(url: str, rounds: int, events: int, callers: int) -> None:
-    """Compare SQLite with the PostgreSQL database at URL, whose server must run on this machine."""
-    found = run(compare(url, rounds, events, callers))
-    for name, costs in found.items():
-        process, server, rate = (
-            statistics.median(getattr(cost, field) for cost in costs)
-            for field in ("process", "server", "rate")
-        )
-        print(f"{name:<11} process {process:6.0f} µs  server {server:6.0f} µs  {rate:7.0f} events/s")
-    pairs = list(zip(found["postgresql"], found["sqlite"], strict=True))
-    total = statistics.median(ours.total / theirs.total for ours, theirs in pairs)
-    process = statistics.median(ours.process / theirs.process for ours, theirs in pairs)
-    print(f"PostgreSQL / SQLite: {total:.2f} of the CPU in total, {process:.2f} in the process")
+def main(url: str | None, rounds: int, events: int, callers: int) -> None:
+    """Compare SQLite with PostgreSQL: the database at URL, on this machine, or a server for this run."""
+    for comparison in execute(run(Plan(rounds=rounds, requests=events, connections=callers), url)):
+        print(table(comparison))
 
 
 if __name__ == "__main__":

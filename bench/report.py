@@ -9,7 +9,7 @@ from bench.rounds import Comparison, Spread
 
 
 def table(comparison: Comparison) -> str:
-    """Render one comparison in six lines."""
+    """Render one comparison in five lines, and a sixth for its target."""
     columns = [
         _column("events/s (min-max)", comparison.rates(), ",.0f"),
         _column("CPU us/event (min-max)", comparison.costs(), ".0f"),
@@ -18,13 +18,15 @@ def table(comparison: Comparison) -> str:
     if (delays := comparison.delays()) is not None:
         columns.append(_column("p99 ms (min-max)", delays, ".1f"))
         judged.append(delays[2])
-    met = "met" if all(ratio.median >= comparison.target for ratio in judged) else "missed"
     names = ("", comparison.us, comparison.rival, "ratio")
     rows = zip(names, *columns, strict=True)
     lines = [f"  {name:<22}" + "".join(f"{cell:>28}" for cell in cells) for name, *cells in rows]
     lines = [f"{comparison.name}: {comparison.title}", *lines]
-    what = "ratio of CPU" if comparison.is_of_cost else "ratio"
-    return "\n".join([*lines, f"  target for the {what}: {comparison.target:.2f}, {met}"])
+    if (target := comparison.target) is not None:
+        met = "met" if all(ratio.median >= target for ratio in judged) else "missed"
+        what = "ratio of CPU" if comparison.is_of_cost else "ratio"
+        lines.append(f"  target for the {what}: {target:.2f}, {met}")
+    return "\n".join(lines)
 
 
 def as_json(comparisons: Sequence[Comparison]) -> str:

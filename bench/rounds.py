@@ -2,8 +2,11 @@
 
 import statistics
 from collections.abc import Awaitable, Callable, Sequence
+from typing import TypeVar
 
 import msgspec
+
+T = TypeVar("T")
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
@@ -33,6 +36,25 @@ class Round(msgspec.Struct, frozen=True):
         return self.cpu / self.events * 1e6
 
 
+class Measured(msgspec.Struct, frozen=True, kw_only=True):
+    """One round of a store or of daemons whose database is a server: seconds of CPU of both."""
+
+    events: int
+    seconds: float
+    process: float
+    server: float  # 0: the database is in the process
+
+    @property
+    def own(self) -> Round:
+        """The round with the CPU of the process alone."""
+        return Round(self.events, self.seconds, self.process)
+
+    @property
+    def total(self) -> Round:
+        """The round with the CPU of both."""
+        return Round(self.events, self.seconds, self.process + self.server)
+
+
 class Spread(msgspec.Struct, frozen=True):
     """Median, minimum and maximum of several figures."""
 
@@ -52,7 +74,7 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True):
     title: str
     rival: str
     us: str = "relay"
-    target: float  # the smallest acceptable ratio of rates, and of p99
+    target: float | None  # the smallest acceptable ratio of rates, and of p99; None: only shown
     is_of_cost: bool = False  # whether the target is one of CPU per event, not of rates
     ours: tuple[Round, ...]
     theirs: tuple[Round, ...]
@@ -83,17 +105,20 @@ Side = Callable[[], Awaitable[Round]]
 
 async def alternate(plan: Plan, ours: Side, theirs: Side) -> tuple[tuple[Round, ...], tuple[Round, ...]]:
     """Warm up both sides, then measure them in turn; the side that begins changes from pair to pair."""
-    await ours()
-    await theirs()
-    mine, others = [], []
+    mine, others = await alternate_all(plan, (ours, theirs))
+    return mine, others
+
+
+async def alternate_all(plan: Plan, sides: Sequence[Callable[[], Awaitable[T]]]) -> list[tuple[T, ...]]:
+    """Warm up all sides, then measure them in turn; each turn begins with another side."""
+    for side in sides:
+        await side()
+    found: list[list[T]] = [[] for _ in sides]
     for number in range(plan.rounds):
-        if number % 2:
-            others.append(await theirs())
-            mine.append(await ours())
-        else:
-            mine.append(await ours())
-            others.append(await theirs())
-    return tuple(mine), tuple(others)
+        for at in range(len(sides)):
+            chosen = (number + at) % len(sides)
+            found[chosen].append(await sides[chosen]())
+    return [tuple(each) for each in found]
 
 
 def _spread(rounds: Sequence[Round], figure: str) -> Spread:

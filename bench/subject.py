@@ -9,7 +9,7 @@ from bench.processes import Server, python
 
 TOKEN = "bench-token"
 _SERVE = "from relay.cli import main; main()"
-_CONFIG = f"""\
+_CONFIG = """\
 development = true
 state_dir = "."
 [server]
@@ -18,11 +18,12 @@ listen = "127.0.0.1:0"
 listen = ""
 [storage]
 durability = "full"
+{storage}
 [log]
 format = "text"
 [sources.moddy]
 plugin = "moddy"
-tokens = ["{TOKEN}"]
+tokens = ["{token}"]
 """
 _DESTINATION = """\
 [destinations.bench]
@@ -43,27 +44,34 @@ SAMPLE = b"""{
 }"""
 
 PATH = "/internal/event/notify"
+TYPES = ("member_joined", "member_left", "role_updated", "command_used", "message_sent")
 
 
-def request(prefix: str = "") -> bytes:
+def request(prefix: str = "", type_: str = TYPES[0]) -> bytes:
     """Build the bytes of Moddy's example event, 206 bytes of JSON (docs/contracts/moddy.md#event-types)."""
     headers = {"Content-Type": "application/json", "Authorization": f"Bearer {TOKEN}"}
-    return post(prefix + PATH, SAMPLE, headers)
+    return post(prefix + PATH, SAMPLE.replace(TYPES[0].encode(), type_.encode()), headers)
 
 
 REQUEST = request()
 
 
-def write_config(folder: Path, destination: str | None = None, more: str = "") -> Path:
-    """Write a config.toml with a destination at that URL, or without one, followed by `more`."""
+def write_config(folder: Path, destination: str | None = None, more: str = "", storage: str = "") -> Path:
+    """Write a config.toml with a destination at that URL, or without one, followed by `more`.
+
+    `storage` are further lines of its table `[storage]`.
+    """
     config = folder / "config.toml"
-    config.write_text(_CONFIG + (_DESTINATION.format(url=destination) if destination else "") + more)
+    text = _CONFIG.format(storage=storage, token=TOKEN)
+    config.write_text(text + (_DESTINATION.format(url=destination) if destination else "") + more)
     return config
 
 
 @asynccontextmanager
-async def relay(folder: Path, destination: str | None = None, more: str = "") -> AsyncIterator[Server]:
+async def relay(
+    folder: Path, destination: str | None = None, more: str = "", storage: str = ""
+) -> AsyncIterator[Server]:
     """Run `relay serve` in a folder, with the configuration of `write_config`."""
-    config = write_config(folder, destination, more)
+    config = write_config(folder, destination, more, storage)
     async with python(folder / "relay.log", "-c", _SERVE, "serve", "-c", str(config)) as server:
         yield server

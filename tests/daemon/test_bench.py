@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from postgres import needs_postgres
 from stores import make_store
 
 from relay.base.clock import SystemClock
@@ -25,14 +26,16 @@ def bench(*arguments):
 
 
 def test_without_a_name_bench_lists_the_benchmarks():
-    assert [line.split()[0] for line in bench().splitlines()] == ["ingest", "relay", "generic", "zoo"]
+    assert [line.split()[0] for line in bench().splitlines()] == [
+        "ingest", "relay", "generic", "zoo", "cluster",
+    ]  # fmt: skip
 
 
 def test_a_misspelt_name_is_refused():
     command = [sys.executable, "-m", "bench", "ingets"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 2
-    assert "'ingest', 'relay', 'generic', 'zoo'" in done.stderr
+    assert "'ingest', 'relay', 'generic', 'zoo', 'cluster'" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -69,6 +72,23 @@ def test_json_has_every_round_of_both_versions():
             assert len(comparison[side]) == 2
             assert all(each["events"] == 20 and each["seconds"] > 0 for each in comparison[side])
         assert 0 < comparison["rate"]["ratio"]["least"] <= comparison["rate"]["ratio"]["most"]
+
+
+@needs_postgres
+def test_nodes_on_postgresql_are_measured_beside_sqlite():
+    script = """
+from bench import cluster, loop, report, rounds
+plan = rounds.Plan(rounds=1, requests=20, connections=4)
+for each in loop.run(cluster.run(plan, nodes=(1,))):
+    print(report.table(each))
+"""
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    titles = [line.split(":")[0] for line in done.stdout.splitlines() if not line.startswith(" ")]
+    assert titles == ["store-total", "store-own", "cluster-1-total", "cluster-1-own"]
+    ratios = [line.split() for line in done.stdout.splitlines() if line.startswith("  ratio")]
+    assert all(float(ratio[1]) > 0 and float(ratio[3]) > 0 for ratio in ratios)
 
 
 def test_sweeps_are_measured_with_their_delay_of_the_event_loop():
