@@ -31,6 +31,9 @@ log.setLevel(logging.INFO)
 MOST = 10_000
 """Entries in the store."""
 
+MOST_WAITING = 100
+"""Entries that wait for the store; further ones are only in the log."""
+
 PATIENCE = 5.0
 """Seconds for which a response waits until its entry is stored."""
 
@@ -90,7 +93,7 @@ class Trail:
         text, path = f" {body}" if body else "", _path(request)
         extra = fields(request_id=request.get(REQUEST_ID), outcome=outcome)
         log.info("%s: %s %s%s: %s", operator, request.method, path, text, outcome, extra=extra)
-        if self._store is None or status == HTTPStatus.FORBIDDEN:
+        if self._store is None or status == HTTPStatus.FORBIDDEN or len(self._adding) >= MOST_WAITING:
             return None
         entry = AuditEntry(
             at=self._clock.wall(),

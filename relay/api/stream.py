@@ -9,6 +9,7 @@ from typing import Any, Generic, TypeVar
 import msgspec
 from aiohttp import web
 
+from relay.api.operators import OPERATOR
 from relay.api.responses import error_response
 from relay.base.json_text import encode
 
@@ -135,6 +136,10 @@ class Followers(Generic[T]):
             follower.end()
 
 
+LOGIN_CHECK = 600.0
+"""Seconds after which a browser has to prove its login again."""
+
+
 async def stream(
     request: web.Request, followers: Followers[T], wanted: T, past: AsyncIterator[bytes] | None = None
 ) -> web.StreamResponse:
@@ -150,7 +155,7 @@ async def stream(
     transport = request.transport
     if transport is None:
         raise ConnectionResetError
-    with followers.joined(wanted, transport.abort) as follower:
+    with followers.joined(wanted, transport.abort) as follower, _limited(request, follower):
         response = web.StreamResponse(headers=_HEADERS)
         try:
             await response.prepare(request)
@@ -161,6 +166,20 @@ async def stream(
         except ConnectionError:
             pass  # the client has disconnected, which is the usual end of a stream
     return response
+
+
+@contextmanager
+def _limited(request: web.Request, follower: Follower[Any]) -> Iterator[None]:
+    """End the stream of a browser after a while; it reconnects, and needs a valid login again."""
+    operator = request.get(OPERATOR)
+    if operator is None or operator.access not in ("login", "proxy"):
+        yield
+        return
+    ending = asyncio.get_running_loop().call_later(LOGIN_CHECK, follower.end)
+    try:
+        yield
+    finally:
+        ending.cancel()
 
 
 async def _send_past(response: web.StreamResponse, follower: Follower[T], past: AsyncIterator[bytes]) -> None:

@@ -96,6 +96,7 @@ class _Place(Protocol):
     name: str  # for messages; includes the environment variable that named it
     headers: Mapping[str, str]
     token: str  # where the token in `headers` comes from, for messages; "": there is none
+    url: str | None  # None: a unix socket
 
     def connect(self) -> http.client.HTTPConnection:
         """Return a connection that is not open yet."""
@@ -118,6 +119,11 @@ class Daemon:
 
     def __init__(self, place: _Place) -> None:
         self._place = place
+
+    @property
+    def url(self) -> str | None:
+        """The URL of a remote daemon, without a final slash; None: it is at a unix socket."""
+        return self._place.url
 
     def get(self, *path: str, **query: object) -> Any:
         """Send GET and return the response; query parameters that are None are left out.
@@ -277,6 +283,7 @@ class _Socket:
     """The unix socket; its file permissions control access."""
 
     token = ""
+    url: str | None = None
 
     def __init__(self, path: Path, variable: str, timeout: float) -> None:
         behind = os.environ.get("SUDO_USER") or os.environ.get("DOAS_USER")
@@ -317,6 +324,7 @@ class _Url:
 
     def __init__(self, url: str, variable: str, token: tuple[str, str], timeout: float) -> None:
         self.name = f"{url}{_from(variable)}"
+        self.url: str | None = url.rstrip("/")
         secret, self.token = token
         self._timeout = timeout
         parts = urlsplit(url)

@@ -46,6 +46,8 @@ def ui(daemon: Daemon, *, scope: str | None, no_browser: bool, end_logins: bool,
         print_json(answer)
         return
     url = answer["url"]
+    if daemon.url is not None:  # the address by which this machine reaches the daemon
+        url = f"{daemon.url}/ui/#code={answer['code']}"
     click.echo(printable(url))
     opened = not no_browser and _has_screen() and _open(url)
     click.echo(

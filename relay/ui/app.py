@@ -11,7 +11,19 @@ from relay.api.responses import error_of
 from relay.base.clock import Clock
 from relay.errors import RelayError, StorageUnavailableError
 from relay.store.opening import is_storage_failure
-from relay.ui import daemon, deliveries, destinations, events, login, now, refused, replays, sources, workers
+from relay.ui import (
+    audit,
+    daemon,
+    deliveries,
+    destinations,
+    events,
+    login,
+    now,
+    refused,
+    replays,
+    sources,
+    workers,
+)
 from relay.ui.markup import tag
 from relay.ui.page import STATIC, Ask, Screen, Visit
 
@@ -36,6 +48,7 @@ SCREENS: Mapping[str, Screen] = {
     "/config": daemon.config,
     "/doctor": daemon.doctor,
     "/nodes": daemon.nodes,
+    "/audit": audit.list_,
     "/refused": refused.list_,
     "/refused/{id}": refused.show,
 }

@@ -15,6 +15,10 @@ PATH = "/login"
 """Path of the login below `/ui`. It is an endpoint only of the dashboard's own script."""
 
 
+LARGEST_BODY = 4096
+"""Bytes that are read of a request of somebody who has not logged in."""
+
+
 class LoginBody(msgspec.Struct, kw_only=True):
     """A code or a token."""
 
@@ -37,6 +41,14 @@ def page(visit: Visit) -> web.Response:
     return visit.page("Log in", tag("p", hint), form, without, status=401)
 
 
+async def _start_of(request: web.Request) -> bytes:
+    """Return the body of a request, at most `LARGEST_BODY` bytes of it."""
+    read = b""
+    while part := await request.content.read(LARGEST_BODY - len(read)):
+        read += part
+    return read
+
+
 def routes(logins: Logins, path: str) -> list[web.RouteDef]:
     """Return the endpoints for the script; `relay.api.auth.Access` has checked where requests come from."""
 
@@ -45,7 +57,7 @@ def routes(logins: Logins, path: str) -> list[web.RouteDef]:
 
     async def log_in(request: web.Request) -> web.Response:
         try:
-            body = msgspec.json.decode(await request.read(), type=LoginBody)
+            body = msgspec.json.decode(await _start_of(request), type=LoginBody)
         except (ValueError, RecursionError) as error:
             raise RelayError(f"invalid body: {error}", hint='send {"code": "…"} or {"token": "…"}') from None
         return await logins.log_in(request, code=body.code, token=body.token)

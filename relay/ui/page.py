@@ -27,6 +27,7 @@ SECTIONS = (
     ("Jobs", "jobs"),
     ("Config", "config"),
     ("Doctor", "doctor"),
+    ("Audit", "audit"),
 )
 """Name and path of each page in the navigation."""
 

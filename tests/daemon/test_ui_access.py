@@ -1,12 +1,13 @@
 """Who may use the dashboard and its API: codes, cookies, other web pages, proxies; the audit trail."""
 
+import asyncio
 import json
 import os
 import pwd
 from contextlib import asynccontextmanager
 
 import pytest
-from commands import Commands
+from commands import Commands, run
 from daemons import SOURCES, destination, running, write_config
 from wire import exchange, request
 
@@ -341,10 +342,38 @@ async def test_the_audit_trail_names_each_operator(relay, commands, monkeypatch)
     ]
     assert (found[0]["body"], found[0]["remote"]) == ('{"for":"1h"}', "127.0.0.1")
     assert "acts" not in json.dumps(found)
+    page = await browser.send("GET", "/ui/audit?operator=on-call")
+    assert (page.status, page.body.count(b"/api/destinations/crm/"), b"ivan" in page.body) == (200, 2, False)
     listed = (await commands("audit", "--operator", "on-call", "--since", "1h", "--json")).json["items"]
     assert len(listed) == 3
     assert "/api/destinations/crm/resume" in (await commands("audit")).out
     assert len((await commands("audit", "--limit", "2", "-q")).out.split()) == 2
+
+
+async def test_a_remote_daemon_s_address_is_printed_as_the_operator_knows_it(relay, tmp_path):
+    file = tmp_path / "token"
+    file.write_text("acts\n")
+    url = relay.addresses.admin.replace("127.0.0.1", "localhost")
+    result = await asyncio.to_thread(run, "ui", "--url", url, "--token-file", file, "--no-browser")
+    assert result.out.startswith(f"{url}/ui/#code=")
+    browser = Browser(relay)
+    code = result.out.strip().partition("#code=")[2]
+    assert (await browser.log_in(code=code)).json == {"name": "on-call", "scope": "operate"}
+
+
+async def test_a_stream_of_a_login_ends_and_needs_the_login_again(relay, monkeypatch):
+    monkeypatch.setattr("relay.api.stream.LOGIN_CHECK", 0.05)
+    browser = Browser(relay)
+    await browser.log_in(token="looks")
+    answer = await browser.send("GET", "/api/tail")
+    assert (answer.status, answer.headers["content-type"]) == (200, "text/event-stream; charset=utf-8")
+    await browser.send("DELETE", "/ui/login")
+    assert (await browser.send("GET", "/api/tail")).status == 401
+
+
+async def test_a_large_request_for_a_login_is_not_read(relay):
+    answer = await Browser(relay).log_in(token="x" * 100_000)
+    assert (answer.status, "set-cookie" in answer.headers) == (400, False)
 
 
 async def test_without_the_dashboard_no_login_works(config):

@@ -280,7 +280,7 @@ async function progress() {
 
 // --- keys -------------------------------------------------------------------------------------------------
 
-const GO = { n: "", e: "events", l: "deliveries", d: "destinations", r: "refused", s: "sources", w: "workers" };
+const GO = { n: "", e: "events", l: "deliveries", d: "destinations", r: "refused", s: "sources", w: "workers", a: "audit" };
 let before = "";
 
 function step(by) {
