@@ -223,4 +223,4 @@ class Standby:
 
 
 async def _no_login(_request: web.Request) -> None:
-    """Find no login, because there is no store."""
+    """Return None: without a store, there are no logins."""

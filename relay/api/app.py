@@ -196,7 +196,7 @@ class Api:
         return msgspec.to_builtins(answer, enc_hook=str)
 
     def add_pages(self, routes: Iterable[web.RouteDef]) -> None:
-        """Serve the pages of the dashboard on both listeners; call it before these are made."""
+        """Serve the pages of the dashboard on both listeners; call it before `socket_app` and `tcp_app`."""
         self._pages += routes
 
     def end_streams(self) -> None:

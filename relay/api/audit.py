@@ -1,4 +1,4 @@
-"""The audit trail: who changed what over the admin API, in the log and in the store.
+"""The audit trail: changes over the admin API with their operators, in the log and in the store.
 
 Every change is logged under `relay.audit`, with any `[log] level`. The store keeps the latest changes for
 `GET /api/audit`. It leaves out requests beyond an operator's scope, which change nothing: they could displace

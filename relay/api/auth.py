@@ -2,8 +2,9 @@
 
 On the socket, file permissions decide who may connect. The admin listener needs a token, a login to the
 dashboard, or a trusted proxy that names the user, and a Host header that names the listener. A browser sends
-a login, and what a proxy adds, with every request, also if another page causes it. So such a request must
-come from the dashboard itself. Each request has an id, which its response and its log lines contain.
+its login, and a proxy adds its headers, even to requests that another web page causes. So requests without
+a token must come from the dashboard itself. Each request has an id, which its response and its log lines
+contain.
 """
 
 import hmac
@@ -66,7 +67,7 @@ POLICY = (
     "form-action 'none'; base-uri 'none'; frame-ancestors 'none'; "
     "require-trusted-types-for 'script'; trusted-types 'none'"
 )
-"""What a page of the dashboard may load and run: its own files, and no inline code."""
+"""A page of the dashboard may load and run the dashboard's own files, and no inline code."""
 
 _PROTECTION = {
     "X-Content-Type-Options": "nosniff",
@@ -155,7 +156,7 @@ class Access:
         return check
 
     async def _admit(self, request: web.Request, handler: Any, *, trusted: bool) -> web.StreamResponse:
-        """Handle a request if its operator is known and the request may use what proves it."""
+        """Handle a request if its operator is known and no other web page has caused it."""
         scheme, _, given = request.headers.get("Authorization", "").strip().partition(" ")
         operator = None
         if scheme.lower() == "bearer":
@@ -194,8 +195,8 @@ class Access:
         """Return the operator that a trusted proxy names.
 
         Raises:
-            ForbiddenError: the header occurs twice, as if the proxy had only added it to the client's own
-                one, or its value cannot be a name.
+            ForbiddenError: the header occurs twice, because the proxy does not remove the client's own
+                header; or its value cannot be a name.
         """
         names = request.headers.getall(self._config.user_header or "", ())
         if not names:
@@ -283,8 +284,8 @@ def _unauthorized() -> web.Response:
 def _check_origin(request: web.Request) -> web.Response | None:
     """Return the refusal of a request that another web page caused; None: the dashboard itself sent it.
 
-    A change must come from the same origin. A browser says so in `Sec-Fetch-Site`; on plain HTTP to another
-    machine, it sends only `Origin`. A page may be opened from everywhere, but not embedded.
+    A change must come from the same origin. A browser reports that in `Sec-Fetch-Site`; on plain HTTP to
+    another machine, it sends only `Origin`. A page may be opened from everywhere, but not embedded.
     """
     site = request.headers.get("Sec-Fetch-Site")
     if request.method in READ_ONLY:

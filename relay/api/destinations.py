@@ -52,7 +52,7 @@ class PingView(msgspec.Struct):
     result: Annotated[AttemptResult, about("As in the metrics of attempts.")]
     status: Annotated[int | None, about("null: no response.")]
     error: str | None
-    verdict: Annotated[str, about("What this response would mean for a delivery.")]
+    verdict: Annotated[str, about("The outcome that this response would have for a delivery.")]
     hint: Annotated[str, about("What to do next. May be empty.")]
     held: Annotated[str | None, about("Why the destination is still held; null if it is not held.")]
     circuit_closed: Annotated[
@@ -66,7 +66,7 @@ class PingView(msgspec.Struct):
 
 
 class PingBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
-    """What a successful test changes; the body may be missing."""
+    """The change by a successful test; the body may be missing."""
 
     close_circuit: Annotated[
         bool, about("Close the circuit after a 2xx; deliveries start at once, one at a time at first.")

@@ -165,7 +165,7 @@ def _plain(request: web.Request) -> str:
 
 
 def _digest(kind: str, value: str) -> bytes:
-    """Return what the store keeps of a code or cookie. A cookie is valid only under its own name."""
+    """Return the digest of a code or cookie for the store. A cookie is valid only under its own name."""
     return hashlib.sha256(f"{kind}={value}".encode("utf-8", "surrogateescape")).digest()
 
 

@@ -1,4 +1,4 @@
-"""Nodes: the daemons that share the database, and what each of them runs."""
+"""Nodes: the daemons that share the database, each with its lanes and jobs."""
 
 from typing import Annotated
 

@@ -1,4 +1,4 @@
-"""Operators: who sends a request to the admin API, and how that is proved."""
+"""Operators: the senders of requests to the admin API, and how their names are proved."""
 
 import os
 import pwd

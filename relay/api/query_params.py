@@ -64,7 +64,7 @@ def _about(text: str, **extra: Any) -> msgspec.Meta:
     Args:
         text: its line in `--help` and in OpenAPI.
         extra: `read` converts the text and the current time to the value for the store; `parse` converts the
-            text in a query to the field's value; `hint` says what to send instead of an invalid value;
+            text in a query to the field's value; `hint` is the advice for an invalid value;
             `choices` lists the valid values; `option` is the name of the command line option, or None.
     """
     return msgspec.Meta(description=text, extra=extra)

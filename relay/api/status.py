@@ -64,7 +64,7 @@ class StatusView(msgspec.Struct):
     ]
     backups: Annotated[BackupsView | None, about("null: `[backup] every` is not set.")]
     disk: Annotated[DiskView | None, about("null: not checked yet.")]
-    problems: Annotated[list[StatusProblem], about("The worst first; empty if all is well.")]
+    problems: Annotated[list[StatusProblem], about("The most severe first; empty if there are no problems.")]
 
 
 def status_of(context: Context, began: int) -> StatusView:
@@ -113,7 +113,7 @@ def _disk(context: Context) -> DiskView | None:
 
 
 def _problems(context: Context, reasons: list[str]) -> Iterator[StatusProblem]:
-    """Yield the problems, the worst first."""
+    """Yield the problems, the most severe first."""
     yield from _problems_of_disk(context, reasons)
     for name, count in sorted(context.ledger_check.unaccounted.items()):
         what = f"the ledger of {name} does not balance, a bug in the relay; difference: {count}"

@@ -361,7 +361,7 @@ async def show_event(stored: StoredData, given: str) -> dict[str, Any]:
 
 
 class _Exported(msgspec.Struct):
-    """What `_payload` needs of an exported event."""
+    """The fields of an exported event that `_payload` needs."""
 
     content_type: str
     body: str | None = None

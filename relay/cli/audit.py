@@ -30,7 +30,7 @@ def audit(daemon: Daemon, *, as_json: bool, quiet: bool, **query: Any) -> None:
 
     Each change over the admin API is listed with the operator: the user of the relay command, the name of
     the token, the login to the dashboard, or the user that a proxy named. The latest 10,000 are kept; the
-    log has them all, under relay.audit.
+    log has all of them, under relay.audit.
     """
     print_page(
         gather(daemon, "audit", **query), COLUMNS, SHAPE, as_json=as_json, quiet=quiet, key="request_id"

@@ -54,7 +54,7 @@ class Written(msgspec.Struct, frozen=True, kw_only=True):
     content: str
     mode: int
     is_secret: bool = False
-    about: str = ""  # what the operator must still write into it
+    about: str = ""  # the value that the operator must still write into it
 
 
 class Step(msgspec.Struct, frozen=True, kw_only=True):

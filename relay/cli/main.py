@@ -40,7 +40,7 @@ EXIT_CODES = {
     " (`check-config` exits with 1)",
     INTERRUPTED: "interrupted by Ctrl-C",
 }
-"""What each exit code means, as in docs/cli.md and in the man pages."""
+"""The meaning of each exit code, as in docs/cli.md and in the man pages."""
 
 
 class CommandError(RelayError):

@@ -133,7 +133,7 @@ def print_page(
 
 
 def _plural() -> str:
-    """Return what the command lists: "events" for `relay events list`."""
+    """Return the plural of the listed items: "events" for `relay events list`."""
     context = click.get_current_context()
     return (context.parent and context.info_name == "list" and context.parent.info_name) or "rows"
 

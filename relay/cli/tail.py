@@ -139,7 +139,7 @@ def line_for_people(what: str, item: dict[str, Any], width: int) -> str:
 
 
 def _outcome(attempt: dict[str, Any]) -> str:
-    """Return the result of an attempt, and what follows from it."""
+    """Return the result of an attempt and its consequence for the delivery."""
     result = screen.result_text(attempt["status"], attempt["error"]) or attempt["result"]
     took, number = screen.milliseconds(attempt["duration_ms"]), attempt["attempt"]
     nth = "" if number in (1, None) else f", attempt {number}"

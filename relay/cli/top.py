@@ -171,7 +171,7 @@ def _bar(value: float | None, most: float) -> str:
 
 
 class View:
-    """What the screen shows: the latest snapshot, the history, and what the operator typed."""
+    """The content of the screen: the latest snapshot, the history, and the operator's input."""
 
     def __init__(self) -> None:
         self.snapshot: dict[str, Any] = {}
@@ -312,7 +312,7 @@ class _Dashboard:
             tell("failed", error)
 
 
-# --- what the screen shows ------------------------------------------------------------------------------
+# --- the content of the screen --------------------------------------------------------------------------
 
 
 def frame(view: View, columns: int, rows: int | None) -> list[str]:
@@ -330,7 +330,7 @@ def frame(view: View, columns: int, rows: int | None) -> list[str]:
     else:
         if len(sources) + len(destinations) > room:  # trouble comes first; the order is stable otherwise
             destinations.sort(key=lambda each: each["held"] is None and not each["failed_per_second"])
-        # Sources get a third of the room, and what destinations leave.
+        # Sources get a third of the rows, and those that destinations do not use.
         of_sources = min(len(sources), max(room - len(destinations), room // 3, 2))
         offset = min(view.offset, max(0, len(destinations) - (room - of_sources) + 1))
         view.offset = offset

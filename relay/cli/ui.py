@@ -23,7 +23,7 @@ PAGE = "relay-ui.html"
     "--scope", type=OneOf(("read", "operate", "admin")), help="Scope of the login.  [default: your own]"
 )
 @click.option("--no-browser", is_flag=True, help="Only print the address.")
-@click.option("--end-logins", is_flag=True, help="End all logins of all browsers instead.")
+@click.option("--end-logins", is_flag=True, help="Only end all logins of all browsers.")
 @json_option
 @daemon_options
 def ui(daemon: Daemon, *, scope: str | None, no_browser: bool, end_logins: bool, as_json: bool) -> None:
@@ -31,8 +31,8 @@ def ui(daemon: Daemon, *, scope: str | None, no_browser: bool, end_logins: bool,
 
     Example: relay ui --scope read
 
-    The printed address logs in one browser, once, within a minute. On another machine, forward the port
-    first: ssh -L 8081:127.0.0.1:8081 HOST
+    Prints an address that logs in one browser; it works once, within a minute. On another machine, forward
+    the port first: ssh -L 8081:127.0.0.1:8081 HOST
     """
     if end_logins:
         answer = daemon.delete("logins")

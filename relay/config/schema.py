@@ -83,7 +83,7 @@ class Server(msgspec.Struct, frozen=True, kw_only=True):
 
 
 Scope = Literal["read", "operate", "admin"]
-"""What a token of the admin API allows; each scope includes the ones before it."""
+"""The scope of an operator of the admin API; each scope includes the ones before it."""
 
 
 class AdminToken(msgspec.Struct, frozen=True, kw_only=True):

@@ -129,7 +129,7 @@ class Lane:
     def own(self, until: int, state: DestinationState | None) -> None:
         """Own this lane until a time (steady clock), from now on or for longer than before.
 
-        `state` is what the store remembers of the destination; None: the lane has read it already.
+        `state` is the stored state of the destination; None: the lane has read it already.
         """
         was_owned = self.is_owned
         self.health.owned_until, self.node = until, ""

@@ -1,4 +1,4 @@
-"""Ownership of lanes: once a second, the node renews what it owns, takes free lanes and hands over others."""
+"""Ownership of lanes: once a second, the node renews its lanes, takes free ones and hands over others."""
 
 import asyncio
 import logging
@@ -35,8 +35,8 @@ class Owner:
     ) -> None:
         """Take functions.
 
-        `jobs` returns the jobs that run on one node of the cluster; `refresh` reads again what other nodes
-        may have changed, once a second.
+        `jobs` returns the jobs that run on one node of the cluster; `refresh` reads the changes of other
+        nodes; it is called once a second.
         """
         self._refresh = refresh
         self._dispatcher = dispatcher

@@ -48,7 +48,7 @@ _BOM = b"\xef\xbb\xbf"
 _AUTO = "{auto}"  # placeholder for the length of the body
 _EXPECTED = (
     'expected a request: "POST /path HTTP/1.1", headers, an empty line and the body;'
-    " what `curl -v` prints; or JSON with method, path, headers and body"
+    " the output of `curl -v`; or JSON with method, path, headers and body"
 )
 
 

@@ -280,7 +280,7 @@ def _keys(
 
 
 def _is_standard(secret: Secret) -> bool:
-    """Return whether a secret is a key of Standard Webhooks; destinations with other schemes have others."""
+    """Return whether a secret is a key of Standard Webhooks; other schemes have other keys."""
     try:
         Signer((secret,))
     except ValueError:

@@ -110,7 +110,7 @@ class UnheardReplies:
 
         Args:
             fingerprint: as in `begin`.
-            entry: what `begin` returned.
+            entry: the return value of `begin`.
             receipt: None if nothing was stored.
             gone: whether the sender disconnected before the reply.
         """

@@ -419,7 +419,7 @@ class LedgerReads(Protocol):
 
 
 class Refused(Protocol):
-    """Refused requests, so that an operator can see what a sender sent, and retry it."""
+    """Refused requests, so that an operator can inspect and retry them."""
 
     async def add(self, requests: Sequence[RefusedRequest]) -> None:
         """Store requests in one transaction."""

@@ -63,7 +63,7 @@ class Restored(msgspec.Struct):
 
 
 class Scope(msgspec.Struct, frozen=True):
-    """The destinations whose pending deliveries this node ends: only a lane's owner knows what it sends."""
+    """The destinations whose pending deliveries this node ends; only owners know the attempts in flight."""
 
     mine: frozenset[str]  # owned lanes
     known: frozenset[str]  # destinations in the config of a node

@@ -43,7 +43,7 @@ class Keys:
         self.exclusive: set[tuple[str, str]] = set()  # source and key of the new ones that are exclusive
 
     def note(self, source: str, text: str, identity: bytes, first: str | None, *, is_used: bool) -> None:
-        """Note what the database knows about a request: its event, and whether any request used its key."""
+        """Note the result of the look-up of a request: its event, and whether any request used its key."""
         if first is not None:
             self._first[source, text, identity] = first
         if is_used:

@@ -42,11 +42,11 @@ class GroupTimes(NamedTuple):
 
 
 class HeldChanges(NamedTuple):
-    """What changes about the destinations that accept nothing. All times are steady, like due times."""
+    """Changes of the destinations that accept nothing. All times are steady, like due times."""
 
     gone: Sequence[str]  # they accept deliveries again
     new: Sequence[str]
-    to_warn: Mapping[str, int]  # destinations whose operator may need a warning, and the times since when
+    to_warn: Mapping[str, int]  # destinations that may need a warning, and when each stopped accepting
     to_expire: Sequence[str]
     before: int  # deliveries of `to_expire` that were due before expire
 
@@ -140,8 +140,9 @@ def group_times(batch: Batch, deliveries: Sequence[Delivery], waiting: Sequence[
 def held_changes(batch: Batch, held: HeldDestinations, known: Mapping[str, tuple[int, bool]]) -> HeldChanges:
     """Decide about the destinations that accept nothing: their deliveries expire a day after a warning.
 
-    `known` has the stored ones, each with the time since when, and whether the operator was warned. The time
-    is stored so that a restart does not extend it. Destinations of other nodes stay as they are.
+    `known` has the stored ones, each with the time at which it stopped accepting, and whether the operator
+    was warned. The time is stored so that a restart does not extend the period. Destinations of other nodes
+    stay unchanged.
     """
     before, notice = batch.steady - held.kept, min(NOTICE, held.kept // 2)
     scope, since = batch.scope, {name: known[name][0] for name in sorted(held.names & known.keys())}

@@ -130,7 +130,7 @@ class StoredWorkerChanges:
     def sweep(self, at: int, most: int) -> list[Worker]:
         """Mark up to `most` workers as OFFLINE whose deadline had passed at `at` (steady).
 
-        Workers whose unregister was refused are unregistered.
+        Workers whose unregister request was refused are unregistered.
         """
         marked: list[Worker] = []
         now = Now(wall=self._now.wall, steady=at)

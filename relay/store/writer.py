@@ -92,7 +92,7 @@ class Space(Protocol):
 
 
 class Remedy(Enum):
-    """What to do after a transaction has failed."""
+    """The reaction to a failed transaction."""
 
     AGAIN = "again"  # write the same jobs again
     WITHOUT_SENDERS = "without senders"  # refuse senders' requests, write the other jobs again
@@ -475,7 +475,7 @@ class Writer(ABC, Generic[C]):
 
     @abstractmethod
     async def _judge(self, error: Exception) -> Remedy:
-        """Return what to do after an error of a transaction or a call."""
+        """Return the reaction to an error of a transaction or a call."""
 
     @abstractmethod
     async def _probe(self) -> str | None:

@@ -61,7 +61,7 @@ class Dashboard:
     """The pages at `/ui/`."""
 
     def __init__(self, ask: Ask, logins: Logins, clock: Clock) -> None:
-        """Take `relay.api.app.Api.ask`, from which pages get what they show."""
+        """Take `relay.api.app.Api.ask`, which returns the data of pages."""
         self._ask = ask
         self._logins = logins
         self._clock = clock

@@ -81,7 +81,7 @@ def _job(visit: Visit, job: Mapping[str, Any]) -> tuple[Content, ...]:
 
 def _backups(visit: Visit, backups: Mapping[str, Any] | None) -> Iterator[tuple[str, Content]]:
     if backups is None:
-        yield "Schedule", "none: [backup] every is not set"
+        yield "Schedule", "off: [backup] every is not set"
         return
     yield "Schedule", f"every {backups['interval']}"
     yield "Last success", when(visit, backups["last_success"])
@@ -141,7 +141,7 @@ async def doctor(visit: Visit) -> web.Response:
         tag(
             "p",
             "Checks database, disk, clock, backlog, jobs and backups. A large database takes some minutes; "
-            "the relay works on meanwhile.",
+            "the relay keeps running meanwhile.",
         ),
         tag("p", run, class_="actions"),
         tag("p", command("doctor")),

@@ -1,4 +1,4 @@
-"""Destinations: the list, and one with its backlog, its failures and what a change would do."""
+"""Destinations: the list, and one with its backlog, its failures and the effect of each change."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -77,7 +77,7 @@ def count_link(visit: Visit, destination: str, word: str, count: int) -> Markup:
 
 
 async def show(visit: Visit) -> web.Response:
-    """Show whether a destination gets its deliveries, why not, and what letting them go would mean."""
+    """Show whether a destination gets its deliveries, why not, and the effect of sending them."""
     name = visit.path["name"]
     shown = await visit.ask("showDestination", {"name": name})
     config = (await visit.ask("showConfig"))["config"]["destinations"].get(name)
@@ -155,7 +155,7 @@ def _actions(visit: Visit, shown: Mapping[str, Any], config: Mapping[str, Any] |
             yield action(
                 visit, "Test and deliver", "destinations", "test", name, "--close-circuit",
                 call=f"{base}/test", body={"close_circuit": True},
-                count=f"one signed ping; after a 2xx, the {waiting} go out, one at a time at first",
+                count=f"one signed ping; after a 2xx, the {waiting} are sent, one at a time at first",
             )  # fmt: skip
         if reason == "paused":
             yield action(

@@ -16,7 +16,7 @@ class Markup(str):
 
 
 Content: TypeAlias = "str | int | float | Iterable[Content] | None"
-"""What an element contains; None: nothing."""
+"""The content of an element; None: nothing."""
 
 Value: TypeAlias = str | int | float | None
 """Value of an attribute. True: the attribute without a value; None and False: no attribute."""

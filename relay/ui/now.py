@@ -1,4 +1,4 @@
-"""Now: whether anything is wrong, and what to do about it."""
+"""Now: the problems, each with the next command."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -61,11 +61,11 @@ def _summary(visit: Visit, status: Mapping[str, Any], nodes: Sequence[Mapping[st
 
 
 def _problems(problems: Sequence[Mapping[str, Any]]) -> Markup:
-    """Return what needs the operator, the worst first, each with the next command."""
+    """Return the problems, the most severe first, each with the next command."""
     if not problems:
-        return tag("p", state("delivered", "Nothing needs you."), class_="calm")
+        return tag("p", state("delivered", "No problems."), class_="calm")
     items = [tag("li", state("dead", each["what"]), " ", command_line(each["next"])) for each in problems]
-    heading = tag("h2", f"Needs you ({len(problems)})", id="needs")
+    heading = tag("h2", f"Problems ({len(problems)})", id="needs")
     return tag("section", heading, tag("ul", items, class_="problems"), aria_labelledby="needs")
 
 

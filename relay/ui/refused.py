@@ -1,4 +1,4 @@
-"""Refused requests: which senders were refused and why, and one request with its head and body."""
+"""Refused requests: the list with counts, and one request with its headers and body."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,7 +36,7 @@ async def list_(visit: Visit) -> web.Response:
         "Refused requests",
         table(
             "All refused requests of the last hour",
-            ("Source", "Refused", "Of which kept, on this page"),
+            ("Source", "Refused", "Kept, on this page"),
             list(_sources(visit, history["sources"], page["items"])),
             empty="No request to a source was refused in the last hour.",
         ),
@@ -98,7 +98,7 @@ def _retried(visit: Visit, each: Mapping[str, Any]) -> Content:
 
 
 async def show(visit: Visit) -> web.Response:
-    """Show a refused request, what to do about it, and its head and body with masked tokens."""
+    """Show a refused request, the next step, and its headers and body with masked tokens."""
     id_ = visit.path["id"]
     shown = await visit.ask("showRefused", {"id": id_})
     head = [f"{shown['method']} {shown['target']}", *(f"{name}: {value}" for name, value in shown["headers"])]

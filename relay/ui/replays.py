@@ -22,7 +22,7 @@ async def list_(visit: Visit) -> web.Response:
             "Since the daemon started",
             ("Replay", "State", "Done", "Of", "To", "Began"),
             [_row(visit, each) for each in page["items"]],
-            empty="None since the daemon started.",
+            empty="No replays since the daemon started.",
         ),
         section="deliveries",
     )

@@ -94,7 +94,7 @@ async def show(visit: Visit) -> web.Response:
                 (each["name"], each["key"], number(each["uses"]), when(visit, each["last_used"]))
                 for each in shown["tokens"]
             ],
-            empty="None: the source is open to everyone who can reach it.",
+            empty="No tokens: the source is open to everyone who can reach it.",
         ),
         tag(
             "details",

@@ -131,9 +131,9 @@ def apply(row: Worker | None, change: WorkerChange, source: str, now: Now, rules
 
 
 def silent(row: Worker, now: Now) -> tuple[Worker, GeneratedEvent] | None:
-    """Return the new row and the event of a worker past its deadline, or of one whose unregister was refused.
+    """Return the new row and the event of a worker past its deadline, or None if nothing changes.
 
-    None: nothing changes.
+    A worker whose unregister request was refused is unregistered.
     """
     if row.leaving is not None and row.unregistered_at is None:
         after = msgspec.structs.replace(row, status="OFFLINE", unregistered_at=row.leaving, leaving=None)
@@ -145,9 +145,9 @@ def silent(row: Worker, now: Now) -> tuple[Worker, GeneratedEvent] | None:
 
 
 def note_refused(row: Worker, change: WorkerChange, now: Now, rules: WorkerRules) -> Worker:
-    """Return a row after a request that the relay refused: its worker is alive, or is leaving.
+    """Return a row after a request that the relay refused: its worker is alive, or unregisters.
 
-    Creates no event, because nothing can be stored now; `silent` creates the event of a worker that left.
+    Creates no event, because nothing can be stored now; `silent` creates the event of an unregistered worker.
     """
     if row.unregistered_at is not None or isinstance(change, SessionSeen):
         return row

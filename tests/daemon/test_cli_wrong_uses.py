@@ -1,4 +1,4 @@
-"""Wrong uses of every command that talks to the relay: the message, the exit code, and the next step."""
+"""Invalid use of every command that talks to the relay: the message, the exit code, and the next step."""
 
 import asyncio
 

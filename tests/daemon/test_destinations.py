@@ -113,7 +113,7 @@ class Sender:
                 await wire.send(raw)
                 answer = await wire.answer()
             except ConnectionRefusedError:
-                await asyncio.sleep(0.005)  # what a sender does before it tries again
+                await asyncio.sleep(0.005)  # as a sender does before it retries
                 continue
             except (ConnectionError, asyncio.IncompleteReadError) as error:
                 self.failures.append(repr(error))

@@ -98,7 +98,7 @@ TROUBLES: dict[tuple[str, int], Trouble] = {}
 
 
 def trouble(reason: str, status: int) -> Callable[[Trouble], Trouble]:
-    """Register how to cause a refusal with that reason (the metric's label)."""
+    """Register a function that causes a refusal with this reason (the metric's label)."""
 
     def note(provoke: Trouble) -> Trouble:
         TROUBLES[reason, status] = provoke

@@ -1,7 +1,7 @@
 """Two hundred workers on a virtual clock, and a relay that is killed: one event per change of status.
 
-The expected events follow from the gaps in the schedule of heartbeats. The schedule has no gap so close to a
-deadline that the order of a sweep and a heartbeat would decide.
+The expected events follow from the gaps in the schedule of heartbeats. No gap ends close to a
+deadline, so the order of sweeps and heartbeats does not matter.
 """
 
 import asyncio

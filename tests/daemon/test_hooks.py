@@ -95,7 +95,7 @@ async def test_the_example_does_what_the_page_describes(tmp_path, plugins, recei
     assert (log.exists(), (tmp_path / "audit.old").read_text()) == (False, lines)
 
 
-# --- what a plugin can do to the relay ----------------------------------------------------------------
+# --- plugins that hang, raise or fail -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -187,7 +187,7 @@ async def hear(relay, pieces, *, closes_side):
     """Send these bytes and return everything until the relay closes."""
     heard = bytearray()
 
-    async def read():  # while it sends: a reset would take from the reader what it has
+    async def read():  # read while sending, because a reset discards unread bytes
         with suppress(ConnectionError):
             while piece := await wire.reader.read(65_536):
                 heard.extend(piece)
@@ -232,7 +232,7 @@ async def test_a_request_gets_the_same_replies_from_both_listeners(pair, pieces)
 @pytest.mark.parametrize("pieces", BADLY_FRAMED.values(), ids=BADLY_FRAMED)
 async def test_bytes_that_are_not_http_get_the_same_replies_from_both_listeners(pair, pieces):
     heard = await compare(pair, pieces)
-    is_last = pieces[0].startswith((LAST, CHUNKED + CHUNKS))  # what comes behind is not read
+    is_last = pieces[0].startswith((LAST, CHUNKED + CHUNKS))  # later bytes are not read
     assert b" 400 " in heard or is_last
 
 
@@ -284,7 +284,7 @@ async def test_the_build_info_names_the_listener(pair):
 
 
 async def test_the_installed_aiohttp_is_in_the_tested_range():
-    """After a failure: read what changed in aiohttp's parser, run the suite, and widen the range."""
+    """After a failure: read the changes of aiohttp's parser, run the suite, and widen the range."""
     assert is_tested(version("aiohttp"))
 
 

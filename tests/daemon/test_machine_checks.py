@@ -1,4 +1,4 @@
-"""What the doctor finds beside the database: deliveries that wait, jobs and backups that fail, open files."""
+"""Checks of the doctor besides the database: held deliveries, failed jobs and backups, file permissions."""
 
 import asyncio
 import json

@@ -229,7 +229,7 @@ CHALLENGES = [
     Challenge("mandrill", b"", method="HEAD", content_type=None, is_signed=False),
 ]
 
-# What a retry of a sample changes, where the key alone makes a duplicate.
+# The changes by a retry of a sample, where the key alone makes a duplicate.
 RETRIES = {
     "chargebee": (b'"webhook_status":"scheduled"', b'"webhook_status":"re_scheduled"'),
     "hubspot": (b'"attemptNumber":0', b'"attemptNumber":1'),

@@ -335,7 +335,7 @@ async def test_an_unregister_before_the_store_is_open_is_stored_afterwards(confi
             assert await sweep(relay) == ()
 
 
-# --- what counts --------------------------------------------------------------------------------------
+# --- requests that count ------------------------------------------------------------------------------
 
 DEEP = b'{"a":' * 5000
 ODD = {

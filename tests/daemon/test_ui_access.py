@@ -35,7 +35,7 @@ def with_admin(path, *lines):
 
 
 class Browser:
-    """A browser at the admin listener: it keeps cookies and says where its requests come from."""
+    """A browser at the admin listener: it keeps cookies and sends the origin of its requests."""
 
     def __init__(self, relay, host=None, scheme="http"):
         self.relay = relay

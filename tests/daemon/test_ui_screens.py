@@ -1,4 +1,4 @@
-"""The screens of the dashboard: what they show, what their buttons send, and what hostile data become."""
+"""The screens of the dashboard: their content, the requests of their buttons, and hostile data."""
 
 import asyncio
 import json
@@ -148,7 +148,7 @@ async def test_changes_of_a_list_apply_to_its_filter(relay):
 
 
 @pytest.mark.parametrize("query", ["", "?state=dead", "?event_id=evt_0&state=dead", "?id=dlv_0"])
-async def test_there_is_no_change_of_everything(relay, query):
+async def test_no_button_changes_everything(relay, query):
     _, found = await page(relay, f"/ui/deliveries{query}")
     assert not buttons(found)
 
@@ -165,7 +165,7 @@ async def test_a_delivery_shows_attempts_response_and_request(relay):
     }
 
 
-async def test_a_refused_request_shows_what_to_do(relay):
+async def test_a_refused_request_shows_the_next_step(relay):
     id_ = await refuse(relay)
     _, found = await page(relay, "/ui/refused")
     assert f"./refused/{id_}" in [each["href"] for each in found.all("a")]

@@ -1,4 +1,4 @@
-"""What a source may do beside one event per request: batches, handshakes, checks of heads, other replies."""
+"""Features of sources besides one event per request: batches, handshakes, checks of heads, other replies."""
 
 import asyncio
 import json

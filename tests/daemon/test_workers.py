@@ -1,4 +1,4 @@
-"""Workers in the running relay: commands, maintenance, gauges, and what operators see of them."""
+"""Workers in the running relay: commands, maintenance, gauges, and the API for operators."""
 
 import asyncio
 import json

@@ -51,7 +51,7 @@ ORDER = [name if name == "relay" else f"relay.{name}" for floor in FLOORS for na
 
 @functools.cache
 def imports(module):
-    """Return what a module imports, wherever in its text: modules, not the names in them."""
+    """Return the modules that a module imports, anywhere in its text."""
     found = set()
     for node in ast.walk(ast.parse(FILES[module].read_text())):
         if isinstance(node, ast.Import):

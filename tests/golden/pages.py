@@ -1,4 +1,4 @@
-"""What is generated from the commands: their help pages, and the table in docs/cli.md.
+"""The pages that are generated from the commands: help pages, and the table in docs/cli.md.
 
 `python -m tests.golden` rewrites both. Read the difference before you commit it.
 """

@@ -281,7 +281,7 @@ class Daemon:
 
 
 class Manager:
-    """The systemd side of a notify socket: it reads what a daemon sends."""
+    """The systemd side of a notify socket: it reads the daemon's messages."""
 
     def __init__(self, address):
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)

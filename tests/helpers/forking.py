@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, Never, Self
 
 IMPORTED = ("relay.app", "relay.standby", "relay.cli.serve", "relay.ingest.fast", "uvloop")
-"""What the forking process imports, if it is installed."""
+"""The modules that the forking process imports, if they are installed."""
 
 
 class Forked:
@@ -154,7 +154,7 @@ def _serve(door: socket.socket) -> None:
 
 
 def _become(streams: Sequence[int], environ: dict[str, str]) -> None:
-    """Give a forked process what a new one has."""
+    """Set up a forked process like a new one."""
     for number, stream in enumerate(streams):
         os.dup2(stream, number)
         os.close(stream)
@@ -199,5 +199,5 @@ if __name__ == "__main__":
             importlib.import_module(name)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the tests
     gc.collect()
-    gc.freeze()  # else each process would copy what its collector touches
+    gc.freeze()  # otherwise each process would copy the memory that its collector touches
     _serve(socket.socket(fileno=int(sys.argv[1])))

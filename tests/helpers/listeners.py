@@ -14,4 +14,4 @@ WIRE = {
 FAST_ONLY = "test_the_fast_listener_"
 """Prefix of the names of tests that concern the fast listener only."""
 
-current: Implementation = "fast"  # what `daemons.write_config` configures
+current: Implementation = "fast"  # the implementation that `daemons.write_config` configures

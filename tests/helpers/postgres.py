@@ -150,7 +150,7 @@ class Pooler:
     """A running PgBouncer in transaction mode."""
 
     def __init__(self, server, sessions=4):
-        """Start it in front of a server; every transaction gets one of its `sessions`."""
+        """Start PgBouncer in front of a server; every transaction gets one of its `sessions`."""
         self.port = _free_port()
         self._folder = folder = Path(tempfile.mkdtemp(prefix="relay-pooler-"))
         settings = folder / "pgbouncer.ini"

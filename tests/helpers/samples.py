@@ -2,9 +2,9 @@
 
 `samples/<kind>/<case>/request.http` is one HTTP/1.1 request. Lines of its head may end with LF, the
 file's last newline is not part of the body, `{fill:N}` stands for N letters and `Content-Length:
-{auto}` for the body's own. `expect.json` beside it has the expected response and event; in it `<event_id>`
-and `<uuid>` stand for an id with and without `evt_`, `<version>` for the relay's own. `worker` has the
-change, the worker's id, and its row after the change to an empty registry.
+{auto}` for the length of the body. `expect.json` beside it has the expected response and event; in it
+`<event_id>` and `<uuid>` stand for an id with and without `evt_`, `<version>` for the relay's own. `worker`
+has the change, the worker's id, and its row after the change to an empty registry.
 """
 
 import re

@@ -56,7 +56,7 @@ def signed(name, sent, secret=None):
 
 
 def unsigned_query(name):
-    """Return what a vendor without a signature appends to the URL."""
+    """Return the query that a vendor without a signature appends to the URL."""
     return f"?token={secret_of(name)}" if name in ("microsoft-graph", "azure-event-grid") else ""
 
 

@@ -59,7 +59,7 @@ def vm(package):
 
 
 def advice(text):
-    """Return the commands between backquotes in what a command printed."""
+    """Return the commands between backquotes in the output of a command."""
     return re.findall(r"`([^`]+)`", text)
 
 

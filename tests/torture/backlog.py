@@ -118,7 +118,7 @@ class Recovering:
         self.rushed += self.requests - self.answered > min(allowed, CONCURRENCY)
         self.arrived[event["subject"]].append(event["data"]["n"])
         if self.requests <= SLOW:
-            await asyncio.sleep(0.005)  # what it is like at first
+            await asyncio.sleep(0.005)  # a slow start, so that the ramp is visible
         self.answered += 1
         return web.Response()
 

@@ -115,7 +115,7 @@ class Line:
 
 
 class Cluster:
-    """Nodes on one database, each behind a line of its own."""
+    """Nodes on one database, each behind a separate line."""
 
     def __init__(self, url: str, folder: Path, count: int) -> None:
         self.url = url
@@ -185,7 +185,7 @@ class Cluster:
 
 
 class Fleet:
-    """Workers that send each heartbeat to another node, and what the relay must tell about them."""
+    """Workers that send each heartbeat to another node, and the events that the relay must create."""
 
     def __init__(self, cluster: Cluster, rand: random.Random) -> None:
         self._cluster = cluster
@@ -319,7 +319,7 @@ async def torture(
     count: int = 2,
     tell: Callable[[str], None] = lambda _line: None,
 ) -> Fleet:
-    """Do these things while 200 workers send heartbeats; returns the fleet, with what went wrong."""
+    """Run these actions while 200 workers send heartbeats; returns the fleet with its faults."""
     rand = random.Random(seed)
     async with Cluster(url, folder, count) as cluster, Fleet(cluster, rand) as fleet:
         await asyncio.sleep(2 * EVERY)
@@ -333,7 +333,7 @@ async def torture(
 
 
 async def _act(action: str, cluster: Cluster, fleet: Fleet, silent: list[str], rand: random.Random) -> None:
-    """Do one thing while ten workers fall silent."""
+    """Run one action while ten workers fall silent."""
     everyone = range(len(cluster.nodes))
     victim = rand.choice([await cluster.sweeper(), rand.choice(everyone)])
     work, late = [], 0.0

@@ -334,7 +334,7 @@ def _percent(text: str) -> str:
 
 @dataclass
 class Verdict:
-    """What the source's functions make of a case."""
+    """The result of the source's functions for a case."""
 
     status: int
     events: list = field(default_factory=list)
@@ -382,7 +382,7 @@ def judge(case: Case, routes: Routes) -> Verdict:
 
 
 def envelope_faults(case: Case, event, record):
-    """Yield what is wrong with an event's envelope."""
+    """Yield the faults of an event's envelope."""
     pairs = json.loads(
         FORMATS["standard"].render(record), object_pairs_hook=list, parse_int=str, parse_float=str
     )
@@ -401,7 +401,7 @@ def envelope_faults(case: Case, event, record):
 
 
 def mapping_faults(case: Case, verdict: Verdict):
-    """Yield how the events of `mapped` and `batch` differ from what a simple reader finds."""
+    """Yield the differences between the events of `mapped` and `batch` and the result of a simple reader."""
     if case.source not in ("mapped", "batch") or b"\\ud" in case.incoming.body.lower() or not verdict.events:
         return
     body = json.loads(case.incoming.body, parse_int=Number, parse_float=Number)

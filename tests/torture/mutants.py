@@ -28,7 +28,7 @@ OWNER = "tests/unit/test_owner.py"
 
 @dataclass(frozen=True)
 class Change:
-    """One text of a file, which occurs once, and what replaces it."""
+    """A text that occurs once in a file, and its replacement."""
 
     path: str
     old: str

@@ -37,7 +37,7 @@ def is_raw(terminal):
 
 
 def shown(terminal):
-    """Return what was written to the terminal since the last call."""
+    """Return the text written to the terminal since the last call."""
     ready, _, _ = select.select([terminal[0]], [], [], 10)
     assert ready, "nothing was written"
     return os.read(terminal[0], 65_536).decode()

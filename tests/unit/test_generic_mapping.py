@@ -1,4 +1,4 @@
-"""What a generic source reads from a request: type, subject, key, context, data, batches, replies."""
+"""How a generic source maps a request: type, subject, key, context, data, batches, replies."""
 
 import base64
 import json

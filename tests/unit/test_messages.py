@@ -1,4 +1,4 @@
-"""Messages for people: what each service gets, within its documented limits, without mentions and numbers."""
+"""Messages for people: one for each service, within its documented limits, without mentions and numbers."""
 
 import html
 import json

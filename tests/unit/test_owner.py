@@ -1,4 +1,4 @@
-"""Lanes and jobs of a cluster: a node acts only for what it owns. The other nodes are scripted."""
+"""Lanes and jobs of a cluster: a node acts only for those that it owns. The other nodes are scripted."""
 
 import asyncio
 from unittest.mock import patch
@@ -29,7 +29,7 @@ DAY = 86_400
 
 
 class ScriptedNodes:
-    """A cluster of two nodes, in which the test decides who owns what."""
+    """A cluster of two nodes, in which the test decides which node owns a lane."""
 
     alone = False
 

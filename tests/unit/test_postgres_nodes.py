@@ -1,4 +1,4 @@
-"""Leases over PostgreSQL: which node takes what, for how long it trusts that, and how lanes change hands."""
+"""Leases over PostgreSQL: which node takes a lease, how long it trusts it, and how lanes move."""
 
 import asyncio
 from functools import partial
@@ -383,7 +383,7 @@ async def test_a_node_that_leaves_keeps_its_leases_until_it_gives_them(cluster):
 
 
 class Attendant:
-    """What a node does for the others."""
+    """Records the announcements and requests of other nodes."""
 
     def __init__(self):
         self.woken, self.renewals, self.asked = [], 0, []

@@ -97,7 +97,7 @@ def beat(id_="w1", **fields):
     return Heartbeat(worker_id=id_, **fields)
 
 
-def told(*nodes):
+def events_of(*nodes):
     """Return the events that all nodes have stored."""
     return [event for node in nodes for event in node.events]
 
@@ -118,7 +118,7 @@ async def test_a_worker_that_registers_at_one_node_is_known_to_the_other(nodes):
 async def test_a_registration_at_two_nodes_at_once_is_one_event(nodes):
     for number in range(5):
         await asyncio.gather(*(node.ask(Register(worker_id=f"w{number}")) for node in (*nodes, *nodes)))
-    assert sorted(told(*nodes)) == [("worker.registered", f"w{number}") for number in range(5)]
+    assert sorted(events_of(*nodes)) == [("worker.registered", f"w{number}") for number in range(5)]
 
 
 @needs_postgres
@@ -129,7 +129,7 @@ async def test_heartbeats_that_hop_keep_their_worker_alive_without_an_event(node
         await node.ask(beat(cpu=float(number)))
         await flushed(*nodes) if number % 3 else await node.workers.flush()
     await flushed(*nodes)
-    assert told(*nodes) == [("worker.registered", "w1")]
+    assert events_of(*nodes) == [("worker.registered", "w1")]
     assert nodes[0].row() == nodes[1].row()
     assert (nodes[0].row().cpu, nodes[0].row().last_heartbeat) == (19.0, clock.wall())
 
@@ -157,11 +157,11 @@ async def test_an_outdated_row_takes_part_in_no_decision(nodes, clock):
     await flushed(*nodes)
     await first.ask(beat(status="OFFLINE"))
     await second.ask(beat(status="OFFLINE"))  # in the memory of this node, the worker is ONLINE
-    assert told(*nodes) == [("worker.registered", "w1"), ("worker.offline", "w1")]
+    assert events_of(*nodes) == [("worker.registered", "w1"), ("worker.offline", "w1")]
     await second.ask(beat(status="ONLINE"))
     await first.ask(beat(status="ONLINE"))
-    assert told(*nodes)[-1:] == [("worker.online", "w1")]
-    assert len(told(*nodes)) == 3
+    assert events_of(*nodes)[-1:] == [("worker.online", "w1")]
+    assert len(events_of(*nodes)) == 3
 
 
 @needs_postgres
@@ -174,7 +174,11 @@ async def test_a_quiet_heartbeat_revives_a_worker_that_another_node_has_marked(n
     receipt = await second.ask(beat())
     assert receipt.worker.status == "ONLINE"  # it is not known to be OFFLINE there yet
     await flushed(*nodes)
-    assert told(*nodes) == [("worker.registered", "w1"), ("worker.offline", "w1"), ("worker.online", "w1")]
+    assert events_of(*nodes) == [
+        ("worker.registered", "w1"),
+        ("worker.offline", "w1"),
+        ("worker.online", "w1"),
+    ]
     assert first.row().status == second.row().status == "ONLINE"
 
 
@@ -187,7 +191,7 @@ async def test_a_heartbeat_from_before_an_unregister_changes_nothing(nodes, cloc
     clock.advance(1)
     await first.ask(Unregister(worker_id="w1"))
     await flushed(*nodes)
-    assert told(*nodes) == [("worker.registered", "w1"), ("worker.unregistered", "w1")]
+    assert events_of(*nodes) == [("worker.registered", "w1"), ("worker.unregistered", "w1")]
     assert first.row().unregistered_at == second.row().unregistered_at == clock.steady()
 
 
@@ -254,7 +258,7 @@ async def test_only_one_worker_gets_an_endpoint_that_must_not_be_shared(nodes):
         return_exceptions=True,
     )
     assert [type(each) for each in results].count(Conflict) == 1
-    assert len(told(*nodes)) == 1
+    assert len(events_of(*nodes)) == 1
 
 
 @needs_postgres
@@ -312,7 +316,7 @@ async def test_a_silent_worker_is_one_event_even_if_two_nodes_sweep(nodes, clock
     await settled(nodes, clock, 8)
     marked = await asyncio.gather(*(node.workers.sweep() for node in nodes))
     assert [row.id for rows in marked for row in rows] == ["w1"]
-    assert told(*nodes) == [("worker.registered", "w1"), ("worker.offline", "w1")]
+    assert events_of(*nodes) == [("worker.registered", "w1"), ("worker.offline", "w1")]
     await flushed(*nodes)
     assert [node.row().status for node in nodes] == ["OFFLINE", "OFFLINE"]
     assert sorted(leader.changes + nodes[1].changes) == ["OFFLINE", "ONLINE"]
@@ -384,7 +388,7 @@ async def test_a_refused_unregister_is_one_event(nodes, clock):
     await flushed(*nodes)
     marked = await asyncio.gather(*(node.workers.sweep(at=0) for node in nodes))
     assert [row.id for rows in marked for row in rows] == ["w1"]
-    assert told(*nodes) == [("worker.registered", "w1"), ("worker.unregistered", "w1")]
+    assert events_of(*nodes) == [("worker.registered", "w1"), ("worker.unregistered", "w1")]
 
 
 @needs_postgres

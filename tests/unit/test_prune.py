@@ -1,4 +1,4 @@
-"""Retention deletes what is old enough and finished, in transactions that senders do not notice."""
+"""Retention deletes finished data that is old enough, in transactions that do not delay senders."""
 
 import asyncio
 import re

@@ -60,7 +60,7 @@ def test_the_smallest_round_trip_wins():
     machine = Machine(ahead=10)
     machine.compare(0.0, 0.4)
     machine.compare(0.001, 0.001)
-    machine.compare(1.0, 0.0)  # worse than what is known
+    machine.compare(1.0, 0.0)  # worse than the known one
     machine.advance(60)
     assert machine.error == 0
 

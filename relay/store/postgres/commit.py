@@ -260,7 +260,7 @@ class PostgresCommitter(Committer):
             keys.note(key.source, key.text, key.identity, found, is_used=is_used)
 
     async def write(self, transaction: Transaction, batch: Batch) -> None:
-        """Write a batch inside its transaction; what needs no statement before is written with the commit."""
+        """Write a batch inside its transaction; parts that nothing depends on are written with the commit."""
         transaction.batch = batch
         if self.shared_workers is not None and batch.worker_changes is not None:
             await self.shared_workers.write(batch.worker_changes, transaction)
@@ -492,7 +492,7 @@ def _add_keys(batch: Batch, transaction: Transaction) -> None:
 def _add_workers(
     changes: StoredWorkerChanges, transaction: Transaction, wall: int, *, with_rows: bool
 ) -> None:
-    """Add what belongs to workers; `with_rows`, also their rows."""
+    """Add the gauges and commands of workers, and with `with_rows` their rows."""
     workers = {**changes.seen, **changes.workers} if with_rows else {}
     if rows := [worker_row(w) for key, w in sorted(workers.items()) if key not in changes.forgotten]:
         transaction.add(WORKERS, *columns_of(rows, 2))

@@ -428,7 +428,7 @@ def refused(address: Address, error: BaseException) -> StorageError:
 
 
 def _advice(error: BaseException) -> str:
-    """Return what to do about a connection that failed."""
+    """Return the hint for a failed connection."""
     text = str(error)
     if "unsupported startup parameter" in text:
         if "search_path" in text:

@@ -81,7 +81,7 @@ class Peer(msgspec.Struct, frozen=True):
 
 
 class Plan(msgspec.Struct, frozen=True):
-    """What one node does about leases now."""
+    """The leases that one node takes and hands over now."""
 
     missing: tuple[str, ...]  # names without a row
     take: tuple[str, ...]
@@ -107,7 +107,7 @@ def plan(
     *,
     settle_in: float = SETTLE_IN,
 ) -> Plan:
-    """Decide what node `me` takes and hands over.
+    """Decide which leases node `me` takes and hands over.
 
     `held` has the epochs of the leases that it holds and is not handing over; `wanted` are the names that it
     could hold. Free leases are taken at once by the node that they are due to. Held ones move one at a time,

@@ -1,4 +1,4 @@
-"""Partitions: one a day (UTC) for each large table, by ranges of row ids. They are made seven days ahead."""
+"""Partitions: one per day (UTC) for each large table, by ranges of row ids; created seven days in advance."""
 
 from datetime import UTC, datetime, timedelta
 

@@ -47,7 +47,7 @@ class Transaction:
         self.batch: Batch | None = None  # set when it is written
 
     async def begin(self) -> None:
-        """Begin, unless that happened before."""
+        """Begin the transaction if it has not begun yet."""
         if not self.has_begun:
             await self.connection.execute(f"BEGIN; {SHORT}; SET LOCAL synchronous_commit = {self._sync}")
             self.has_begun = True

@@ -26,7 +26,7 @@ MOST_BYTES = 7000
 
 
 class WakeUp(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What another node announces."""
+    """The announcement of another node."""
 
     sender: str  # incarnation
     lanes: tuple[str, ...] = ()  # destinations with deliveries that are due now

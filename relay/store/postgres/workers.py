@@ -38,10 +38,10 @@ Fetch = Callable[..., Awaitable[Sequence[Any]]]
 """Runs a statement with its values and returns the rows."""
 
 GRACE = 4 * SECOND
-"""Two flushes: another node may keep a heartbeat in memory for so long."""
+"""Two flushes: another node may keep a heartbeat in memory for this long."""
 
 AWAY = 5 * SECOND
-"""Time without a flush after which this node may have missed what the other nodes wrote."""
+"""Time without a flush after which this node may have missed changes of the other nodes."""
 
 SETTLE = 10 * SECOND
 """Time after such a gap in which the other nodes connect again and write their heartbeats."""
@@ -214,14 +214,14 @@ class Note(msgspec.Struct, frozen=True):
 
 
 class Sweep(msgspec.Struct, frozen=True):
-    """What the latest sweep of any node has stored; steady clock."""
+    """The stored times of the latest sweep by any node; steady clock."""
 
     at: int = 0
     resumed: int = 0  # when heartbeats could arrive again after the whole cluster was away
 
 
 def is_obsolete(row: Worker, note: Note, now: int, patience: int) -> bool:
-    """Return whether a row contains what a note says, or something later.
+    """Return whether a row contains the request of a note, or a later one.
 
     `now` is steady, `patience` the worker's `offline_after` in microseconds.
     """
@@ -398,7 +398,7 @@ class SharedWorkers(StoredWorkers):
             self._forget(key)
         self._seen.add(self._transaction)
 
-    # --- what other nodes have changed
+    # --- changes of other nodes
 
     async def reload(self, connection: Connection) -> None:
         """Compare all rows with the database, after it was opened or was away."""
@@ -425,7 +425,7 @@ class SharedWorkers(StoredWorkers):
         self._take_commands(list(self.roster.commands), queued)
 
     def _take(self, key: WorkerKey, version: int, record: bytes | None) -> None:
-        """Take a row over from the database; without a record, it is the one in memory."""
+        """Use a row of the database; without a record, the row in memory is the current one."""
         self._versions[key] = version
         if record is None:
             return
@@ -442,7 +442,7 @@ class SharedWorkers(StoredWorkers):
         self.roster.put(row)
 
     def _apply_again(self, row: Worker, note: Note) -> Step:
-        """Apply a note to a row that another node has changed since."""
+        """Apply a note to a row that another node has changed meanwhile."""
         rules = self._rules(row.source, row.id)
         if is_obsolete(row, note, self._clock.steady(), int(rules.offline_after * SECOND)):
             return Step(worker=row, quiet=True)
@@ -469,7 +469,7 @@ class SharedWorkers(StoredWorkers):
     # --- jobs
 
     async def flush(self) -> None:
-        """See `Workers.flush`; also reads what other nodes have changed."""
+        """See `Workers.flush`; also reads the changes of other nodes."""
         moment = self._clock.steady()
         keys, self.roster.dirty = list(self.roster.dirty), set()
         try:
@@ -545,7 +545,7 @@ class SharedWorkers(StoredWorkers):
                 self._outdated.discard(key)
 
     async def _exchange(self, moment: int, connection: Connection) -> None:
-        """Note that all heartbeats until `moment` are written, and read what other nodes have changed."""
+        """Note that all heartbeats until `moment` are written, and read the changes of other nodes."""
         await connection.execute(FLUSHED_SQL, self._incarnation, moment)
         await self._refresh(connection.fetch)
 
@@ -565,7 +565,7 @@ class SharedWorkers(StoredWorkers):
         return tuple(marked)
 
     async def _begin_sweep(self, moment: int, *, extend: bool) -> int:
-        """Note that this node sweeps; returns the time that is compared with the deadlines, 0: with none."""
+        """Note that this node sweeps; returns the time to compare with the deadlines, 0: mark no worker."""
         now = self._clock.steady()
         stored = await self._postgres.value(SWEPT_SQL)
         former = Sweep() if stored is None else msgspec.json.decode(stored, type=Sweep)

@@ -40,7 +40,7 @@ class Opening(Protocol):
         ...
 
     async def refresh(self, connection: Connection) -> None:
-        """Read what the store keeps in memory again, and wake the lanes."""
+        """Read the data that the store keeps in memory again, and wake the lanes."""
         ...
 
     async def make_partitions(self, connection: Connection) -> None:

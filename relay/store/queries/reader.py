@@ -24,7 +24,7 @@ class Path(msgspec.Struct, frozen=True):
 
 
 class Conditions(msgspec.Struct, frozen=True):
-    """What one statement checks of each candidate."""
+    """The conditions that one statement checks for each candidate."""
 
     selection: Selection  # without `type` and `where`, which are checked afterwards
     types: Sequence[str] | None  # None: any type

@@ -154,7 +154,7 @@ def disk(examined: Examined) -> Check:
     folder = examined.path.parent
     detail, floor = f"{render_size(free)} free in {folder}", render_size(examined.min_free)
     hint = (
-        f"find what takes the space: df -h {folder}, relay db status; delete other programs' files, or "
+        f"find out what uses the space: df -h {folder}, relay db status; delete other programs' files, or "
         "shorten [retention] and run: relay reload && relay jobs run retention"
     )
     if free < examined.min_free:
