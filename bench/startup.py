@@ -23,7 +23,7 @@ COMMANDS: tuple[tuple[str, ...], ...] = (
     ("plugins", "list"),
     ("status", "--socket", "absent.sock"),
 )
-"""The last two do work: one imports every plugin, the other one looks for a running relay in vain."""
+"""The last two do work: one imports every plugin, the other one connects to a daemon that does not run."""
 
 
 def main(times: int = TIMES) -> None:

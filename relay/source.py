@@ -189,7 +189,7 @@ class Incoming(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     def form_fields(self, limit: int = MOST_FIELDS) -> list[tuple[str, str]]:
         """Return names and values of a form in the body, decoded, in their order; without files.
 
-        The body is a multipart form if its content type says so, else URL-encoded.
+        The content type decides whether the body is a multipart form or URL-encoded.
 
         Raises:
             Malformed: it is not such a form, a value is not UTF-8, or there are more than `limit` fields.

@@ -98,7 +98,7 @@ class Lane:
         self.node = ""  # the node that owns this lane, if it is another one and known
         self._outcomes_wait = False  # for a store that cannot be written; logged once
         self._stopping = False
-        self._removed = False  # the config does not have this destination any more
+        self._removed = False  # the config no longer has this destination
 
     @property
     def held(self) -> str | None:
@@ -141,7 +141,7 @@ class Lane:
             self.turn()
 
     def disown(self, node: str = "") -> None:
-        """Begin no more attempts, and release the deliveries in memory: another node owns this lane."""
+        """Start no further attempts, and release the deliveries in memory: another node owns this lane."""
         if self.is_owned:
             self.health.clear_gauges()  # the other node exports them
         self.health.owned_until, self.node = 0, node
@@ -261,13 +261,13 @@ class Lane:
         self._runner.renew()
 
     def remove(self) -> None:
-        """Begin no more attempts after the config lost the destination; the store keeps the deliveries."""
+        """Start no further attempts: the config lost the destination. The store keeps the deliveries."""
         self._removed = True
         self.health.clear_gauges()
         self._halt()
 
     async def stop(self, deadline: float | None) -> None:
-        """Begin no more attempts, wait until `deadline` (loop time) for those in flight, and cancel the rest.
+        """Start no further attempts, wait for those in flight until `deadline` (loop time), cancel the rest.
 
         None: wait for them without a limit.
         """

@@ -50,7 +50,7 @@ class Slots:
             return
         self._free += 1
         while self._free > 0 and self._waiting:
-            # A lane that has nothing to send any more takes no slot; then it is the next lane's turn.
+            # A lane that no longer has anything to send takes no slot; then it is the next lane's turn.
             self._waiting.popleft().turn()
 
 
@@ -63,7 +63,7 @@ class RateLimit:
         self._bucket = TokenBucket(rate, now)
 
     def allows(self, now: int) -> bool:
-        """Return whether an attempt may begin; if not, `until` says when."""
+        """Return whether an attempt may begin; if not, `until` is the earliest time."""
         if self.until > now:
             return False
         if wait := self._bucket.wait(now):

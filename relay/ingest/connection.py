@@ -139,10 +139,10 @@ class Connection(asyncio.Protocol):
         self._is_catching_up = False  # the requests that begin now were sent before the last answer
         self._is_waiting = False  # parsing continues in a later turn of the loop
         self._is_full = False  # the socket is not read, because a body must be read first
-        self._is_over = False  # nothing is parsed any more
+        self._is_over = False  # nothing more is parsed
         self._is_half_closed = False  # the sender has closed its side, and may wait for answers
         self._is_ending = False  # the relay's side is closed once everything is written
-        self._is_leaving = False  # no request begins any more
+        self._is_leaving = False  # no further request begins
         self._is_turned_away = False  # answered with 503 before its first request
         self._unread: asyncio.Future[None] | None = None  # while the sender does not read its answers
         self._patience = FIRST_HEAD
@@ -467,7 +467,7 @@ class Connection(asyncio.Protocol):
         self._unparsed.clear()
         self._patience, self._idle_since = LINGERING, self._loop.time()
         self._is_ending = True
-        transport.set_write_buffer_limits(high=0)  # `resume_writing` says when everything is written
+        transport.set_write_buffer_limits(high=0)  # `resume_writing` is called once everything is written
         if self._unread is None:
             self._end()
         self._read_or_not()

@@ -152,7 +152,7 @@ class Replay:
         self._stop.set()
 
     async def run(self, pages: AsyncIterator[Sequence[Chosen]]) -> None:
-        """Replay the events of all pages, until the last page or until somebody cancels."""
+        """Replay the events of all pages, until the last page or a cancellation."""
         log.info("replay %s: %d events at %s", self.id, self.total, render_rate(self.request.rate))
         try:
             async for page in pages:

@@ -548,7 +548,7 @@ print(json.dumps([(each.exit_code, each.stdout, each.stderr, repr(each.exception
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def denied(relay, values, folder):
-    """The outcome of each command for somebody who may read and write nothing here."""
+    """The outcome of each command for a user without permission to read or write the files."""
     place = folder / "denied"
     place.mkdir()
     shut, inside = place / "shut", place / "aside"

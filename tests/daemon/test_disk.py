@@ -420,7 +420,7 @@ async def test_large_requests_that_find_no_room_are_reported_and_retention_runs_
         while not refused_twice:
             while (await exchange(relay.addresses.public, post(payload=payload))).status == 200:
                 pass
-            await relay.app.store.upkeep.compact()  # the log is in the file: no more room comes from it
+            await relay.app.store.upkeep.compact()  # the log is in the file, so it frees no more space
             refused_twice = (await exchange(relay.addresses.public, post(payload=payload))).status == 503
         assert disk.free >= MIB
         await until(lambda: relay.app.disk_forecast.space.lacking)

@@ -92,7 +92,7 @@ async def test_uses_of_tokens_are_counted_by_name(relay, commands):
     before = rfc3339(time.time_ns() // 1000)
     for token, status in (("first", 200), ("second", 200), ("first", 200), ("wrong", 403)):
         assert await moddy(relay, token) == status
-    assert await moddy(relay, "first", b"{") == 400  # the sender is known, whatever it sends
+    assert await moddy(relay, "first", b"{") == 400  # the sender is known, even if its event is invalid
     assert await shown(commands, "moddy") == {"MODDY_OLD": 3, "bot 2": 1, "tokens[2]": 0}
 
     tokens = {

@@ -260,7 +260,7 @@ def test_a_signature_in_another_format_is_reported(config, written, cause, messa
 
 
 def _signed_with(sign):
-    """Find a moment whose signature has a sign in it."""
+    """Return the headers of a time whose signature contains this character."""
     for at in range(NOW, NOW + 200):
         headers = signed(at=at)
         if sign in headers["webhook-signature"][3:]:

@@ -84,7 +84,7 @@ class Forked:
         poll = select.poll()
         poll.register(self._handle, select.POLLIN)
         poll.poll()
-        with suppress(RuntimeError):  # the loop is closed, and nobody waits any more
+        with suppress(RuntimeError):  # the loop is closed, and no caller waits
             loop.call_soon_threadsafe(self._reap)
 
     def _reap(self) -> None:

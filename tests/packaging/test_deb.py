@@ -53,7 +53,7 @@ def installed(package, tmp_path_factory):
 
 @pytest.fixture
 def root(installed, tmp_path):
-    """Such a root for one test."""
+    """A copy of `installed` for one test."""
     root = installed.copy(tmp_path / "root")
     yield root
     root.remove()

@@ -75,7 +75,7 @@ def installed(wheels, tmp_path_factory):
 
 @pytest.fixture
 def machine(installed, tmp_path):
-    """Such a machine for one test."""
+    """A copy of `installed` for one test."""
     machine = Machine(installed.root.copy(tmp_path / "root"), installed._pip)
     yield machine
     machine.root.remove()

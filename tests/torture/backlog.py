@@ -130,7 +130,7 @@ async def torture(
     variant: str = "honest",
     report: Callable[[str], None] = lambda _line: None,
 ) -> Findings:
-    """Let that many events pile up before a dead destination, then let it recover."""
+    """Let `events` events pile up before a dead destination, then let it recover."""
     findings = Findings(events=events)
     keys = max(SENDERS, events // 100)
     async with Recovering() as receiver:

@@ -23,7 +23,7 @@ def gives_up() -> None:
 
 
 def stays_full() -> None:
-    """Believe for ever that the disk has no more room than it once had."""
+    """Report the lowest free space ever measured, even if the disk has more."""
     free, least = Disk.free, [sys.maxsize]
 
     def least_ever(self: Disk) -> int:

@@ -56,7 +56,7 @@ class Findings:
     down: list[str] = field(default_factory=list)  # starts on a full disk that did not come up
     slow: int = 0  # times that no event was accepted within 5 s of room
     worst: float = 0.0  # seconds until one was
-    least: int = SIZE  # bytes that the relay by itself left free
+    least: int = SIZE  # free bytes that the relay left
     repeated: int = 0  # deliveries made again beyond what was in flight at the kills
     corrupt: list[str] = field(default_factory=list)
 
@@ -83,9 +83,9 @@ async def torture(
     seed: int,
     variant: str = "honest",
     drain: float = DRAIN,
-    report: Callable[[Findings], None] = lambda _toll: None,
+    report: Callable[[Findings], None] = lambda _findings: None,
 ) -> Findings:
-    """Fill the disk that many times, then let the daemon deliver what is left."""
+    """Fill the disk in `rounds` rounds, then let the daemon deliver the rest."""
     rand, findings, kills = random.Random(seed), Findings(), 0
     state = folder / "state"
     with small_disk(state, SIZE) as disk:

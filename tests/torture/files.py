@@ -97,7 +97,7 @@ async def torture(
     *,
     seed: int,
     variant: str = "honest",
-    report: Callable[[Findings], None] = lambda _toll: None,
+    report: Callable[[Findings], None] = lambda _findings: None,
 ) -> Findings:
     """Apply each fault to a separate daemon; None: a byte of its log flips after a kill."""
     rand, findings = random.Random(seed), Findings()

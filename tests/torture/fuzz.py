@@ -445,7 +445,7 @@ async def torture(
     report: Callable[[Findings], None] = lambda _found: None,
     **meddling: float,
 ) -> Findings:
-    """Send that many mutated requests to a daemon with a destination, and check the daemon.
+    """Send `requests` mutated requests to a daemon with a destination, and check the daemon.
 
     `meddling` is that of a `Meddler` between them.
     """

@@ -451,7 +451,7 @@ class Findings:
 
 
 async def torture(folder: Path, cases: int, *, seed: int = 1) -> Findings:
-    """Judge that many cases, in this process and by a running relay."""
+    """Judge `cases` cases, in this process and by a running relay."""
     path = write_config(folder, CONFIG.replace('[server]\nmax_body = "64 KiB"\n', ""))
     setup = load(path)
     found = Findings()

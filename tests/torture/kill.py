@@ -79,9 +79,9 @@ async def torture(
     *,
     seed: int,
     variant: str = "honest",
-    report: Callable[[Findings], None] = lambda _toll: None,
+    report: Callable[[Findings], None] = lambda _findings: None,
 ) -> Findings:
-    """Kill the daemon that many times, then let it deliver what is left."""
+    """Kill the daemon `cycles` times, then let it deliver the rest."""
     rand, findings = random.Random(seed), Findings()
     async with Counting() as receiver:
         config = write_config(folder, SOURCES, destination("crm", receiver.url, f"concurrency = {IN_FLIGHT}"))

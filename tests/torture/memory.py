@@ -25,7 +25,7 @@ VARIANTS: dict[str, Sequence[str]] = {
 
 
 async def torture(folder: Path, events: int, command: Sequence[str] = SERVE) -> int:
-    """Send that many large events and return the daemon's resident memory in bytes."""
+    """Send `events` large events and return the daemon's resident memory in bytes."""
     raw = request("POST", "/v1/events", adorn("large", payload={"text": "x" * SIZE}))
     async with Daemon(write_config(folder, SOURCES), command) as daemon:
 

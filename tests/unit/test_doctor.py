@@ -172,7 +172,7 @@ def test_a_disk_below_its_floor_is_found(path, clock):
     free = shutil.disk_usage(path.parent).free
     [(name, (detail, hint))] = failed(path, clock, min_free=free * 2).items()
     assert (name, "min_free_disk is" in detail) == ("disk", True)
-    assert hint.startswith(f"find what takes the space: df -h {path.parent}, relay db status;")
+    assert hint.startswith(f"find out what uses the space: df -h {path.parent}, relay db status;")
     assert hint.endswith("run: relay reload && relay jobs run retention")
 
 

@@ -15,7 +15,7 @@ async def test_a_coroutine_that_never_waits_finishes_without_a_task():
 
     here = asyncio.all_tasks()
     assert begin(record()) is None
-    assert steps == [asyncio.current_task()]  # whoever began it
+    assert steps == [asyncio.current_task()]  # the task that began it
     assert asyncio.all_tasks() == here
 
 

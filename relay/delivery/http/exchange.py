@@ -201,7 +201,7 @@ class Exchange:
         transport = connection.transport
         if response.keeps and transport is not None and not transport.get_write_buffer_size():
             connection.release()
-        else:  # bytes are still under way in one of the directions
+        else:  # bytes are still in transit in one of the directions
             connection.close()
 
     def _prepared(self, url: str | URL) -> tuple[ClientRequest, str]:

@@ -56,7 +56,7 @@ _current: ContextVar["_Request"] = ContextVar("current")
 
 
 class OutOfResourcesError(Exception):
-    """This machine has no descriptor or memory left for a request; says nothing about the receiver."""
+    """This machine has no descriptor or memory left for a request; not a fault of the receiver."""
 
     def __init__(self, number: int | None) -> None:
         self.what = "out of file descriptors" if number in (errno.EMFILE, errno.ENFILE) else "out of memory"

@@ -113,7 +113,7 @@ class ResponseParser(msgspec.Struct):
         self.keeps, self.excess = False, True
 
     def _stop(self, trouble: str | None) -> int:
-        """Read no more: the connection must be closed."""
+        """Stop reading: the connection must be closed."""
         self.trouble, self.is_over, self.keeps = trouble, True, False
         return 0
 

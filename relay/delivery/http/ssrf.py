@@ -82,7 +82,7 @@ _EMBEDDING = (
 
 
 class Blocked(OSError):  # noqa: N818 - the attempt's result has this label
-    """A connect was refused; `reason` says why and contains the address.
+    """A connect was refused; `reason` is the reason, with the address.
 
     `str()` is always the same: otherwise a failed connect to a name with several addresses raises a plain
     `OSError` with all texts combined, instead of one `Blocked`.

@@ -255,7 +255,7 @@ class PostgresNodes:
         """Take the length of a `lease` in seconds, and functions.
 
         `digest` returns the digest of the config; `listen` connects for notifications; with `polls`, the
-        node looks at the database often instead.
+        node polls the database instead.
         """
         self.incarnation = str(uuid.uuid4())
         self.slot = 0  # after `join`

@@ -126,7 +126,7 @@ def _same_disk(source: Path, folder: Path) -> bool:
 
 
 def _verify(part: Path, stop: Stop, before: int) -> tuple[int, int]:
-    """Check a copy; returns its number of events and of deliveries."""
+    """Check a copy; returns its numbers of events and deliveries."""
     with opened(part, stop) as copy:
         [(verdict,)] = copy.execute("PRAGMA quick_check(1)").fetchall()
         if verdict != "ok":

@@ -76,7 +76,7 @@ def _lacks_room(error: Exception) -> bool:
 
 
 def _finish(part: Path, target: Path, mark: Mark, stop: Stop) -> tuple[int, int]:
-    """Check a copy and give it its name; returns its number of events and of deliveries."""
+    """Check a copy and give it its name; returns its numbers of events and deliveries."""
     with opened(part, stop) as copy:
         [(verdict,)] = copy.execute("PRAGMA quick_check(1)").fetchall()
         [row] = copy.execute(HIGHEST_SQL).fetchall()
