@@ -1,7 +1,7 @@
 """The daemon's state on one page: backups, disk, and the problems that an operator should know."""
 
 from collections.abc import Iterator
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -43,11 +43,16 @@ class DiskView(msgspec.Struct):
     ]
 
 
+Kind = Literal["destination", "source", "job"]
+
+
 class StatusProblem(msgspec.Struct, frozen=True):
     """A reason why the relay is not healthy."""
 
     what: str
     next: Annotated[str, about("The next command to run.")]
+    kind: Annotated[Kind | None, about("Kind of the object that has the problem.")] = None
+    name: Annotated[str | None, about("Name of this object.")] = None
 
 
 class StatusView(msgspec.Struct):
@@ -136,7 +141,10 @@ def _problems(context: Context, reasons: list[str]) -> Iterator[StatusProblem]:
             left = certificate.ends - now
             when = f"expires in {_roughly(left / SECOND)}" if left > 0 else "has expired"
             yield StatusProblem(
-                f"the certificate of {lane.name} {when}", f"relay destinations test {lane.name}"
+                f"the certificate of {lane.name} {when}",
+                f"relay destinations test {lane.name}",
+                "destination",
+                lane.name,
             )
 
 
@@ -165,24 +173,30 @@ def _space(disk: DiskSpace) -> str:
 def _problems_of_jobs(context: Context) -> Iterator[StatusProblem]:
     """Yield failed backups and other failed jobs."""
     if context.backups.failed is not None:
-        yield StatusProblem(f"the last backup failed: {context.backups.failed}", "relay jobs run backup")
+        yield StatusProblem(
+            f"the last backup failed: {context.backups.failed}", "relay jobs run backup", "job", "backup"
+        )
     elif context.backups.overdue:
-        yield StatusProblem("the latest backup is too old, or there is none", "relay jobs run backup")
+        yield StatusProblem(
+            "the latest backup is too old, or there is none", "relay jobs run backup", "job", "backup"
+        )
     for past in context.jobs.all():
         if past.error and not past.running and past.name != "backup":
-            yield StatusProblem(f"the job {past.name} failed: {past.error}", f"relay jobs run {past.name}")
+            what = f"the job {past.name} failed: {past.error}"
+            yield StatusProblem(what, f"relay jobs run {past.name}", "job", past.name)
 
 
 def _problems_of_sources(context: Context) -> Iterator[StatusProblem]:
     """Yield paused and silent sources."""
     for name, mount in sorted(context.ingest.mounts.items()):
+        of: tuple[Kind, str] = ("source", name)
         if mount.paused:
-            yield StatusProblem(f"{name} is paused: its senders get 503", f"relay sources resume {name}")
+            yield StatusProblem(f"{name} is paused: its senders get 503", f"relay sources resume {name}", *of)
         elif context.activity.is_silent(name):
             silence = _roughly(context.activity.silence(name))
             usual = _roughly(context.activity.usual_gap(name))
             what = f"{name} is silent: no event for {silence}; usually one arrives within {usual}"
-            yield StatusProblem(what, f"relay sources show {name}")
+            yield StatusProblem(what, f"relay sources show {name}", *of)
 
 
 def _problems_of_destination(context: Context, lane: Lane, pending: int) -> Iterator[StatusProblem]:
@@ -191,18 +205,22 @@ def _problems_of_destination(context: Context, lane: Lane, pending: int) -> Iter
         return
     name, held, since = lane.name, lane.held, lane.health.state.failing_since
     waiting = f"{pending} deliveries wait" if pending != 1 else "1 delivery waits"
+
+    def problem(what: str, verb: str) -> StatusProblem:
+        return StatusProblem(what, f"relay destinations {verb} {name}", "destination", name)
+
     if held is None or held == NO_STORAGE:
         now = context.clock.steady()
         if since is not None and now - since >= FAILING:
             what = f"{name} has been failing for {_roughly((now - since) / SECOND)}; {waiting}"
-            yield StatusProblem(what, f"relay destinations test {name}")
+            yield problem(what, "test")
     elif held == "paused":
         if pending:
-            yield StatusProblem(f"{name} is paused; {waiting}", f"relay destinations resume {name}")
+            yield problem(f"{name} is paused; {waiting}", "resume")
     elif held.startswith("disabled"):
-        yield StatusProblem(f"{name} is {held}; {waiting}", f"relay destinations enable {name}")
+        yield problem(f"{name} is {held}; {waiting}", "enable")
     else:
-        yield StatusProblem(f"{name} is held ({held}); {waiting}", f"relay destinations show {name}")
+        yield problem(f"{name} is held ({held}); {waiting}", "show")
 
 
 def _roughly(seconds: float) -> str:

@@ -139,38 +139,44 @@ def _facts(visit: Visit, shown: Mapping[str, Any]) -> Iterator[tuple[str, Conten
     yield "Ledger", [f"{number(created)} created = ended + pending: ", proof]
 
 
+def steering(visit: Visit, shown: Mapping[str, Any]) -> Iterator[Content]:
+    """Yield the buttons that apply to the state of a destination in config.toml."""
+    name, reason = shown["name"], shown["held"]
+    base, waiting = f"POST destinations/{name}", _waiting(shown)
+    yield action(
+        visit, "Test", "destinations", "test", name, call=f"{base}/test",
+        count="one signed ping; it changes nothing",
+    )  # fmt: skip
+    if reason in _UNTIL_FIXED:
+        yield action(
+            visit, "Test and deliver", "destinations", "test", name, "--close-circuit",
+            call=f"{base}/test", body={"close_circuit": True},
+            count=f"one signed ping; after a 2xx, the {waiting} are sent, one at a time at first",
+        )  # fmt: skip
+    if reason == "paused":
+        yield action(visit, "Resume", "destinations", "resume", name, call=f"{base}/resume", count=waiting)
+    elif reason is None or not reason.startswith(("paused", "disabled")):
+        yield action(
+            visit, "Pause", "destinations", "pause", name, call=f"{base}/pause",
+            count=f"{waiting}, and later ones; they wait until you resume it",
+        )  # fmt: skip
+    if reason is not None and reason.startswith("disabled"):
+        yield action(visit, "Enable", "destinations", "enable", name, call=f"{base}/enable", count=waiting)
+
+
+def _waiting(shown: Mapping[str, Any]) -> str:
+    pending = shown["pending"]
+    return f"{pending:,} pending {'delivery' if pending == 1 else 'deliveries'}"
+
+
 def _actions(visit: Visit, shown: Mapping[str, Any], config: Mapping[str, Any] | None) -> Iterator[Content]:
     """Yield the buttons that apply to the destination's state."""
-    name, reason, pending = shown["name"], shown["held"], shown["pending"]
-    base = f"POST destinations/{name}"
-    waiting = f"{pending:,} pending {'delivery' if pending == 1 else 'deliveries'}"
+    name, pending = shown["name"], shown["pending"]
     chosen = {"destination": name, "state": "pending"}
     where = ("--destination", name, "--state", "pending")
     if config is not None:
-        yield action(
-            visit, "Test", "destinations", "test", name, call=f"{base}/test",
-            count="one signed ping; it changes nothing",
-        )  # fmt: skip
-        if reason in _UNTIL_FIXED:
-            yield action(
-                visit, "Test and deliver", "destinations", "test", name, "--close-circuit",
-                call=f"{base}/test", body={"close_circuit": True},
-                count=f"one signed ping; after a 2xx, the {waiting} are sent, one at a time at first",
-            )  # fmt: skip
-        if reason == "paused":
-            yield action(
-                visit, "Resume", "destinations", "resume", name, call=f"{base}/resume", count=waiting
-            )
-        elif reason is None or not reason.startswith(("paused", "disabled")):
-            yield action(
-                visit, "Pause", "destinations", "pause", name, call=f"{base}/pause",
-                count=f"{waiting}, and later ones; they wait until you resume it",
-            )  # fmt: skip
-        if reason is not None and reason.startswith("disabled"):
-            yield action(
-                visit, "Enable", "destinations", "enable", name, call=f"{base}/enable", count=waiting
-            )
-    if pending and reason is None:
+        yield from steering(visit, shown)
+    if pending and shown["held"] is None:
         yield action(
             visit, "Retry pending now", "deliveries", "retry", *where,
             call="POST deliveries/retry", body={"filter": chosen}, counts=True,

@@ -208,15 +208,38 @@ async def test_an_event_shows_its_deliveries_and_why_others_get_none(relay):
     assert b"data-call" not in answer.body
 
 
-async def test_now_shows_problems_with_their_commands(relay):
+async def test_now_shows_problems_with_their_causes_and_commands(config):
+    config.write_text(config.read_text().replace("paused = true", "", 1))
+    async with running(config) as relay:
+        await check_problems(relay)
+
+
+async def check_problems(relay):
     await store(relay)
+    await relay.operator("POST", "/api/sources/adorn/pause")
+    await relay.operator("POST", "/api/destinations/crm/disable")
+    register = json.dumps({"workerId": "w-7", "endpoint": "http://x"}).encode()
+    token = {"authorization": "Bearer worker-secret-token-12345"}
+    assert (await relay.exchange(request("POST", "/api/v1/workers/register", register, **token))).status < 300
+    await relay.app.store.workers.sweep(at=2**62)
+    relay.app.dispatcher.lanes["crm"].last_failure = (1, f"cannot connect {HOSTILE}")
     status, found = await page(relay, "/ui/")
     assert status == 200
-    assert "Problems (" in found.text or "No problems." in found.text
-    await relay.operator("POST", "/api/sources/adorn/pause")
-    status, found = await page(relay, "/ui/")
-    assert "relay sources resume adorn" in found.text
+    for text in (
+        "Problems (3)", "relay sources resume adorn", "the worker w-7 of whatsapp is silent",
+        "crm is disabled", "cannot connect", "relay destinations enable crm", "0 unaccounted",
+    ):  # fmt: skip
+        assert text in found.text, text
+    calls = {each.get("data-call") for each in found.all("button")}
+    assert {
+        "POST sources/adorn/resume",
+        "POST destinations/crm/enable",
+        "POST destinations/crm/test",
+    } <= calls
+    links = {each["href"] for each in found.all("a")}
+    assert {"./workers/whatsapp/w-7", "./destinations/crm", "./sources/adorn"} <= links
     assert {"crm", "bi"} <= {each.get("data-live") for each in found.all("a")}
+    assert {"sources adorn", "destinations crm"} <= {each.get("data-rate") for each in found.all("span")}
 
 
 async def test_no_page_changes_anything(relay):

@@ -230,10 +230,14 @@ ANSWERS = {
             {
                 "what": "crm-production-eu-west-2 has failed for 2h11m (circuit open), 1 204 deliveries wait",
                 "next": "relay destinations test crm-production-eu-west-2 --close-circuit",
+                "kind": "destination",
+                "name": "crm-production-eu-west-2",
             },
             {
                 "what": "github-enterprise-production is silent: its latest event came 1d1h ago",
                 "next": "relay sources show github-enterprise-production",
+                "kind": "source",
+                "name": "github-enterprise-production",
             },
         ],
     },

@@ -241,9 +241,15 @@ function age() {
 
 let stream = null;
 
+function show(element, value) {
+  const text = value === undefined ? null : value.toLocaleString("en");
+  if (text !== null && element.textContent !== text) element.textContent = text;
+}
+
 function follow() {
-  const live = [...document.querySelectorAll("[data-live]")];
-  if (!live.length) return;
+  const pending = [...document.querySelectorAll("[data-live]")];
+  const rates = [...document.querySelectorAll("[data-rate]")];
+  if (!pending.length && !rates.length) return;
   if (document.hidden) {
     if (stream) stream.close();
     stream = null;
@@ -251,12 +257,13 @@ function follow() {
     stream = new EventSource(`${api}top`);
     stream.addEventListener("top", (event) => {
       const top = JSON.parse(event.data);
-      const pending = Object.fromEntries(top.destinations.map((each) => [each.name, each.pending]));
-      for (const element of live) {
-        const value = pending[element.dataset.live];
-        const text = value === undefined ? null : value.toLocaleString("en");
-        if (text !== null && element.textContent !== text) element.textContent = text;
-      }
+      const waiting = new Map(top.destinations.map((each) => [each.name, each.pending]));
+      const speeds = new Map([
+        ...top.sources.map((each) => [`sources ${each.name}`, each.events_per_second]),
+        ...top.destinations.map((each) => [`destinations ${each.name}`, each.attempts_per_second]),
+      ]);
+      for (const element of pending) show(element, waiting.get(element.dataset.live));
+      for (const element of rates) show(element, speeds.get(element.dataset.rate));
     });
   }
 }
