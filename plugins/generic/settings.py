@@ -364,7 +364,7 @@ class Handshake(msgspec.Struct, frozen=True, kw_only=True):
     when: Annotated[
         dict[Template, str],
         describe(
-            'templates with their required values; `"*"`: any value but an empty one. By default, every '
+            'templates with their required values; `"*"`: any value that is not empty. By default, every '
             "request with this method matches"
         ),
     ] = {}
