@@ -209,7 +209,9 @@ def completion(ctx: click.Context, shell: str) -> None:
     assert kind is not None  # noqa: S101 - click supports these three shells
     program = ctx.find_root().info_name or "relay"
     variable = f"_{program.upper()}_COMPLETE"
-    click.echo(kind(ctx.find_root().command, {}, program, variable).source())
+    source = kind(ctx.find_root().command, {}, program, variable).source()
+    # Worker ids and descriptions may have commas; click's function for fish would cut them there.
+    click.echo(source.replace('string split ","', 'string split --max 1 ","'))
 
 
 def _fail(ctx: click.Context, message: str, code: int) -> Never:

@@ -1,15 +1,24 @@
 """Completion of names and ids in the shell, from a daemon that runs."""
 
 import asyncio
+import fcntl
+import math
+import os
+import pty
+import select
+import shlex
+import signal
 import socket
+import struct
 import subprocess
 import sys
+import termios
 import time
 
 import pytest
 from click.shell_completion import BashComplete
-from click.testing import CliRunner
 from daemons import SOURCES, adorn, destination, running, write_config
+from machines import needs
 from test_workers import register
 from wire import request
 
@@ -77,7 +86,7 @@ async def test_names_and_ids_are_completed(relay, monkeypatch):
     assert (await asyncio.to_thread(complete, "deliveries cancel", delivery)).keys() == {delivery}
 
 
-async def test_workers_are_completed_by_their_source_and_the_line_names_the_relay(relay, tmp_path):
+async def test_workers_are_completed_by_their_source_and_the_line_names_the_relay(relay):
     for worker in ("worker-1", "worker-2", "other"):
         await relay.exchange(register(worker))
     socket_ = ("--socket", str(relay.addresses.socket))
@@ -85,17 +94,112 @@ async def test_workers_are_completed_by_their_source_and_the_line_names_the_rela
         assert (await asyncio.to_thread(complete, words, "w", *socket_)).keys() == {"worker-1", "worker-2"}
     assert await asyncio.to_thread(complete, "workers show adorn", "w", *socket_) == {}
     assert (await asyncio.to_thread(complete, "workers show", "wh", *socket_)).keys() == {"whatsapp"}
-    # The script of bash, with the real command.
-    text = CliRunner().invoke(main, ["completion", "bash"], prog_name="relay").stdout
-    command = tmp_path / "relay"
+
+
+class Bash:
+    """Runs the function that `relay completion bash` registers."""
+
+    describes_from = math.inf  # candidates: with fewer, the shell shows no texts beside them
+
+    def __init__(self, environment):
+        self._environment = environment
+
+    def complete(self, line):
+        """Return the candidates for the last word of a line, with the texts beside them."""
+        at = len(line.split(" ")) - 1
+        ask = f'COMP_WORDS=({line}); COMP_CWORD={at}; _relay_completion relay; echo "${{COMPREPLY[@]}}"'
+        return dict.fromkeys(self._run("bash", "-c", f'eval "$(relay completion bash)"; {ask}').split(), "")
+
+    def _run(self, *command):
+        done = subprocess.run(
+            command, env=self._environment, capture_output=True, text=True, check=True, timeout=60
+        )
+        assert done.stderr == ""
+        return done.stdout
+
+
+class Fish(Bash):
+    """Runs `complete -C` of fish, which returns what TAB offers."""
+
+    describes_from = 1
+
+    def complete(self, line):
+        text = self._run("fish", "-c", f"relay completion fish | source; complete -C {shlex.quote(line)}")
+        return dict(each.partition("\t")[::2] for each in text.splitlines())
+
+
+class Zsh(Bash):
+    """Types a line into an interactive zsh on a terminal, and presses TAB."""
+
+    describes_from = 2
+    _START = (
+        'autoload -U compinit && compinit -u; eval "$(relay completion zsh)"; unsetopt LIST_AMBIGUOUS; '
+        """LISTMAX=1000; shown() { print -r -- "<$BUFFER>E""ND" }; zle -N shown; """
+        "bindkey '^I' complete-word; bindkey '^X' shown\n"
+    )
+
+    def complete(self, line):
+        process, terminal = pty.fork()
+        if process == 0:
+            os.execvpe("zsh", ["zsh", "-f", "-i"], self._environment)
+        try:
+            fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 50, 200, 0, 0))
+            os.write(terminal, self._START.encode())
+            os.write(terminal, b"\x18")
+            self._read_until(terminal, "<>END")
+            os.write(terminal, f"{line}\t\x18".encode())
+            text = self._read_until(terminal, ">END")
+        finally:
+            os.close(terminal)
+            os.kill(process, signal.SIGKILL)
+            os.waitpid(process, 0)
+        listing, _, buffer = text.removesuffix(">END").rpartition("<")
+        if buffer.endswith(" "):  # of a unique candidate
+            return {buffer.split()[-1]: ""}
+        rows = listing.split("\n")[1:-1]  # a row has all candidates with one text
+        return {name: listing for row in rows for name in row.partition(" -- ")[0].split()}
+
+    @staticmethod
+    def _read_until(terminal, end):
+        text, deadline = "", time.monotonic() + 60
+        while not text.rstrip("\r\n").endswith(end):
+            assert time.monotonic() < deadline, repr(text)
+            if select.select([terminal], [], [], 0.1)[0]:
+                text += os.read(terminal, 65_536).decode()
+        return text.rstrip("\r\n")
+
+
+@pytest.mark.parametrize(
+    "shell",
+    [
+        pytest.param(Bash, id="bash", marks=needs("bash")),
+        pytest.param(Zsh, id="zsh", marks=needs("zsh")),
+        pytest.param(Fish, id="fish", marks=needs("fish")),
+    ],
+)
+async def test_a_shell_completes_names_and_ids_from_the_running_daemon(relay, tmp_path, shell):
+    command = tmp_path / "bin" / "relay"
+    command.parent.mkdir()
     command.write_text(f"#!{sys.executable}\nfrom relay.cli import main\nmain(prog_name='relay')\n")
     command.chmod(0o755)
-    line = f"relay destinations show --socket {relay.addresses.socket} cr"
-    ask = f"COMP_WORDS=({line}); COMP_CWORD=5; _relay_completion {command}; echo ${{COMPREPLY[@]}}"
-    done = await asyncio.to_thread(
-        subprocess.run, ["bash", "-c", f"{text}\n{ask}"], capture_output=True, text=True, check=True
+    paths = f"{command.parent}:{os.environ['PATH']}"
+    socket_, home = str(relay.addresses.socket), str(tmp_path)
+    shell = shell({"PATH": paths, "HOME": home, "RELAY_SOCKET": socket_, "TERM": "dumb", "LC_ALL": "C.UTF-8"})
+    for worker in ("w,1", "w,2"):
+        await relay.exchange(register(worker))
+    event = (await relay.operator("GET", "/api/events"))["items"][-1]["id"]
+    deliveries = (await relay.operator("GET", "/api/deliveries"))["items"]
+    cases = (
+        ("relay destinations show cr", {"crm": "paused in config.toml", "crm2": ""}),
+        (f"relay events show {event[:-1]}", {event: ""}),
+        ("relay deliveries show dlv", {each["id"]: f"{each['destination']}, pending" for each in deliveries}),
+        ("relay workers show whatsapp w", {"w,1": "whatsapp, ONLINE", "w,2": "whatsapp, ONLINE"}),
     )
-    assert (done.stdout, done.stderr) == ("crm crm2\n", "")
+    for line, expected in cases:
+        found = await asyncio.to_thread(shell.complete, line)
+        assert found.keys() == expected.keys(), line
+        if len(expected) >= shell.describes_from:
+            assert all(about in found[name] for name, about in expected.items()), found
 
 
 @pytest.mark.parametrize("listens", [False, True], ids=["no relay", "a relay that hangs"])
