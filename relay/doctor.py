@@ -21,6 +21,7 @@ _ADVICE = {
     "paused": "relay destinations resume {name}",
     PAUSED_IN_CONFIG: "set `paused = false` in [destinations.{name}], then: relay reload",
     "disabled": "repair the receiver, then: relay destinations enable {name}",
+    "circuit open": "relay destinations test {name} --close-circuit",
     "failing": "relay destinations test {name}",
 }
 

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import msgspec
 
+from relay.config.problems import unreadable
 from relay.config.secrets import Secret
 
 # OpenSSL's reasons for a key that does not match: of the same type, and of another type.
@@ -40,7 +41,7 @@ class ClientCert(msgspec.Struct, frozen=True, kw_only=True):
             try:
                 path.open("rb").close()
             except OSError as error:
-                raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+                raise ValueError(f"{path} cannot be read: {unreadable(path, error)}") from None
         password = _Password(self.password)
         try:
             # load_cert_chain does not say which of the two files is invalid; this checks the certificate.

@@ -1,8 +1,13 @@
 """The problems of a configuration: one record per fault, all reported at once."""
 
 import difflib
+import grp
 import json
+import os
+import shlex
 from collections.abc import Collection, Iterable
+from contextlib import suppress
+from pathlib import Path
 
 import msgspec
 
@@ -105,6 +110,18 @@ def kind_of(value: object) -> str:
 def check_again(file: object) -> str:
     """Return the next step after an error of a configuration."""
     return f"correct it, then run `relay check-config {file}`"
+
+
+def unreadable(path: Path, error: OSError) -> str:
+    """Return why a file cannot be read; if the group of the service lacks permission, also what to run."""
+    reason = error.strerror or str(error)
+    if not isinstance(error, PermissionError) or os.geteuid() == os.getuid():
+        return reason
+    group = str(os.getegid())  # root checks the file as the service's user
+    with suppress(KeyError):
+        group = grp.getgrgid(os.getegid()).gr_name
+    file = shlex.quote(str(path))
+    return f"{reason}; let the service read it: `chgrp {group} {file} && chmod g+r {file}`"
 
 
 def guess(name: str, known: Collection[str]) -> str:

@@ -11,7 +11,7 @@ from urllib.parse import unquote, urlsplit
 
 import msgspec
 
-from relay.config.problems import guess, kind_of, shown
+from relay.config.problems import guess, kind_of, shown, unreadable
 
 
 class Usage:
@@ -334,7 +334,7 @@ def _read(path: Path, what: str, advice: str) -> str:
     except FileNotFoundError:
         raise _MissingError(f"{what} does not exist; {advice}") from None
     except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not a valid path"
+        reason = unreadable(path, error) if isinstance(error, OSError) else "not a valid path"
         raise _DeniedError(f"{what} cannot be read: {reason}") from None
     return _text(content, what, advice)
 

@@ -11,6 +11,7 @@ from yarl import URL
 
 from relay.base.units import render_size
 from relay.config.client_cert import ClientCert
+from relay.config.problems import unreadable
 from relay.config.secrets import Secret, Url
 from relay.signing import Signer
 
@@ -324,7 +325,7 @@ def existing_file(path: Path) -> Path:
     try:
         path.open("rb").close()
     except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+        raise ValueError(f"{path} cannot be read: {unreadable(path, error)}") from None
     return path
 
 

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -323,11 +324,11 @@ def test_root_checks_files_as_the_user_of_the_service(machine):
     machine.unit.write_text(text)
     groups = os.getgroups()
     result = run("check-config", machine.config, code=1)
-    assert "the file token cannot be read: Permission denied" in result.err
-    assert "ca.pem cannot be read: Permission denied" in result.err
+    assert "the file token cannot be read: Permission denied; let the service read it: `" in result.err
+    assert "ca.pem cannot be read: Permission denied; let the service read it: `" in result.err
     assert (os.geteuid(), os.getegid(), os.getgroups()) == (0, 0, groups)
-    os.chown(machine.folder / "token", NOBODY, -1)
-    (machine.folder / "ca.pem").chmod(0o644)
+    for command in re.findall(r"`(chgrp .+)`", result.err):
+        subprocess.run(["sh", "-c", command], check=True)
     run("check-config", machine.config)
     machine.config.chmod(0o600)
     result = run("check-config", machine.config, code=1)
