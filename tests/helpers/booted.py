@@ -4,6 +4,7 @@ The base system is bootstrapped once and kept in the folder for temporary files.
 with the machine. Its only network is its own loopback.
 """
 
+import json
 import os
 import re
 import shutil
@@ -12,7 +13,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import pytest
 from machines import PATH, ROOT
@@ -144,6 +145,10 @@ class Booted:
         )
         return Ended(done.returncode, done.stdout, done.stderr)
 
+    def in_its_network(self, *command: str | Path) -> list[str | Path]:
+        """Return a command that runs a program of this host in the network of the machine."""
+        return ["nsenter", f"--target={self._leader}", "--net", *command]
+
     def run(self, script: str, *, codes: tuple[int, ...] = (0,), timeout: float = 120) -> Ended:
         """Run a shell script that must end with one of these exit codes."""
         ended = self.attempt(script, timeout)
@@ -167,3 +172,77 @@ class Booted:
     def get(self, path: str) -> str:
         """Return a file's content."""
         return self.run(f"cat {path}").out
+
+
+class Prometheus:
+    """This host's Prometheus in a machine's network, from `with` on, with the files of the installed package.
+
+    Only their times are shorter: it scrapes every second, an alert waits for 3 seconds instead of minutes,
+    and rates cover 10 seconds.
+    """
+
+    FILES = "/usr/share/doc/hookferry/prometheus"
+    ADDRESS = "127.0.0.1:9090"
+
+    def __init__(self, vm: Booted, folder: Path) -> None:
+        self._vm = vm
+        self._folder = folder
+
+    def __enter__(self) -> Self:
+        rules = re.sub(r"for: \d+[mh]", "for: 3s", self._vm.get(f"{self.FILES}/alerts.yml"))
+        (self._folder / "alerts.yml").write_text(re.sub(r"\[\d+m\]", "[10s]", rules))
+        config = self._folder / "prometheus.yml"
+        times = "scrape_interval: 1s\n  evaluation_interval: 1s"
+        config.write_text(self._vm.get(f"{self.FILES}/scrape.yml").replace("scrape_interval: 15s", times))
+        command = self._vm.in_its_network(
+            "prometheus", f"--config.file={config}", f"--storage.tsdb.path={self._folder / 'data'}",
+            f"--web.listen-address={self.ADDRESS}",
+        )  # fmt: skip
+        self._log = tempfile.TemporaryFile("w+")
+        self._process = subprocess.Popen(command, stdout=self._log, stderr=subprocess.STDOUT)
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._process.terminate()
+        try:
+            self._process.wait(30)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._log.close()
+
+    def _get(self, path: str) -> list[dict[str, Any]]:
+        """Return the list in a response of the API, an empty list before it responds."""
+        url = f"http://{self.ADDRESS}/api/v1/{path}"
+        program = f"import urllib.request as u; print(u.urlopen('{url}', timeout=10).read().decode())"
+        found = self._vm.attempt(f'python3 -c "{program}"')
+        data = json.loads(found.out)["data"] if found.code == 0 else {}
+        return data.get("alerts", data.get("result", []))
+
+    def until_firing(self, name: str) -> str:
+        """Wait until an alert fires, after it was pending; return the command at its end."""
+        deadline = time.monotonic() + 90
+        while not (alerts := [each for each in self._get("alerts") if self._fires(each, name)]):
+            assert self._process.poll() is None, self._output()
+            assert time.monotonic() < deadline, f"{name} does not fire: {self._get('alerts')}"
+            time.sleep(0.2)
+        waits = re.search(rf"alert: {name}\n +expr: .+\n +for:", (self._folder / "alerts.yml").read_text())
+        if waits:
+            query = f"count_over_time(ALERTS%7Balertname=%22{name}%22,alertstate=%22pending%22%7D[10m])"
+            assert self._get(f"query?query={query}"), f"{name} was not pending before it fired"
+        return alerts[0]["annotations"]["description"].rpartition(": ")[2]
+
+    def until_resolved(self, name: str) -> None:
+        """Wait until an alert is neither firing nor pending."""
+        deadline = time.monotonic() + 90
+        while any(each["labels"]["alertname"] == name for each in self._get("alerts")):
+            assert time.monotonic() < deadline, f"{name} is not resolved: {self._get('alerts')}"
+            time.sleep(0.2)
+
+    @staticmethod
+    def _fires(alert: dict[str, Any], name: str) -> bool:
+        return alert["labels"]["alertname"] == name and alert["state"] == "firing"
+
+    def _output(self) -> str:
+        self._log.seek(0)
+        return self._log.read()

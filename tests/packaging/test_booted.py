@@ -11,8 +11,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from booted import VARIABLE, Booted, missing
-from machines import CHECKOUT, copy_checkout, offline
+from booted import VARIABLE, Booted, Prometheus, missing
+from machines import CHECKOUT, copy_checkout, needs, offline
 
 pytestmark = pytest.mark.skipif(bool(missing()), reason=missing())
 
@@ -22,17 +22,31 @@ BLOCKS = dict(re.findall(r"<!-- run: (\w+) -->\n```sh\n(.*?)```", MOVING, re.DOT
 
 SEND = r"""
 python3 - "$@" <<'END OF PROGRAM'
-import sys, urllib.error, urllib.request
-token, member = sys.argv[1:] or ("second", "1")
-body = b'{"event_type":"member_joined","discord_id":"%s","metadata":{}}' % member.encode()
+import json, sys, urllib.error, urllib.request
+token, member, most, size = sys.argv[1:]
 headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
-request = urllib.request.Request("http://127.0.0.1:8080/internal/event/notify", body, headers)
-try:
-    print(urllib.request.urlopen(request, timeout=30).status)
-except urllib.error.HTTPError as error:
-    print(error.code)
+for number in range(int(most)):
+    content = {"event_type": "member_joined", "discord_id": member.replace("#", str(number))}
+    body = json.dumps({**content, "metadata": {"text": "x" * int(size)}}).encode()
+    request = urllib.request.Request("http://127.0.0.1:8080/internal/event/notify", body, headers)
+    try:
+        print(urllib.request.urlopen(request, timeout=30).status)
+    except urllib.error.HTTPError as error:
+        print(error.code)
+        break
 END OF PROGRAM
 """
+"""Sends events until one is refused. Arguments: token, subject (# is the number), how many, size."""
+
+FETCH = """
+import sys, urllib.request
+url, body = sys.argv[1:]
+response = urllib.request.urlopen(url, body.encode() or None, timeout=30)
+print(response.headers, response.read().decode(), sep="")
+"""
+METRICS = "http://127.0.0.1:8081/metrics"
+RECEIVER = "systemd-run --unit=receiver --property=Restart=no bash /root/receiver"
+UNITS = "relay.socket relay-admin.socket relay.service"
 
 
 @pytest.fixture(scope="module")
@@ -58,13 +72,58 @@ def vm(package):
         yield vm
 
 
+@pytest.fixture(scope="module")
+def prometheus(vm, tmp_path_factory):
+    with Prometheus(vm, tmp_path_factory.mktemp("prometheus")) as prometheus:
+        yield prometheus
+
+
+@pytest.fixture
+def small_disk(vm):
+    """Keeps the state directory on a file system of 64 MiB; senders leave 16 MiB free."""
+    before = vm.get(CONFIG)
+    vm.run(f"systemctl stop {UNITS} && cp -a /var/lib/relay /root/state")
+    vm.run("mount -t tmpfs -o size=64m,mode=0700,uid=relay,gid=relay tmpfs /var/lib/relay")
+    vm.put(CONFIG, f'{before}\n[storage]\nmin_free_disk = "16 MiB"\n[backup]\nevery = "1d"\n')
+    vm.run(f"cp -a /root/state/. /var/lib/relay && systemctl start {UNITS}")
+    yield
+    vm.run(f"systemctl stop {UNITS}; rm -r /root/state; cp -a /var/lib/relay /root/state")
+    vm.run("umount /var/lib/relay && rm -rf /var/lib/relay && mv /root/state /var/lib/relay")
+    vm.put(CONFIG, before)
+    vm.run(f"systemctl start {UNITS}")
+
+
 def advice(text):
     """Return the commands between backquotes in the output of a command."""
     return re.findall(r"`([^`]+)`", text)
 
 
 def send(vm, token, member="1"):
-    return int(vm.run(f"send() {{ {SEND} }}; send {token} {member}").out)
+    [status] = send_many(vm, token, member, 1)
+    return status
+
+
+def send_many(vm, token, member, most, size=0):
+    """Send up to `most` events, until one is refused; return all status codes."""
+    result = vm.run(f"send() {{ {SEND} }}; send {token} '{member}' {most} {size}", timeout=300)
+    return [int(line) for line in result.out.split()]
+
+
+def fetch(vm, url, body=""):
+    """Return the headers and the body of a response."""
+    return vm.run(f"python3 -c '{FETCH}' {url} '{body}'").out
+
+
+def start_receiver(vm):
+    vm.run(RECEIVER)
+    vm.until("ss -ltn", ":9000")
+
+
+def open_circuit(vm, member):
+    """Stop the receiver, and send events until its circuit is open."""
+    vm.run("systemctl stop receiver")
+    assert send_many(vm, "second", member, 8) == [200] * 8
+    vm.until("relay destinations list", "circuit open")
 
 
 def pid(vm):
@@ -100,8 +159,7 @@ def test_an_installation_starts_nothing_and_the_commands_of_init_work_as_printed
         command, _, keeps_running = line.partition("   # ")
         if keeps_running:
             vm.put("/root/receiver", f"exec {command}")
-            vm.run("systemd-run --unit=receiver --property=Restart=no bash /root/receiver")
-            vm.until("ss -ltn", ":9000")
+            start_receiver(vm)
         else:
             vm.run(command)
     vm.until("relay deliveries list --state delivered -q | wc -l", "2")
@@ -123,7 +181,9 @@ def test_a_token_is_rotated_by_environment_file_and_reload_without_a_restart(vm)
     vm.run("relay check-config && systemctl reload relay")
     assert (send(vm, first), send(vm, "second"), send(vm, "wrong")) == (200, 200, 403)
     tokens = vm.run("relay sources show moddy").out.splitlines()[-2:]
-    assert [line.split("\t")[0] for line in tokens] == ["secrets/moddy", "MODDY_TOKEN_2"]
+    uses = [line.split("\t")[:2] for line in tokens]
+    assert uses == [["secrets/moddy", "2"], ["MODDY_TOKEN_2", "1"]]  # `relay send` was the first
+    assert 'relay_token_uses_total{source="moddy",token="MODDY_TOKEN_2"} 1.0' in fetch(vm, METRICS)
     edit(vm, lambda text: text.replace(more, '{ env = "MODDY_TOKEN_2" }'))
     vm.run("relay reload")
     assert (send(vm, first), send(vm, "second")) == (403, 200)
@@ -131,16 +191,16 @@ def test_a_token_is_rotated_by_environment_file_and_reload_without_a_restart(vm)
 
 
 def test_the_circuit_of_a_repaired_receiver_is_closed_by_a_test(vm):
-    vm.run("systemctl stop receiver")
-    for number in range(8):
-        assert send(vm, "second", f"down-{number}") == 200
-    vm.until("relay destinations list", "circuit open")
+    open_circuit(vm, "down-#")
+    checks = vm.run("relay doctor", codes=(1,))
+    assert re.search(r"held\tFAILED\treceiver: [1-9]\d* pending \(circuit open\)", checks.out)
+    assert "held: relay destinations test receiver --close-circuit\n" in checks.err
+    assert "circuit" in vm.run("relay destinations resume receiver").err  # it ends pauses only
     shown_advice = advice(vm.run("relay destinations show receiver").err)
     assert shown_advice == ["relay destinations test receiver --close-circuit"]
     failed = vm.run(shown_advice[0], codes=(1,))
     assert "refused" in failed.out + failed.err
-    vm.run("systemd-run --unit=receiver --property=Restart=no bash /root/receiver")
-    vm.until("ss -ltn", ":9000")
+    start_receiver(vm)
     [retry] = advice(vm.run(shown_advice[0]).err)
     vm.run(f"{retry} --yes")
     vm.until("relay deliveries list --state pending -q | wc -l", "0", 30)
@@ -212,6 +272,76 @@ def test_a_restart_with_a_broken_configuration_refuses_with_503_and_recovers_by_
     assert send(vm, "second", "recovered") == 200
 
 
+def test_a_restart_without_socket_units_fails_once_and_starts_after_the_correction(vm):
+    vm.run(f"systemctl stop {UNITS}")
+    before = vm.get(CONFIG)
+    vm.put(CONFIG, before + "\n[servre]\n")
+    for _ in range(6):  # more than the limit of systemd's default
+        vm.run("systemctl start relay.service", codes=(1,))
+    state = vm.run("systemctl show -p ExecMainStatus -p NRestarts relay.service").out.split()
+    assert set(state) == {"ExecMainStatus=78", "NRestarts=0"}
+    assert 'unknown key, did you mean "server"?' in vm.run("journalctl -u relay -o cat -n 20").out
+    vm.put(CONFIG, before)
+    vm.run(f"relay check-config && systemctl start {UNITS}")
+    assert send(vm, "second", "corrected") == 200
+
+
+def test_commands_of_root_know_the_environment_and_the_user_of_the_service(vm):
+    assert 'state_dir = "/var/lib/relay"' in vm.run("relay config show").out
+    vm.run("relay send moddy")
+    head = "POST /internal/event/notify HTTP/1.1\nAuthorization: Bearer second\nContent-Length: 2\n\n{}"
+    vm.put("/root/request", head)
+    result = vm.run("relay verify --source moddy --request /root/request", codes=(1,)).out  # no valid body
+    assert "matches: sources.moddy.tokens[0]\n" in result
+    vm.run("chown root: /etc/relay/secrets/receiver && chmod 600 /etc/relay/secrets/receiver")
+    unreadable = vm.run("relay check-config", codes=(1,)).err
+    repair, _ = advice(unreadable)
+    assert repair.startswith("chgrp relay /etc/relay/secrets/receiver && ")
+    vm.run(repair)
+    vm.run("relay check-config")
+
+
+def test_small_things_are_right_the_first_time(vm):
+    """Spelling, the receiver's answer, offline reads, JSON Lines, warnings, versions."""
+    for command, text in (
+        ("relay events list --source modddy", 'unknown source "modddy", did you mean "moddy"?'),
+        ("relay deliveries list --destination receivr", 'did you mean "receiver"?'),
+    ):
+        assert text in vm.run(command, codes=(4,)).err
+    vm.run("relay send moddy")
+    vm.until("relay deliveries list --state delivered --limit 1 -q")
+    [delivery] = vm.run("relay deliveries list --limit 1 -q").out.split()
+    [event] = vm.run("relay events list --limit 1 -q").out.split()
+    shown_online = [
+        vm.run(f"relay {what}").out for what in (f"deliveries show {delivery}", f"events show {event}")
+    ]
+    assert "\tok\t204\t" in shown_online[0]
+    vm.run("systemd-run --unit=lines sh -c 'exec relay listen 9001 --json >/root/lines 2>/dev/null'")
+    vm.until("ss -ltn", ":9001")
+    for path in ("/0", "/1"):
+        fetch(vm, f"http://127.0.0.1:9001{path}", body="{}")
+    vm.run("systemctl stop lines")
+    assert [json.loads(line)["path"] for line in vm.get("/root/lines").splitlines()] == ["/0", "/1"]
+    [test] = advice(vm.run("relay plugins new trial").out)[:1]
+    vm.run(test)
+    vm.run("rm /etc/relay/plugins.d/*trial.py")
+    for address in ("127.0.0.1:8080", "127.0.0.1:8081"):
+        answer = fetch(vm, f"http://{address}/health")
+        assert "ok" in answer
+        assert re.search(r"Server:|\b\d+\.\d+\.\d+", answer, re.IGNORECASE) is None
+    vm.run(f"systemctl stop {UNITS}")
+    offline_ = [
+        vm.run(f"relay {what} --offline").out
+        for what in (f"deliveries show {delivery}", f"events show {event}")
+    ]
+    assert offline_ == shown_online
+    vm.run(f"systemctl start {UNITS}")
+    started = vm.run("journalctl -u relay -o cat -n 20").out.rpartition("Starting relay.service")[2]
+    warnings = [line for line in started.splitlines() if line.startswith("relay")]
+    assert warnings
+    assert len(warnings) == len(set(warnings))
+
+
 def test_a_killed_daemon_comes_back_with_its_events(vm):
     before = vm.run("relay events list -q").out.splitlines()
     main = pid(vm)
@@ -237,19 +367,20 @@ def test_a_user_without_permission_joins_the_group_that_the_error_names(vm):
 
 
 def test_no_second_daemon_starts_beside_the_service_or_its_database(vm):
-    vm.run("systemctl stop relay.socket relay-admin.socket relay.service")
+    vm.run(f"systemctl stop {UNITS}")
     refused = vm.run("relay serve", codes=(1,))
     assert (
         "relay.service serves /etc/relay/config.toml with the database /var/lib/relay/relay.db" in refused.err
     )
     vm.run(advice(refused.err)[0])
     vm.run("test ! -e /etc/relay/relay.db")
-    units = "relay.service relay.socket relay-admin.socket"
-    assert vm.run(f"systemctl is-active {units}").out.split() == ["active"] * 3
-    vm.run(f"systemctl stop {units}")
+    assert vm.run(f"systemctl is-active {UNITS}").out.split() == ["active"] * 3
+    vm.run(f"systemctl stop {UNITS}")
     stopped = vm.run("relay status", codes=(3,))
     vm.run(advice(stopped.err)[0])
-    assert vm.run(f"systemctl is-active {units}").out.split() == ["active"] * 3
+    assert vm.run(f"systemctl is-active {UNITS}").out.split() == ["active"] * 3
+    assert "relay: the database is /var/lib/relay/relay.db\n" in vm.run("journalctl -u relay -o cat").out
+    assert "database\tok\t/var/lib/relay/relay.db\n" in vm.attempt("relay doctor").out
 
 
 def test_ten_quick_restarts_reach_no_limit(vm):
@@ -259,14 +390,94 @@ def test_ten_quick_restarts_reach_no_limit(vm):
     assert vm.run("systemctl is-active relay.service relay.socket").out == "active\nactive\n"
 
 
+@needs("prometheus")
+def test_alerts_fire_and_are_resolved_by_following_what_they_print(vm, prometheus):
+    open_circuit(vm, "alert-#")
+    command = prometheus.until_firing("RelayDestinationFailing")
+    assert command == "relay destinations show receiver"
+    [test] = advice(vm.run(command).err)
+    start_receiver(vm)
+    [retry] = advice(vm.run(test).err)
+    vm.run(f"{retry} --yes")
+    prometheus.until_resolved("RelayDestinationFailing")
+    vm.until("relay deliveries list --state pending -q | wc -l", "0", 30)
+
+    before = vm.get(CONFIG)
+    vm.put(CONFIG, before + "\n[servre]\n")
+    vm.run("relay reload", codes=(1,))
+    problems = vm.run(prometheus.until_firing("RelayConfigReloadFailed"), codes=(1,)).err
+    vm.put(CONFIG, before)
+    assert problems.endswith(f"1 problem; correct and run `relay check-config {CONFIG}` again\n")
+    vm.run(f"{advice(problems)[0]} && relay reload")
+    prometheus.until_resolved("RelayConfigReloadFailed")
+
+    vm.run(f"systemctl stop {UNITS}")
+    command = prometheus.until_firing("RelayDown")
+    assert "inactive (dead)" in vm.run(command, codes=(3,)).out
+    vm.run(f"systemctl start {UNITS}")
+    prometheus.until_resolved("RelayDown")
+
+
+@needs("prometheus")
+def test_a_full_disk_refuses_senders_and_recovers_without_loss_by_the_advice(vm, prometheus, small_disk):
+    """The relay fills the disk, and then another program does."""
+    large = 400_000
+    *taken, refused = send_many(vm, "second", "fill-#", 500, large)
+    while taken[-1:] == [200] or refused == 200:  # a refusal may free the log's room
+        *more, refused = send_many(vm, "second", "fill-again-#", 500, large)
+        if not more:
+            break
+        taken += more
+    assert refused == 503
+    status = vm.until("relay status 2>&1", "large requests are refused with 503")
+    assert "  df -h /var/lib/relay\n" in status.out
+    assert send(vm, "second", "small") == 200
+
+    vm.run("systemctl stop receiver")
+    assert send_many(vm, "second", "kept-#", 3) == [200] * 3
+    vm.run("dd if=/dev/zero of=/var/lib/relay/others bs=4k status=none", codes=(1,))  # to the last byte
+    status = vm.until("relay status 2>&1 || test $? = 1", "not ready: less free space than min_free_disk")
+    assert "min_free_disk is 16 MiB\n  df -h /var/lib/relay\n" in status.out
+    assert send_many(vm, "second", "refused", 1) == [503]
+    assert prometheus.until_firing("RelayStorageFull") == "df -h /var/lib/relay"
+    assert "tmpfs" in vm.run(prometheus.until_firing("RelayDiskLow")).out
+    checks = vm.run("relay doctor", codes=(1,))
+    assert re.search(r"disk\tFAILED\t.*min_free_disk is 16 MiB", checks.out)
+    assert "disk: find what takes the space: df -h /var/lib/relay, relay db status;" in checks.err
+    vm.run("df -h /var/lib/relay && relay db status")
+    # A backup takes no room from senders.
+    assert "MiB free, a copy may need" in vm.run("relay jobs run backup", codes=(1,)).out
+
+    vm.run("rm /var/lib/relay/others")
+    vm.until("relay status")
+    assert send(vm, "second", "again") == 200
+    [shorten] = re.findall(r"or shorten \[retention\] and run: (.+)", checks.err)
+    edit(vm, lambda text: text.replace('events = "14d"', 'events = "1s"'))
+    listed = "relay events list -q --limit 500 --type '*.member_joined'"
+    assert len(vm.run(listed).out.split()) > len(taken)
+    vm.run(shorten)
+    vm.until(f"{shorten.partition('&& ')[2]}; send() {{ {SEND} }}; send second fits 1 {large}", "200")
+    edit(vm, lambda text: text.replace('events = "1s"', 'events = "14d"'))
+    vm.run("relay reload")
+    pending = vm.run("relay deliveries list --state pending").out
+    assert pending.count("receiver") >= 3  # retention deletes no event with a pending delivery
+    start_receiver(vm)
+    vm.run("relay destinations test receiver --close-circuit")
+    vm.run("relay deliveries retry --destination receiver --state pending --yes", codes=(0, 4))
+    vm.until("relay deliveries list --state pending -q | wc -l", "0", 30)
+    for number in range(3):
+        assert vm.run(f"relay events list --subject kept-{number} -q").out
+    prometheus.until_resolved("RelayStorageFull")
+    assert "conservation\tok" in vm.run("relay doctor", codes=(0, 1)).out
+
+
 def test_a_backup_is_on_display_and_survives_a_purge(vm):
     assert shown(vm, "status")["backups"] is None
     edit(vm, lambda text: f'{text}\n[backup]\nevery = "1d"\n')
     vm.run("relay reload")
     vm.run("relay db backup")
     assert shown(vm, "status")["backups"]["last_success"] is not None
-    metrics = "python3 -c 'import urllib.request as u; print(u.urlopen(\"http://127.0.0.1:8081/metrics\").read().decode())'"
-    exported = vm.run(metrics).out
+    exported = fetch(vm, METRICS)
     assert re.search(r"^relay_backup_last_success_timestamp_seconds [1-9]", exported, re.MULTILINE)
     assert re.search(r"^relay_backup_size_bytes [1-9]", exported, re.MULTILINE)
 
