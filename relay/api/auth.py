@@ -95,7 +95,7 @@ async def set_headers(request: web.Request, response: web.StreamResponse) -> Non
 
 
 FindLogin = Callable[[web.Request], Awaitable[Operator | None]]
-"""Returns the operator whose login a request's cookie has; None: it has no valid one."""
+"""Returns the operator of the login in a request's cookie; None: the request has no valid login."""
 
 
 class Access:
@@ -272,7 +272,7 @@ def includes(scope: Scope, other: Scope) -> bool:
 
 
 def least(scope: Scope, other: Scope) -> Scope:
-    """Return the scope that both scopes include."""
+    """Return the smaller of two scopes."""
     return other if includes(scope, other) else scope
 
 

@@ -55,7 +55,7 @@ class Logins:
         self._tokens = config.tokens
 
     async def find(self, request: web.Request) -> Operator | None:
-        """Return the operator whose login a request's cookie has; None: it has no valid one."""
+        """Return the operator of the login in a request's cookie; None: the request has no valid login."""
         found = await self._find(request)
         if found is None:
             return None
@@ -170,7 +170,7 @@ def _digest(kind: str, value: str) -> bytes:
 
 
 def _binding(value: str, token: AdminToken) -> bytes:
-    """Return a digest that proves the token only together with the cookie or code."""
+    """Return a digest of a token and a cookie or code; without the cookie or code, it proves nothing."""
     key = value.encode("utf-8", "surrogateescape")
     return hmac.digest(key, token.secret.reveal().encode(), "sha256")
 

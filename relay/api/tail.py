@@ -354,7 +354,7 @@ def _add_payload(event: TailEvent, body: bytes) -> None:
 
 
 def _key_of(outcome: Outcome) -> str:
-    """Return the key of an attempt, as of a stored one."""
+    """Return the key of a live attempt; the stored attempt has the same key."""
     assert outcome.attempt is not None  # noqa: S101 - `Wanted.attempt` accepts no other outcome
     return f"{outcome.delivery.public_id} {rfc3339(outcome.attempt.started_at)}"
 

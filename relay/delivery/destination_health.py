@@ -72,7 +72,7 @@ class DestinationHealth:
 
     @property
     def held_until(self) -> int | None:
-        """Return when the hold ends (steady clock); None: by an operator, or when this node owns the lane."""
+        """Return when the hold ends (steady clock); None: no time is set, or another node owns the lane."""
         if not self.owned_until:
             return None
         if self._stored_hold is not None:
@@ -135,7 +135,7 @@ class DestinationHealth:
         self._stored_hold = PAUSED_IN_CONFIG if self._config.paused else state.held
 
     async def set_by_operator(self, state: DestinationState) -> None:
-        """Apply and store an operator's decision; resuming ends a rest, forgets failures and probes."""
+        """Apply and store an operator's decision. To resume also ends a rest and makes a probe due."""
         before = self.state
         await self.change(self._resumed(state))
         for action in _actions(before, state):
@@ -192,7 +192,7 @@ class DestinationHealth:
     async def fail(
         self, result: str, event: StoredEvent, reason: str, openings: int, *, disable: str | None
     ) -> None:
-        """Record a failed attempt; `disable` is why the destination must be disabled, if it must be."""
+        """Record a failed attempt; `disable` is the reason to disable the destination, or None."""
         now = self._clock.steady()  # a step of the wall clock disables no destination
         since = self.state.failing_since
         if since is None:

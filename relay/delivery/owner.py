@@ -83,7 +83,7 @@ class Owner:
     async def steer(self, lane: Lane, change: Mapping[str, Any]) -> dict[str, Any]:
         """Change the state of a destination for an operator, on the node that owns its lane.
 
-        `change` has the new values of fields of `DestinationState`. Returns fields of the destination then.
+        `change` has the new values of fields of `DestinationState`. Returns the destination's new fields.
 
         Raises:
             StorageError: the state could not be stored, or the node that owns the lane does not answer.

@@ -655,7 +655,7 @@ class Nodes(Protocol):
         ...
 
     async def all(self) -> tuple[Node, ...]:
-        """Return the nodes that have renewed lately, in order of name."""
+        """Return the nodes that have renewed their leases recently, in order of name."""
         ...
 
     def figures(self) -> Mapping[str, float]:
@@ -667,7 +667,7 @@ class Nodes(Protocol):
         ...
 
     async def leave(self) -> None:
-        """Take no more lanes, and let other nodes plan without this one; before the last attempts end."""
+        """Stop taking lanes, and let other nodes plan without this one, before the last attempts end."""
         ...
 
 
@@ -675,7 +675,7 @@ class Attendant(Protocol):
     """Gets the announcements and requests of other nodes. A node that is alone never calls it."""
 
     def wake(self, lanes: Collection[str] | None, *, retries: bool = False) -> None:
-        """Look for due deliveries of lanes that this node owns; None: of all of them."""
+        """Look for due deliveries of those lanes that this node owns; None: of all its lanes."""
         ...
 
     def renew_soon(self) -> None:

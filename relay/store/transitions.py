@@ -114,7 +114,7 @@ def supersede(batch: Batch, deliveries: Sequence[Delivery], pending: Sequence[An
 
 
 def group_times(batch: Batch, deliveries: Sequence[Delivery], waiting: Sequence[Any]) -> GroupTimes:
-    """Return when each new delivery of a group is due: with the group that waits now, or begins here.
+    """Return when each new delivery is due: together with a waiting group, or with a new one.
 
     The first delivery of a group begins its wait, and all have the same due time. A group that is due
     already, because it is in flight or its destination is held, takes no more. A full group is due at once.

@@ -23,7 +23,7 @@ from relay.ui.parts import (
 
 
 async def jobs(visit: Visit) -> web.Response:
-    """Show periodic jobs, and the backups with their place in the database's state."""
+    """Show periodic jobs, and the state and files of the backups."""
     found = (await visit.ask("listJobs"))["items"]
     database = await visit.ask("showDatabase")
     backups = (await visit.ask("status"))["backups"]

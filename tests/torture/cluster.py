@@ -29,7 +29,7 @@ NEWER = "99.0.0"
 
 
 class Torture:
-    """Three nodes: one behind a proxy; two with wrong clocks; one with a destination more than the others."""
+    """Three nodes: one behind a proxy; two with wrong clocks; one with an additional destination."""
 
     def __init__(self, server: Server, folder: Path, *, seed: int = 1) -> None:
         self.server = server
@@ -98,7 +98,7 @@ class Torture:
                 self.proxy.passes.set()
 
     async def deafen(self) -> None:
-        """Let no notifications of other nodes reach a node; it looks at the database instead."""
+        """Let no notifications of other nodes reach a node; it polls the database instead."""
         async with self._fault("deafen", self.proxied, limit=POLLED, out=False):
             self.proxy.is_deaf = True
             pids = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE query LIKE '%pg_notify%'"
@@ -206,7 +206,7 @@ async def torture(
     seed: int = 1,
     tell: Callable[[str, Toll], None] = lambda _case, _toll: None,
 ) -> Toll:
-    """Do these things to nodes under load, one after another, and count what they cost."""
+    """Cause these faults of nodes under load, one after another, and return the findings."""
     async with Torture(server, folder, seed=seed) as torture:
         for case in cases:
             await CASES[case](torture)

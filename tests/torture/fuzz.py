@@ -101,7 +101,7 @@ MUTATIONS: tuple[Mutation, ...] = (flip, flip, cut, end, double, insert, insert,
 
 
 def mutate(seed: int, number: int, samples: list[bytes]) -> bytes:
-    """Return the request of that number."""
+    """Return the request with this number."""
     rand = random.Random(f"{seed}:{number}")
     raw = rand.choice(samples)
     if rand.random() < 0.1:  # the head of one with the body of another
@@ -168,7 +168,7 @@ HEADERS = (
 
 
 def framed(seed: int, number: int, samples: list[bytes]) -> bytes:
-    """Return the request of that number, mutated within its lines and its body only."""
+    """Return the request with this number, mutated within its lines and its body only."""
     rand = random.Random(f"{seed}:{number}")
     start, _, rest = rand.choice(samples).partition(b"\r\n")
     head, _, body = rest.partition(b"\r\n\r\n")
@@ -329,7 +329,7 @@ class Meddler:
 
 
 class Fuzzer:
-    """One connection's worth of requests after each other."""
+    """Sends requests on one connection, one after another."""
 
     def __init__(self, url: str, found: Findings, samples: list[bytes], seed: int, patience: float) -> None:
         self._url, self._found, self._samples, self._seed = url, found, samples, seed
@@ -337,7 +337,7 @@ class Fuzzer:
         self._wire: Wire | None = None  # kept from one framed request to the next
 
     async def send(self, number: int) -> None:
-        """Send the request of that number in its way."""
+        """Send the request with this number, framed or broken."""
         if number % 2:
             await self._send_framed(number, framed(self._seed, number, self._samples))
         else:

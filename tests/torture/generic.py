@@ -321,7 +321,7 @@ def _header(text: str, rand: random.Random) -> str:
 
 
 def _raw(rand: random.Random) -> str:
-    """Return sometimes a byte that a URL must not contain."""
+    """Return, in some cases, a byte that a URL must not contain."""
     return rand.choice(("\udcff", "\u00e9")) if rand.random() < 0.03 else ""
 
 

@@ -79,7 +79,7 @@ class Sent:
 
 @dataclass
 class Fault:
-    """Something that was done to nodes."""
+    """One fault of nodes."""
 
     kind: str
     nodes: tuple[str, ...]
@@ -198,7 +198,7 @@ class Proxy:
 
 @dataclass
 class Setup:
-    """One node, as the next start makes it."""
+    """The settings of a node for its next start."""
 
     ahead: float = 0.0  # seconds that its machine's clock is wrong
     version: str = "-"  # other than the program's

@@ -235,7 +235,7 @@ class PostgresCommitter(Committer):
             self.shared_workers.note_undone()
 
     def _wake_others(self, batch: Batch, nodes: PostgresNodes) -> None:
-        """Announce due deliveries of lanes that other nodes own; only the others are claimed here."""
+        """Announce the due deliveries of lanes that other nodes own; this node does not claim them."""
         mine = nodes.scope.mine
         names = {delivery.destination for delivery in batch.due}
         if names - mine:

@@ -63,7 +63,7 @@ class Host(msgspec.Struct, frozen=True):
 
 
 class Address(msgspec.Struct, frozen=True):
-    """A database, as `[storage] url` names it."""
+    """The database that `[storage] url` names."""
 
     hosts: tuple[Host, ...]
     database: str
@@ -182,7 +182,7 @@ def is_lost(error: BaseException, connection: "Connection") -> bool:
 
 
 def text_of(error: BaseException) -> str:
-    """Return one line about an error."""
+    """Return an error as one line of text."""
     if isinstance(error, asyncpg.TargetServerAttributeNotMatched):
         return "it is a standby, or accepts no writes"
     return " ".join(str(error).split()) or type(error).__name__

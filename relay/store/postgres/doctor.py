@@ -214,7 +214,7 @@ async def vacuum(_examined: Examined, connection: Connection) -> Check:
 
 
 async def snapshots(_examined: Examined, connection: Connection) -> Check:
-    """Look for old snapshots, which keep dead rows of the queue in the way of claims."""
+    """Look for old snapshots, which keep dead rows in the queue and so slow down claims."""
     rows = await connection.fetch(SNAPSHOT_SQL)
     if rows and rows[0][1] > OLD_SNAPSHOT:
         what, age = rows[0]

@@ -314,7 +314,7 @@ class PostgresNodes:
         leases: bool = False,
         requests: bool = False,
     ) -> None:
-        """Announce to the other nodes, soon, what they may look for in the database; see `WakeUp`."""
+        """Announce new work in the database to the other nodes, soon; see `WakeUp`."""
         if self._wake_ups is not None:
             self._wake_ups.announce(lanes, retries=retries, leases=leases, requests=requests)
 
@@ -370,7 +370,7 @@ class PostgresNodes:
 
     @property
     def owned(self) -> list[str]:
-        """The destinations whose lanes this node owns now, those included that it is handing over."""
+        """The destinations whose lanes this node owns now, including those that it is handing over."""
         now = self._clock.steady()
         return [
             name.removeprefix(LANE)

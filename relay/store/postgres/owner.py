@@ -44,7 +44,7 @@ HOLDER_SQL = """
 
 
 class Owner:
-    """This process, as the one that uses the database."""
+    """The lease by which only this process uses the database."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -98,7 +98,7 @@ async def _taken(connection: Connection) -> StorageError:
 
 
 def _identity(folder: Path) -> str:
-    """Return an id of a state folder, which is in a file in it; written at the first start."""
+    """Return the id of a state folder, from a file in it that the first start writes."""
     path = folder / "node.id"
     try:
         return path.read_text().strip()

@@ -217,7 +217,7 @@ class PostgresRetention(Retention[Connection]):
         return [Day(name, size) for name, size in await self._database.fetch(PARTITIONS_SQL, table)]
 
     async def _drop_attempts(self, day: Day, before: int, deleted: Counter[str]) -> bool:
-        """Drop a partition of attempts if all of it is old enough; returns whether it was."""
+        """Drop a partition of attempts if all of it is old enough; returns whether it was dropped."""
         if day.until > before:
             return False
         table = f"attempts_{day.name}"

@@ -557,7 +557,7 @@ def _arrays(path: IndexPath, terms: Sequence[tuple[Any, ...]]) -> list[list[Any]
 
 
 def _range_of(short: str) -> tuple[str, str] | None:
-    """Return the first and the last UUID that begin with a text; None if none can begin so."""
+    """Return the first and the last UUID that begin with a text; None if no UUID can begin with it."""
     filled = short + _SHORTEST[len(short) :]
     if any((given == "-") != (usual == "-") for given, usual in zip(filled, _SHORTEST, strict=False)):
         return None

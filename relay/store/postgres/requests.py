@@ -57,7 +57,7 @@ class Requests:
     """Asks the owners of other lanes, and answers requests for the lanes of this node."""
 
     def __init__(self, fetch: Fetch, announce: Callable[[], None]) -> None:
-        """Take `fetch`, which runs a statement, and `announce`, which tells other nodes to look."""
+        """Take `fetch`, which runs a statement, and `announce`, which wakes the other nodes."""
         self.handlers: dict[str, Handle] = {}  # by verb: called with the destination and the argument
         self._fetch = fetch
         self._announce = announce

@@ -401,7 +401,7 @@ class SharedWorkers(StoredWorkers):
     # --- changes of other nodes
 
     async def reload(self, connection: Connection) -> None:
-        """Compare all rows with the database, after it was opened or was away."""
+        """Compare all rows with the database, after it was opened or unreachable."""
         await connection.execute(FOREIGN_VERSIONS_SQL)
         await self._refresh(connection.fetch, everything=True)
         self._note_flush(self._clock.steady())

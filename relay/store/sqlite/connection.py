@@ -62,7 +62,7 @@ async def open_writer(path: Path, *, full: bool) -> WriterConnection:
     """Open the writing connection; creates the file with mode 0600.
 
     Raises:
-        StorageError: the file cannot be opened or is no database.
+        StorageError: the file cannot be opened or is not a database.
     """
     _create(path)
     open_file = partial(

@@ -98,7 +98,7 @@ def examine(examined: Examined, stop: Stop) -> list[Check]:
 
 
 def database(path: Path, config: Path) -> Check:
-    """Name the database, and look for a second one beside config.toml, of a relay started in a shell."""
+    """Name the database, and look for a second one beside config.toml, left by a relay started in a shell."""
     other = config.parent / path.name
     if other == path or not other.is_file() or (path.exists() and other.samefile(path)):
         return passed("database", str(path))
@@ -122,7 +122,7 @@ def sqlite(_examined: Examined) -> Check:
 
 
 def permissions(examined: Examined) -> Check:
-    """Check that only the relay's user can read the files, and can write them."""
+    """Check that the relay's user can write the files, and that no other user can read them."""
     for suffix in ("", "-wal", "-shm"):
         path = examined.path.with_name(examined.path.name + suffix)
         try:
