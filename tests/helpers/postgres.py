@@ -94,6 +94,15 @@ class Server:
             assert time.monotonic() < deadline
             time.sleep(0.01)
 
+    def make_standby(self, folder):
+        """Start a standby of this server in a new folder; returns its server."""
+        folder.mkdir(parents=True)
+        as_user = _as_user(folder)
+        copy = [f"{BINARIES}/pg_basebackup", "-D", str(folder / "data"), "-R", "-X", "stream", "-c", "fast"]
+        place = ["-h", str(self.folder), "-p", str(self.port), "-U", USER, "--no-sync"]
+        subprocess.run([*as_user, *copy, *place], check=True, capture_output=True, cwd="/")
+        return start(folder, keep=True)
+
     def restart(self):
         """Start the server again after `crash`, in the same folder and on the same port."""
         start(self.folder, port=self.port, settings=self.settings, keep=True)
@@ -116,10 +125,7 @@ def start(folder, *, watched=None, port=None, settings=(), keep=False):
     `keep`, the folder stays after a crash of the server.
     """
     folder.mkdir(exist_ok=True, parents=True)
-    as_user = []
-    if os.geteuid() == 0:  # the server refuses to run as root
-        shutil.chown(folder, USER, USER)
-        as_user = ["setpriv", f"--reuid={USER}", f"--regid={USER}", "--clear-groups"]
+    as_user = _as_user(folder)
     data = folder / "data"
     if not data.exists():
         make = [f"{BINARIES}/initdb", "-D", str(data), "-U", USER, "-A", "trust", "-E", "UTF8", "--no-sync"]
@@ -240,6 +246,14 @@ def _url(name):
         _pooler = Pooler(server())
         atexit.register(_pooler.stop)
     return _pooler.url(name)
+
+
+def _as_user(folder):
+    """Give a folder to the server's user, because it refuses to run as root; returns how to run as that user."""
+    if os.geteuid() != 0:
+        return []
+    shutil.chown(folder, USER, USER)
+    return ["setpriv", f"--reuid={USER}", f"--regid={USER}", "--clear-groups"]
 
 
 def _free_port():

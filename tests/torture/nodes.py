@@ -222,7 +222,7 @@ class Cluster:
         self.url = url
         self.setups = setups
         self.sent: list[Sent] = []
-        self.raced: list[set[str]] = []  # ids that two nodes returned for one idempotency key
+        self.raced: list[dict[str, float]] = []  # ids of two nodes for one idempotency key, with their times
         self.faults: list[Fault] = []
         self.refused = 0  # requests that were not acknowledged
         self.out: set[int] = set()  # nodes that the load balancer has noticed to be out
@@ -279,7 +279,7 @@ class Cluster:
 
     async def execute(self, sql: str) -> None:
         """Run several statements."""
-        connection = await asyncpg.connect(self.url)
+        connection = await asyncpg.connect(self.url, target_session_attrs="read-write")
         try:
             await connection.execute(sql)
         finally:
@@ -385,7 +385,7 @@ class Cluster:
             try:
                 pair = usable[turn % len(usable)], usable[(turn + 1) % len(usable)]
                 found = await asyncio.gather(*(self._ask(number, raw) for number in pair))
-                self.raced.append({id_ for id_ in found if id_})
+                self.raced.append({id_: time.time() for id_ in found if id_})
                 await asyncio.sleep(2 * PAUSE)
             finally:
                 self._sending -= 1
