@@ -249,7 +249,7 @@ def _url(name):
 
 
 def _as_user(folder):
-    """Give a folder to the server's user, because it refuses to run as root; returns how to run as that user."""
+    """Give a folder to the server's user, because root may not run it; returns how to run as that user."""
     if os.geteuid() != 0:
         return []
     shutil.chown(folder, USER, USER)

@@ -103,7 +103,7 @@ class Torture:
             self.proxy.is_deaf = True
             pids = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE query LIKE '%pg_notify%'"
             await self.cluster.fetch(f"{pids} AND pid <> pg_backend_pid()")
-            await asyncio.sleep(2 * LOAD)  # load; nothing is waited for
+            await asyncio.sleep(2 * POLLED)  # load; nothing is waited for
         self.proxy.is_deaf = False
 
     async def restart_server(self) -> None:

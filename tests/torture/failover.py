@@ -49,10 +49,10 @@ async def _fail_over(primary: Server, standby: Server, folder: Path, *, is_synch
         sender = int(primary.run("SELECT pid FROM pg_stat_replication"))
         fault = cluster.begin("failover", 0, 1, out=False)
         os.kill(sender, signal.SIGSTOP)  # the standby gets nothing from now on
-        await asyncio.sleep(LAG / 2)
+        await asyncio.sleep(LAG)
         if is_synchronous:  # commits wait for the standby; an administrator ends their waits
             primary.run(CANCEL_SQL)
-        await asyncio.sleep(LAG / 2)
+            await asyncio.sleep(LAG)
         await asyncio.to_thread(primary.crash, signal.SIGKILL)
         with suppress(ProcessLookupError):
             os.kill(sender, signal.SIGKILL)

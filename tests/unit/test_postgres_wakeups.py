@@ -25,6 +25,9 @@ class Deaf:
     async def execute(self, *args):
         return await self.connection.execute(*args)
 
+    def add_termination_listener(self, callback):
+        self.connection.add_termination_listener(callback)
+
     def terminate(self):
         self.connection.terminate()
 
@@ -95,15 +98,28 @@ async def test_what_is_announced_while_disconnected_is_sent_later(make):
 
 
 @needs_postgres
-async def test_a_lost_connection_is_replaced_and_polled_meanwhile(make):
-    with patch.object(wakeups, "PROBE_EVERY", 0.05), patch.object(wakeups, "RETRY", 0.3):
+async def test_a_lost_connection_is_noticed_at_once_and_polls_replace_it(make):
+    with patch.object(wakeups, "PROBE_EVERY", 600.0), patch.object(wakeups, "RETRY", 0.5):
+        node, other = make("a"), make("b")
+        await until(lambda: node.arrives and other.arrives)
+        node.heard.clear()
+        await other._connection.execute("SELECT pg_terminate_backend($1)", node._connection.get_server_pid())
+        await until(lambda: node.heard)
+        assert not node.arrives
+        assert node.heard[0] == WakeUp("", is_poll=True)
+        node.announce(("crm",))
+        await until(lambda: WakeUp("a", lanes=("crm",)) in other.heard)
+        assert node.arrives
+
+
+@needs_postgres
+async def test_probes_notice_a_network_that_is_silent(make):
+    with patch.object(wakeups, "PROBE_EVERY", 0.05), patch.object(wakeups, "PROBE_TIMEOUT", 0.2):
         node = make("a")
         await until(lambda: node.arrives)
-        node.heard.clear()
-        node._connection.terminate()
-        await until(lambda: node.heard and not node.arrives)
-        assert node.heard[0] == WakeUp("", is_poll=True)
-        await until(lambda: node.arrives)
+        await node._connection.execute("UNLISTEN relay")
+        await until(lambda: not node.arrives and node.heard)
+        assert set(node.heard) == {WakeUp("", is_poll=True)}
 
 
 @needs_postgres

@@ -17,7 +17,7 @@ log = logging.getLogger("relay.store")
 CHANNEL = "relay"
 PAUSE = 0.02  # seconds between two notifications of a node
 POLL = 0.25  # seconds between polls of the database while notifications do not arrive
-PROBE_EVERY = 10.0  # seconds between checks whether notifications arrive
+PROBE_EVERY = 2.0  # seconds between checks whether notifications arrive; a silent network is noticed by them
 PROBE_TIMEOUT = 2.0
 TIMEOUT = 5.0  # seconds of one statement
 RETRY = 1.0  # seconds until the next attempt to connect
@@ -46,6 +46,10 @@ class Notifications(Protocol):
 
     async def execute(self, query: str, *args: Any) -> str:
         """Run a statement."""
+        ...
+
+    def add_termination_listener(self, callback: Callable[..., None]) -> None:
+        """Call a function when the connection is lost."""
         ...
 
     def terminate(self) -> None:
@@ -114,15 +118,18 @@ class WakeUps:
     async def _listen(self, connect: Callable[[], Awaitable[Notifications]]) -> None:
         """Keep a connection that listens, and check that notifications arrive."""
         while True:
+            lost = asyncio.Event()
             try:
                 async with self._lock:
                     self._connection = await connect()
+                    self._connection.add_termination_listener(lambda _, lost=lost: lost.set())
                     async with asyncio.timeout(TIMEOUT):
                         await self._connection.add_listener(CHANNEL, self._receive)
                 self._due.set()
-                while True:
+                while not lost.is_set():
                     await self._check()
-                    await asyncio.sleep(PROBE_EVERY)
+                    with suppress(TimeoutError):
+                        await asyncio.wait_for(lost.wait(), PROBE_EVERY)
             except Exception as error:  # noqa: BLE001 - after any error, the node polls
                 log.debug("wake-ups do not arrive: %s", error)
             self.arrives, self.delay = False, POLL
@@ -151,10 +158,11 @@ class WakeUps:
         except msgspec.DecodeError:
             log.debug("a notification on the channel %s is not from a relay", CHANNEL)
             return
-        if heard.sender != self._sender:
+        if heard.sender == self._sender:
+            if heard.probe == self._probe:
+                self._answered.set()
+        elif not heard.probe:
             self._on_wake_up(heard)
-        elif heard.probe == self._probe:
-            self._answered.set()
 
     async def _send(self) -> None:
         while True:
