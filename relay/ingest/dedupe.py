@@ -13,8 +13,9 @@ from collections.abc import Callable, Sequence
 import msgspec
 
 from relay.base.clock import SECOND, Clock
+from relay.errors import StorageError
 from relay.model import Receipt, StoredEvent
-from relay.store import Acceptance
+from relay.store import Acceptance, SharedReplies
 
 REMEMBER = 60 * SECOND
 MOST = 10_000
@@ -69,11 +70,13 @@ class Entry(msgspec.Struct, eq=False):
 class UnheardReplies:
     """Remembers, for a minute and in memory, the replies that did not reach their senders.
 
-    Each remembered event takes the same memory, independent of its request: `MOST` of them take 4 MiB.
+    Each remembered event takes the same memory, independent of its request: `MOST` of them take 4 MiB. With
+    `shared`, the nodes of a cluster remember them together.
     """
 
-    def __init__(self, clock: Clock) -> None:
+    def __init__(self, clock: Clock, shared: SharedReplies | None = None) -> None:
         self._clock = clock
+        self._shared = shared
         self._open: dict[Fingerprint, Entry] = {}
         self._unheard: OrderedDict[bytes, tuple[int, Ids]] = OrderedDict()  # digest → (expiry, ids)
         self._events = 0  # of all remembered replies
@@ -88,17 +91,28 @@ class UnheardReplies:
             if entry.receipt is None:
                 entry.receipt = asyncio.get_running_loop().create_future()
             await asyncio.wait([entry.receipt])
-        if not self._unheard:
+        if not self._unheard and not self._shared:
             return None
         self._forget_old()
-        digest = _digest(fingerprint)
-        if digest not in self._unheard:
+        ids = await self._take(_digest(fingerprint))
+        if ids is None:
             return None
-        ids = self._forget(digest)
         if isinstance(ids, str):
             return Receipt(event_id=ids, duplicate=True)
         each = tuple([Receipt(event_id=id_, duplicate=True) for id_ in ids])
         return Receipt(event_id=ids[0], duplicate=True, each=each)
+
+    async def _take(self, digest: bytes) -> Ids | None:
+        """Forget a reply, of any node, and return the ids of its events; None: it is not remembered."""
+        mine = self._forget(digest) if digest in self._unheard else None
+        shared = self._shared
+        if shared is None or (mine is None and digest not in shared):
+            return mine
+        try:
+            ids = await shared.take(digest)
+        except StorageError:
+            return mine
+        return ids[0] if len(ids) == 1 else ids or None
 
     def begin(self, fingerprint: Fingerprint, gone: Callable[[], bool]) -> Entry:
         """Note that a request is on its way into the store."""
@@ -123,6 +137,8 @@ class UnheardReplies:
                 self._forget(digest)  # so that the oldest is first
             ids = tuple([each.event_id for each in receipt.each]) or receipt.event_id
             self._unheard[digest] = (self._clock.steady() + REMEMBER, ids)
+            if self._shared is not None:
+                self._shared.share(digest, (ids,) if isinstance(ids, str) else ids)
             self._events += _count(ids)
             while self._events > MOST:
                 self._forget(next(iter(self._unheard)))

@@ -107,7 +107,7 @@ class Ingest:
         self.token_uses = token_uses or TokenUses(metrics, clock)
         self._most_bytes = most_bytes
         self._budget = Budget(most_bytes)
-        self._unheard_replies = UnheardReplies(clock)
+        self._unheard_replies = UnheardReplies(clock, store.nodes.replies)
         self._log = RateLimitedLog(log, clock, most=LONGEST_QUIET)
         self._refusals = Refusals(clock, metrics, self._log)
         self._workers = WorkerRequests(store, self._log)

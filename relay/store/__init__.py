@@ -614,12 +614,41 @@ class Ownership(msgspec.Struct, frozen=True):
     hand_over: frozenset[str] = frozenset()  # owned, but due to another node: end the attempts, then `give`
 
 
+class SharedReplies(Protocol):
+    """Replies of all nodes that did not reach their senders, for a minute; by the digest of the request."""
+
+    def __len__(self) -> int:
+        """Return how many there are."""
+        ...
+
+    def __contains__(self, digest: bytes) -> bool:
+        """Return whether a node has shared such a reply; another one may have taken it meanwhile."""
+        ...
+
+    def share(self, digest: bytes, ids: Sequence[str]) -> None:
+        """Share a reply, in the background; `ids` are the public ids of the request's events."""
+        ...
+
+    async def take(self, digest: bytes) -> tuple[str, ...]:
+        """Remove a reply, and return the ids of its events; empty: no node has it any more.
+
+        Raises:
+            StorageError: the database does not answer.
+        """
+        ...
+
+
 class Nodes(Protocol):
     """The nodes: daemons that share the data. Each lane, and each job of the cluster, runs on one node."""
 
     @property
     def alone(self) -> bool:
         """Whether no other node can share the data, so that this node owns everything without asking."""
+        ...
+
+    @property
+    def replies(self) -> SharedReplies | None:
+        """The replies that did not reach their senders; None: this node is alone, and keeps them itself."""
         ...
 
     async def own(self, lanes: Mapping[str, float], jobs: Collection[str]) -> Ownership:

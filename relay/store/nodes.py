@@ -15,6 +15,7 @@ class OneNode:
     """`relay.store.Nodes` for data that only one daemon can open."""
 
     alone = True
+    replies = None
 
     def __init__(self, clock: Clock, name: str = "", digest: Callable[[], bytes] = lambda: b"") -> None:
         self._clock = clock

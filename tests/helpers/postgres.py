@@ -6,6 +6,7 @@ the run, however that process ends. Each test has a separate database.
 
 import atexit
 import fcntl
+import itertools
 import os
 import shutil
 import signal
@@ -64,6 +65,7 @@ needs_pooler = pytest.mark.skipif(
 )
 needs_postgres = pytest.mark.skipif(not BINARIES, reason="needs the package postgresql, not installed here")
 
+_numbers = itertools.count()
 _made = {}  # DSN by path, see `database_of`
 _server = None
 _pooler = None  # with RELAY_TEST_POOLER, for a run of the store's tests through PgBouncer
@@ -219,17 +221,19 @@ def server():
 def database_of(path):
     """Return the DSN of a test's database, created at the first call with this path."""
     if path not in _made:
-        name = f"t_{os.getpid()}_{len(_made)}"
+        name = f"t_{os.getpid()}_{next(_numbers)}"
         server().run(f"CREATE DATABASE {name}")
         _made[path] = _url(name)
     return _made[path]
 
 
 def drop_databases():
-    """Drop the databases of the tests so far; call it when a test has ended."""
-    while _made:
-        _, url = _made.popitem()
-        server().run(f"DROP DATABASE {name_of(url)} WITH (FORCE)")
+    """Drop the databases of the tests so far; call it when a test has ended.
+
+    Those of `postgres_stores` are kept, because later tests use them again.
+    """
+    for path in [path for path in _made if isinstance(path, Path)]:
+        server().run(f"DROP DATABASE {name_of(_made.pop(path))} WITH (FORCE)")
 
 
 def name_of(url):

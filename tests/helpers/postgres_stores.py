@@ -50,7 +50,7 @@ CREATE VIEW seen.dedupe AS
 TABLES = (
     *PARTITIONED, "owed", "order_keys", "ledger", "stats", "dedupe", "repetitions", "held", "destinations",
     "sources", "workers", "worker_metrics", "worker_commands", "leases", "nodes", "requests",
-    "refused", "logins", "audit",
+    "refused", "unheard", "logins", "audit",
 )  # fmt: skip
 EMPTY_SQL = "".join(
     (

@@ -145,6 +145,8 @@ TABLES = """
         id uuid PRIMARY KEY, destination text NOT NULL, verb text NOT NULL, argument bytea NOT NULL,
         asked timestamptz NOT NULL DEFAULT clock_timestamp(), taken timestamptz, answered timestamptz,
         answer bytea, error text);
+    CREATE TABLE IF NOT EXISTS unheard (
+        digest bytea PRIMARY KEY, event_ids text NOT NULL, expires timestamptz NOT NULL);
 """
 
 

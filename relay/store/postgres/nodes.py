@@ -24,6 +24,7 @@ from relay.model import Caution, Node
 from relay.store import Attendant, Ownership
 from relay.store.batch import Scope
 from relay.store.postgres.clock import SLEW, ServerClock
+from relay.store.postgres.replies import Replies
 from relay.store.postgres.requests import Handle, Requests
 from relay.store.postgres.wakeups import POLL, Notifications, WakeUp, WakeUps
 
@@ -284,6 +285,7 @@ class PostgresNodes:
             self._wake_ups = WakeUps(listen, self.incarnation, self._wake)
         self._requests = Requests(self._locked, lambda: self.announce(requests=True))
         self._answering: asyncio.Task[None] | None = None
+        self.replies = Replies(self._locked, lambda: self.announce(unheard=True))
 
     async def join(self) -> None:
         """Become a node: compare the clocks, and take a slot.
@@ -313,10 +315,11 @@ class PostgresNodes:
         retries: bool = False,
         leases: bool = False,
         requests: bool = False,
+        unheard: bool = False,
     ) -> None:
         """Announce new work in the database to the other nodes, soon; see `WakeUp`."""
         if self._wake_ups is not None:
-            self._wake_ups.announce(lanes, retries=retries, leases=leases, requests=requests)
+            self._wake_ups.announce(lanes, retries=retries, leases=leases, requests=requests, unheard=unheard)
 
     async def ask(self, lane: str, verb: str, argument: Any) -> Any:
         """See `Nodes.ask`."""
@@ -343,6 +346,7 @@ class PostgresNodes:
             if not self._has_left:
                 await self._follow(leases, peers, {*map(_lane, lanes), *map(_job, jobs)})
             self._known = frozenset().union(*(peer.destinations for peer in peers))
+            await self.replies.refresh(self._fetch)
             self._scope_until = 0
             self._peers, self._renewed_at = peers, self._clock.steady()
         self._answer_requests()
@@ -446,6 +450,7 @@ class PostgresNodes:
     async def close(self) -> None:
         """Give everything that is still held, and close the connection; after the last attempt has ended."""
         await self._requests.stop()
+        await self.replies.stop()
         async with self._lock:
             with suppress(StorageError):  # the leases expire
                 await self._give(list(self._held))
@@ -457,6 +462,8 @@ class PostgresNodes:
 
     def _wake(self, heard: WakeUp) -> None:
         """Handle the announcement of another node."""
+        if heard.unheard or heard.is_poll:
+            self.replies.refresh_soon()
         attendant = self._attendant
         if attendant is None:
             return

@@ -303,9 +303,15 @@ META = """
 CREATE TABLE IF NOT EXISTS meta (name text COLLATE "C" PRIMARY KEY, value text NOT NULL);
 """
 
-FLUSHES = """
+SHARED = """
 ALTER TABLE nodes ADD COLUMN flushed bigint;   -- steady clock: all heartbeats until then are in `workers`
+
+CREATE TABLE unheard (                         -- requests whose replies did not reach their senders
+    digest    bytea       PRIMARY KEY,
+    event_ids text        NOT NULL,            -- public ids, separated by spaces
+    expires   timestamptz NOT NULL
+) WITH (parallel_workers = 0);
 """
 
-MIGRATIONS: tuple[str, ...] = (EVENTS + DELIVERIES + WORKERS + OTHERS, FLUSHES)
+MIGRATIONS: tuple[str, ...] = (EVENTS + DELIVERIES + WORKERS + OTHERS, SHARED)
 """Each runs in one transaction; never edit one that has been released, append another."""

@@ -33,6 +33,7 @@ class WakeUp(msgspec.Struct, frozen=True, omit_defaults=True):
     retries: bool = False  # these are retries, too
     leases: bool = False  # a lease may be free
     requests: bool = False  # a request of an operator waits for the owner of a lane
+    unheard: bool = False  # a reply did not reach its sender, which may repeat its request elsewhere
     is_poll: bool = False  # not announced: notifications do not arrive, so anything may have happened
     probe: int = 0  # sent by a node to itself
 
@@ -79,7 +80,7 @@ class WakeUps:
         self._connection: Notifications | None = None
         self._lock = asyncio.Lock()  # held while the connection is made or used
         self._lanes: dict[bool, set[str]] = {False: set(), True: set()}  # to announce; by `WakeUp.retries`
-        self._leases = self._requests = False
+        self._leases = self._requests = self._unheard = False
         self._due = asyncio.Event()  # an announcement is waiting
         self._probe = 0  # number of the latest probe
         self._answered = asyncio.Event()  # the latest probe has arrived
@@ -107,11 +108,13 @@ class WakeUps:
         retries: bool = False,
         leases: bool = False,
         requests: bool = False,
+        unheard: bool = False,
     ) -> None:
         """Announce a wake-up to the other nodes, soon and together with other announcements."""
         self._lanes[retries].update(lanes)
         self._leases |= leases
         self._requests |= requests
+        self._unheard |= unheard
         if self._connect is not None:
             self._due.set()
 
@@ -175,19 +178,21 @@ class WakeUps:
     async def _flush(self) -> None:
         if self._connection is None:  # sent once it is connected
             return
-        lanes, leases, requests = self._lanes, self._leases, self._requests
-        self._lanes, self._leases, self._requests = {False: set(), True: set()}, False, False
+        lanes, self._lanes = self._lanes, {False: set(), True: set()}
+        others = WakeUp(self._sender, leases=self._leases, requests=self._requests, unheard=self._unheard)
+        self._leases = self._requests = self._unheard = False
         try:
             for retries, names in lanes.items():
                 for portion in _portions(sorted(names)):
                     await self._notify(WakeUp(self._sender, portion, retries))
-            if leases or requests:
-                await self._notify(WakeUp(self._sender, leases=leases, requests=requests))
+            if others != WakeUp(self._sender):
+                await self._notify(others)
         except BaseException:  # sent again after the next connect
             for retries, names in lanes.items():
                 self._lanes[retries] |= names
-            self._leases |= leases
-            self._requests |= requests
+            self._leases |= others.leases
+            self._requests |= others.requests
+            self._unheard |= others.unheard
             raise
 
     async def _notify(self, message: WakeUp) -> None:
