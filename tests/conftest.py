@@ -39,7 +39,14 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ
 WORKERS = 3 * (os.cpu_count() or 1)  # most tests wait most of their time
-SLOWEST_FIRST = ("packaging", "torture", "daemon", "docs", "unit")  # so that no worker ends with a slow file
+SLOWEST_FIRST = (
+    "packaging",
+    "torture",
+    "browser",
+    "daemon",
+    "docs",
+    "unit",
+)  # so that no worker ends with a slow file
 
 
 @pytest.hookimpl(tryfirst=True)

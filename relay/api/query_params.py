@@ -458,10 +458,10 @@ def filter_of(query: Mapping[str, Any]) -> Filter:
 
 
 def one_of(text: Any, known: Sequence[str]) -> str:
-    """Return a text that is one of the known words.
+    """Return a word of a closed list.
 
     Raises:
-        ValueError: it is not; the message lists the words.
+        ValueError: the list does not have it.
     """
     if text not in known:
         raise ValueError(

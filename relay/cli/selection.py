@@ -107,7 +107,7 @@ def confirm(question: str, *, yes: bool) -> None:
 
     Raises:
         UsageError: standard input is not a terminal.
-        CommandError: the operator declines.
+        CommandError: the operator says no.
     """
     if yes:
         return

@@ -144,7 +144,7 @@ class Events(Protocol):
     async def append_all(self, acceptances: Sequence[Acceptance]) -> Receipt:
         """Make the events of one request durable in one transaction; raises as `append`.
 
-        Each event has its own idempotency key; duplicates are not stored again. The
+        Each event is a duplicate by its own idempotency key; duplicates are not stored again. The
         receipt names the first event and has the receipts of all in `each`.
         """
         ...
@@ -692,7 +692,7 @@ class Nodes(Protocol):
         ...
 
     def cautions(self) -> tuple[Caution, ...]:
-        """Return the cautions about the cluster; see `relay.model.Caution`."""
+        """Return what an operator should know about the cluster."""
         ...
 
     async def leave(self) -> None:

@@ -31,7 +31,7 @@ async def jobs(visit: Visit) -> web.Response:
         "Jobs and backups",
         table(
             "Periodic jobs of this daemon",
-            ("Job", "Result", "Every", "Last run", "Took", "Next run", ""),
+            ("Job", "Result", "Every", "Last run", "Took", "Next run", "Change"),
             [_job(visit, each) for each in found],
         ),
         tag("h2", "Backups"),

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from typing import Any
+from urllib.parse import urlencode
 
 from aiohttp import web
 
@@ -17,6 +18,7 @@ from relay.ui.parts import (
     fields,
     filter_form,
     pages,
+    query_link,
     size,
     state,
     table,
@@ -32,6 +34,7 @@ async def list_(visit: Visit) -> web.Response:
     return visit.page(
         "Events",
         filter_form(visit, "events"),
+        _new(visit),
         table(
             "Newest first",
             ("Type", "Subject", "Received", "Size", "Deliveries"),
@@ -44,6 +47,17 @@ async def list_(visit: Visit) -> web.Response:
         tag("p", command_of_list("events", "events", "list", query=visit.query)),
         section=SECTION,
     )
+
+
+def _new(visit: Visit) -> Content:
+    """Return where the script counts events that arrive after the page; None if the tail lacks a filter."""
+    filters = {name: value for name, value in visit.query.items() if value and name != "limit"}
+    if filters.keys() - {"source", "destination", "type"}:
+        return None
+    return tag(
+        "p", tag("a", "", href=query_link(visit.query, {})), class_="new", hidden=True, aria_live="polite",
+        data_tail=urlencode(filters),
+    )  # fmt: skip
 
 
 def _row(visit: Visit, event: Mapping[str, Any]) -> tuple[Content, ...]:
@@ -78,7 +92,7 @@ async def show(visit: Visit) -> web.Response:
         tag("h2", "Destinations"),
         table(
             "Each destination of this event",
-            ("Destination", "State", "Details", ""),
+            ("Destination", "State", "Details", "Change"),
             list(_fates(visit, event["owed"], explanation["destinations"])),
             empty="config.toml has no destinations.",
         ),

@@ -36,13 +36,22 @@ async def show(visit: Visit) -> web.Response:
         _problems(visit, status["problems"], {each["name"]: each for each in destinations}, silent),
         table(
             "Sources",
-            ("Source", "Events/s", "Events in 60 min", "", "Refused in 60 min", "State"),
+            ("Source", "Events/s", "Events in 60 min", "By minute", "Refused in 60 min", "State"),
             [_source(visit, each, past["sources"].get(each["name"], {})) for each in sources],
             empty="config.toml has no sources.",
         ),
         table(
             "Destinations",
-            ("Destination", "Attempts/s", "Attempts in 60 min", "", "Failed", "p95", "Pending", "State"),
+            (
+                "Destination",
+                "Attempts/s",
+                "Attempts in 60 min",
+                "By minute",
+                "Failed",
+                "p95",
+                "Pending",
+                "State",
+            ),
             [
                 _destination(visit, each, past["destinations"].get(each["name"], {}))
                 for each in sorted(destinations, key=lambda each: each["name"] not in sick)

@@ -1,4 +1,4 @@
-"""A PostgreSQL server and a cluster in metrics, `/ready`, status and doctor."""
+"""What an operator learns about a PostgreSQL server and a cluster: metrics, `/ready`, status and doctor."""
 
 import asyncio
 import os

@@ -82,6 +82,7 @@ async function act(button) {
 
 // A test of a destination has a verdict in words; other results are numbers and words by name.
 function summary(result) {
+  if (/^rpl_/.test(result.id) && result.state) return "started";
   if (result.verdict) return [result.verdict, result.hint].filter(Boolean).join(". ");
   const parts = Object.entries(result).filter(([, value]) => typeof value === "number")
     .map(([name, value]) => `${name.replaceAll("_", " ")} ${value.toLocaleString("en")}`);
@@ -239,7 +240,8 @@ function age() {
 
 // --- live figures -----------------------------------------------------------------------------------------
 
-let stream = null;
+// A hidden page has no streams: browsers open few connections to one host, and nobody looks.
+let streams = [];
 
 function show(element, value) {
   const text = value === undefined ? null : value.toLocaleString("en");
@@ -247,25 +249,41 @@ function show(element, value) {
 }
 
 function follow() {
+  for (const each of streams) each.close();
+  streams = document.hidden ? [] : [figures(), newItems()].filter(Boolean);
+}
+
+function figures() {
   const pending = [...document.querySelectorAll("[data-live]")];
   const rates = [...document.querySelectorAll("[data-rate]")];
-  if (!pending.length && !rates.length) return;
-  if (document.hidden) {
-    if (stream) stream.close();
-    stream = null;
-  } else if (!stream) {
-    stream = new EventSource(`${api}top`);
-    stream.addEventListener("top", (event) => {
-      const top = JSON.parse(event.data);
-      const waiting = new Map(top.destinations.map((each) => [each.name, each.pending]));
-      const speeds = new Map([
-        ...top.sources.map((each) => [`sources ${each.name}`, each.events_per_second]),
-        ...top.destinations.map((each) => [`destinations ${each.name}`, each.attempts_per_second]),
-      ]);
-      for (const element of pending) show(element, waiting.get(element.dataset.live));
-      for (const element of rates) show(element, speeds.get(element.dataset.rate));
-    });
-  }
+  if (!pending.length && !rates.length) return null;
+  const stream = new EventSource(`${api}top`);
+  stream.addEventListener("top", (event) => {
+    const top = JSON.parse(event.data);
+    const waiting = new Map(top.destinations.map((each) => [each.name, each.pending]));
+    const speeds = new Map([
+      ...top.sources.map((each) => [`sources ${each.name}`, each.events_per_second]),
+      ...top.destinations.map((each) => [`destinations ${each.name}`, each.attempts_per_second]),
+    ]);
+    for (const element of pending) show(element, waiting.get(element.dataset.live));
+    for (const element of rates) show(element, speeds.get(element.dataset.rate));
+  });
+  return stream;
+}
+
+// New items are counted and not inserted: rows that move are hard to read and easy to miss with the mouse.
+function newItems() {
+  const place = document.querySelector("[data-tail]");
+  if (!place) return null;
+  let count = Number(place.dataset.count || 0);
+  const stream = new EventSource(`${api}tail?${place.dataset.tail}`);
+  stream.addEventListener("event", () => {
+    count += 1;
+    place.dataset.count = count;
+    place.hidden = false;
+    place.firstElementChild.textContent = `${count.toLocaleString("en")} new: show`;
+  });
+  return stream;
 }
 
 // --- progress ---------------------------------------------------------------------------------------------

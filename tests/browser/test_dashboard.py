@@ -1,0 +1,219 @@
+"""The dashboard in a real Chromium: hostile data, keyboard, narrow screens, accessibility and actions."""
+
+import asyncio
+import json
+import re
+from urllib.parse import quote
+
+import pytest
+import pytest_asyncio
+import receivers
+from axe_playwright_python.async_playwright import Axe
+from browsers import chromium, needs_chromium, opened
+from daemons import SOURCES, adorn, destination, running, write_config
+from samples import read_samples
+from wire import exchange, request
+
+from relay.ui.app import SCREENS
+
+pytestmark = [needs_chromium, pytest.mark.asyncio(loop_scope="module")]
+
+TOKEN = "looks-and-acts"
+HOSTILE = (
+    "\"'><img src=x onerror=alert(1)><script>alert(2)</script><svg onload=alert(3)>\u202ejavascript:alert(4)"
+)
+PAGE = f"<!doctype html><base href=//evil.example><script>alert(5)</script>{HOSTILE}".encode()
+
+
+def spoilt(raw):
+    """Yield a recorded request once for each text of its JSON body, with hostile data in its place."""
+    head, _, body = raw.partition(b"\r\n\r\n")
+    document = json.loads(body)
+    lines = [line for line in head.split(b"\r\n") if not line.lower().startswith(b"content-length")]
+    for place in texts(document):
+        inner = document
+        *way, last = place
+        for key in way:
+            inner = inner[key]
+        before, inner[last] = inner[last], HOSTILE
+        made = json.dumps(document).encode()
+        inner[last] = before
+        yield b"\r\n".join([*lines, b"Content-Length: %d" % len(made), b"", made])
+
+
+def texts(value, place=()):
+    """Yield the places of all texts in a JSON value."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, each in items:
+        if isinstance(each, str):
+            yield (*place, key)
+        else:
+            yield from texts(each, (*place, key))
+
+
+async def ended(relay, **filters):
+    """Return the dead deliveries to the failing destination, as soon as there are any."""
+    async with asyncio.timeout(60):
+        while True:
+            rows = [row for row in await relay.rows("deliveries", **filters) if row["destination"] == "shop"]
+            if rows and all(row["state"] == "dead" for row in rows):
+                return rows
+            await asyncio.sleep(0.01)
+
+
+async def post(relay, path, body):
+    """Ask the API for a change, and return the result."""
+    raw = request("POST", f"/api/{path}", json.dumps(body).encode())
+    return json.loads((await exchange(relay.addresses.socket, raw)).body)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("dashboard")
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def relay(folder):
+    """Run a relay with a destination that accepts, one that answers with hostile pages, and a paused one."""
+    async with (
+        receivers.answers(status="201 Created") as good,
+        receivers.answers(status="404 Not Found", body=PAGE) as bad,
+    ):
+        config = write_config(
+            folder,
+            SOURCES,
+            destination("crm", good.url),
+            destination("shop", bad.url).replace('["0.1s", "0.1s", "0.1s", "0.1s"]', "[]"),
+            destination("bi", good.url, "paused = true"),
+        )
+        tokens = f'tokens = [{{ secret = "{TOKEN}", name = "on-call", scope = "admin" }}]'
+        config.write_text(config.read_text().replace("[admin]", f"[admin]\n{tokens}"))
+        async with running(config) as relay:
+            yield relay
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def browser():
+    async with chromium() as browser:
+        yield browser
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def addresses(relay):
+    """Store hostile data from every source, and return the path of each screen."""
+    stored = set()
+    for sample in read_samples():
+        if sample.expect.status < 300 and sample.expect.event is not None:
+            for raw in spoilt(sample.request):
+                answer = await relay.exchange(raw)
+                stored |= {sample.kind} if answer.status < 300 else set()
+    assert stored == {"adorn", "compozy", "lazychat", "moddy", "whatsapp"}
+    await relay.exchange(request("POST", f"/{quote(HOSTILE)}", HOSTILE.encode()))
+    await relay.exchange(request("POST", "/v1/events", f'{{"session_id": {HOSTILE}'.encode()))
+    await relay.app.ingest.refused.flush()
+    [[refused], _] = await relay.app.store.refused.page(limit=1)
+
+    dead = await ended(relay)
+    replay = await post(relay, "deliveries/retry", {"filter": {"state": "dead", "destination": "shop"}})
+    delivery = dead[-1]
+    worker = json.dumps({"workerId": HOSTILE, "description": HOSTILE, "version": HOSTILE}).encode()
+    token = {"authorization": "Bearer worker-secret-token-12345"}
+    await relay.exchange(request("POST", "/api/v1/workers/register", worker, **token))
+    filled = {
+        "/events/{id}": f"/events/{delivery['event_id']}",
+        "/deliveries/{id}": f"/deliveries/{delivery['id']}",
+        "/refused/{id}": f"/refused/{refused.id}", "/replays/{id}": f"/replays/{replay['id']}",
+        "/destinations/{name}": "/destinations/shop", "/sources/{name}": "/sources/adorn",
+        "/workers/{source}/{id:[^/]+}": f"/workers/whatsapp/{quote(HOSTILE, safe='')}",
+    }  # fmt: skip
+    return [filled.get(path, path) for path in SCREENS]
+
+
+async def test_hostile_data_run_nothing_and_load_nothing(relay, browser, addresses):
+    origin = relay.addresses.admin
+    async with opened(browser, origin, TOKEN) as (page, watch):
+        for path in addresses:
+            answer = await page.goto(f"{origin}/ui{path}", wait_until="load")
+            assert answer.status == 200, path
+            assert await page.locator("img, svg, iframe, base, object, embed, form[action]").count() == 0, (
+                path
+            )
+            assert await page.evaluate("document.scripts.length") == 1
+        await page.goto(f"{origin}/ui/")
+        await page.goto(f"{origin}/ui/events")
+        await relay.exchange(request("POST", "/v1/events", adorn(session=HOSTILE)))
+        await page.get_by_text(re.compile("[0-9]+ new: show")).wait_for()
+        watch.check()
+
+
+async def test_no_screen_scrolls_sideways(relay, browser, addresses):
+    origin = relay.addresses.admin
+    wide = []
+    async with opened(browser, origin, TOKEN) as (page, _):
+        for path in addresses:
+            await page.goto(f"{origin}/ui{path}")
+            for width in (360, 768, 1440):
+                await page.set_viewport_size({"width": width, "height": 800})
+                if await page.evaluate("document.documentElement.scrollWidth > innerWidth"):
+                    wide.append((path, width))
+    assert wide == []
+
+
+async def test_axe_finds_no_fault(relay, browser, addresses):
+    origin, contrast = relay.addresses.admin, {"runOnly": ["color-contrast"]}
+    async with opened(browser, origin, TOKEN, bypass_csp=True) as (page, _):
+        for path in addresses:
+            await page.goto(f"{origin}/ui{path}")
+            for scheme, options in (("light", None), ("dark", contrast)):
+                await page.emulate_media(color_scheme=scheme)
+                found = await Axe().run(page, options=options)
+                assert found.violations_count == 0, f"{path} {scheme}\n{found.generate_report()}"
+
+
+async def test_the_keyboard_alone_finds_an_event_and_sends_it_again(relay, browser, addresses):
+    origin = relay.addresses.admin
+    answer = await relay.exchange(request("POST", "/v1/events", adorn(session="keyboard")))
+    assert answer.status == 200
+    async with opened(browser, origin, TOKEN) as (page, watch):
+        await page.goto(f"{origin}/ui/")
+        await page.keyboard.press("/")
+        await page.keyboard.type("keyboard")
+        await page.keyboard.press("Enter")
+        await page.wait_for_url("**/ui/events?subject=keyboard")
+        await page.keyboard.press("j")
+        await page.keyboard.press("Enter")
+        await page.wait_for_url("**/ui/events/evt_*")
+        await page.locator("button[data-call]").first.focus()
+        await page.keyboard.press("Enter")
+        await page.get_by_role("dialog").wait_for()
+        assert "relay deliveries" in await page.get_by_role("dialog").inner_text()
+        await page.keyboard.press("Tab")
+        async with page.expect_response("**/api/deliveries/retry") as asked:
+            await page.keyboard.press("Enter")
+        assert (await asked.value).status == 200
+        await page.get_by_role("status").get_by_text("done").wait_for()
+        assert await page.evaluate("document.activeElement.matches('button[data-call], main')")
+        watch.check()
+
+
+async def test_a_button_changes_exactly_what_its_page_lists(relay, browser, addresses):
+    origin = relay.addresses.admin
+    for _ in range(3):
+        await relay.exchange(request("POST", "/v1/events", adorn(session="scope")))
+    await ended(relay, subject="scope")
+    query = "destination=shop&state=dead&subject=scope"
+    async with opened(browser, origin, TOKEN) as (page, watch):
+        await page.goto(f"{origin}/ui/deliveries?{query}&limit=500")
+        listed = await page.locator("tbody tr").count()
+        assert listed == 3
+        async with page.expect_response("**/api/deliveries/retry") as counted:
+            await page.get_by_role("button", name="Send all again").click()
+        assert await (await counted.value).json() == {"count": listed}
+        text = await page.get_by_role("dialog").inner_text()
+        assert f"{listed} selected." in text
+        assert "relay deliveries retry --subject scope --destination shop --state dead" in text
+        await page.get_by_role("dialog").get_by_role("button", name="Send all again").click()
+        await page.wait_for_url("**/ui/replays/rpl_*")
+        await page.get_by_text(f"{listed} of {listed}").wait_for()
+        await page.get_by_text("done").wait_for()
+        watch.check()
