@@ -256,7 +256,7 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class BackupConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """`[backup]`: copies of the database, made while it works."""
+    """`[backup]`: copies of the database, made while the relay runs."""
 
     every: Annotated[Interval | None, _help("interval between backups")] = None
     keep: Annotated[

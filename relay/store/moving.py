@@ -122,7 +122,7 @@ class Source(Side, Protocol):
 
 
 class Target(Side, Protocol):
-    """Writes everything. It is new, or from an interrupted move."""
+    """Writes everything to a new target, or to that of an interrupted move."""
 
     async def position(self) -> Position | None:
         """Return the position of the interrupted move; None: nothing was moved yet.
