@@ -11,7 +11,6 @@ import hmac
 import ipaddress
 from collections.abc import Awaitable, Callable
 from typing import Any, get_args
-from urllib.parse import urlsplit
 
 from aiohttp import web
 
@@ -300,7 +299,8 @@ def _check_origin(request: web.Request) -> web.Response | None:
 
 def origin_scheme(request: web.Request) -> str:
     """Return the scheme by which the browser reached the dashboard, from `Origin`; "" without one."""
-    return urlsplit(request.headers.get("Origin", "")).scheme
+    scheme, separator, _ = request.headers.get("Origin", "").partition("://")
+    return scheme if separator else ""
 
 
 def _is_own_origin(request: web.Request) -> bool:

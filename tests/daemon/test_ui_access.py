@@ -5,10 +5,13 @@ import json
 import os
 import pwd
 from contextlib import asynccontextmanager
+from urllib.parse import urljoin
 
 import pytest
+from aiohttp import ClientSession, web
 from commands import Commands, run
 from daemons import SOURCES, destination, running, write_config
+from test_ui import Document
 from wire import exchange, request
 
 from relay.config.problems import ConfigError
@@ -42,16 +45,17 @@ class Browser:
         self.host = host or relay.addresses.admin.removeprefix("http://")
         self.origin = f"{scheme}://{self.host}"
         self.cookie = None
+        self.target = relay.addresses.admin
 
     async def send(self, method, path, body=None, **headers):
         own = {"host": self.host, "sec_fetch_site": "same-origin", "origin": self.origin}
         given = {**own, **({"cookie": self.cookie} if self.cookie else {}), **headers}
         raw = None if method == "GET" else json.dumps(body or {}).encode()
         fields = {name: value for name, value in given.items() if value is not None}
-        return await exchange(self.relay.addresses.admin, request(method, path, raw, **fields))
+        return await exchange(self.target, request(method, path, raw, **fields))
 
-    async def log_in(self, **body):
-        answer = await self.send("POST", "/ui/login", body)
+    async def log_in(self, path="/ui/login", **body):
+        answer = await self.send("POST", path, body)
         if answer.status == 200:
             self.cookie = answer.headers["set-cookie"].partition(";")[0]
         return answer
@@ -191,7 +195,7 @@ async def test_a_login_ends_with_a_log_out_and_survives_a_restart(config):
         assert "Max-Age=0" in answer.headers["set-cookie"]
         assert (await other.send("GET", "/api/status")).status == 401
     async with running(config) as relay:
-        browser.relay = relay
+        browser.target = relay.addresses.admin
         assert (await browser.send("GET", "/api/status")).status == 200
         assert (await Commands(relay.addresses.socket)("ui", "--end-logins")).out == "ended 1 login\n"
         assert (await browser.send("GET", "/api/status")).status == 401
@@ -371,9 +375,99 @@ async def test_a_stream_of_a_login_ends_and_needs_the_login_again(relay, monkeyp
     assert (await browser.send("GET", "/api/tail")).status == 401
 
 
+async def test_malformed_headers_are_refused_without_an_internal_error(relay, caplog):
+    browser = Browser(relay)
+    await browser.log_in(token="acts")
+    name, value = browser.cookie.split("=")
+    cookies = (
+        name,
+        f"{name}=",
+        ";;;=;",
+        f"{name}={value}x",
+        f"{name}=\xff",
+        "a" * 7000,
+        f"{name.upper()}={value}",
+    )
+    for cookie in cookies:
+        assert (await browser.send("GET", "/ui/", cookie=cookie)).status == 401, cookie
+    noisy = f'other={{"a": 1, "b": [2]}}; x; =y; {name}={value}; z="'
+    assert (await browser.send("GET", "/ui/", cookie=noisy)).status == 200
+    for origin in ("http://[", "http://", "://", "", "http:/127.0.0.1", "\xff", "http://a http://b"):
+        answer = await browser.send("POST", "/ui/login", {"token": "acts"}, origin=origin)
+        assert answer.status == 200, "the browser says that it is the same origin"
+        refused = await browser.send("POST", PAUSE, origin=origin, sec_fetch_site=None)
+        assert refused.status == 403
+    for body in (b"", b"[]", b"{", b'{"token": 1}', b"\xff", b"[" * 4000):
+        headers = {"host": browser.host, "sec_fetch_site": "same-origin"}
+        answer = await exchange(relay.addresses.admin, request("POST", "/ui/login", body, **headers))
+        assert answer.status == 400, body
+    for authorization in ("Bearer", "Bearer ", "bearer \xff", "Bearer acts acts"):
+        answer = await browser.send("GET", "/api/status", authorization=authorization)
+        assert answer.status == 401
+    assert not [each for each in caplog.records if "failed" in each.getMessage() and each.exc_info]
+
+
+@asynccontextmanager
+async def proxy_at(path, relay):
+    """Run a reverse proxy that serves the admin listener below a path, and passes on the Host header."""
+
+    async def forward(request):
+        target = relay.addresses.admin + request.raw_path.removeprefix(path)
+        headers = {name: value for name, value in request.headers.items() if name.lower() != "content-length"}
+        body = await request.read()
+        async with session.request(request.method, target, headers=headers, data=body or None) as answer:
+            kept = {name: value for name, value in answer.headers.items() if name.lower() != "content-length"}
+            return web.Response(status=answer.status, body=await answer.read(), headers=kept)
+
+    app = web.Application()
+    app.router.add_route("*", f"{path}/{{rest:.*}}", forward)
+    runner = web.AppRunner(app, shutdown_timeout=0.1)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    async with ClientSession(auto_decompress=False) as session:
+        yield "http://{}:{}".format(*runner.addresses[0])
+    await runner.cleanup()
+
+
+async def test_everything_works_below_the_path_of_a_proxy(relay):
+    async with proxy_at("/a/b", relay) as url:
+        browser = Browser(relay, url.removeprefix("http://"))
+        browser.target = url
+        assert (await browser.log_in(path="/a/b/ui/login", token="acts")).status == 200
+        seen = {"/a/b/ui/"}
+        left = ["/a/b/ui/"]
+        while left:
+            here = left.pop()
+            answer = await browser.send("GET", here)
+            assert answer.status == 200, here
+            if not answer.headers["content-type"].startswith("text/html"):
+                continue
+            found = Document(answer.body.decode())
+            links = [each.get("href") or each.get("src") for each in found.all("a") + found.all("link")]
+            links += [each["src"] for each in found.all("script")]
+            pages = {urljoin(here, link).partition("#")[0] for link in links if link and "?" not in link}
+            assert all(each.startswith("/a/b/ui/") for each in pages)
+            left += pages - seen
+            seen |= pages
+        assert len(seen) > 12
+        assert (await browser.send("POST", urljoin("/a/b/ui/", f"..{PAUSE}"))).status == 200
+        foreign = {"origin": "http://evil.example", "sec_fetch_site": None}
+        assert (await browser.send("POST", "/a/b" + PAUSE, **foreign)).status == 403
+
+
 async def test_a_large_request_for_a_login_is_not_read(relay):
     answer = await Browser(relay).log_in(token="x" * 100_000)
     assert (answer.status, "set-cookie" in answer.headers) == (400, False)
+
+
+async def test_without_the_listener_there_is_no_address_for_a_browser(config):
+    text = config.read_text()
+    at = text.index("listen =", text.index("[admin]"))
+    config.write_text(text[:at] + text[at:].replace("127.0.0.1:0", "", 1))
+    async with running(config) as relay:
+        answer = await exchange(relay.addresses.socket, request("POST", "/api/logins", b"{}"))
+        assert (answer.status, "the admin listener is off" in answer.json["error"]["message"]) == (400, True)
+        assert (await exchange(relay.addresses.socket, request("GET", "/ui/"))).status == 200
 
 
 async def test_without_the_dashboard_no_login_works(config):

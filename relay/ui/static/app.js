@@ -166,14 +166,15 @@ async function begin(body) {
 
 async function arrive() {
   const code = /^#code=([\w-]+)$/.exec(location.hash);
-  if (code) {
-    history.replaceState(null, "", location.pathname + location.search);
-    await begin({ code: code[1] });
-  } else if (document.querySelector("[data-login]")) {
-    // A link on another site sends no cookie; the page itself can ask whether this browser has logged in.
-    const state = await login("GET");
-    if (state.logged_in) again();
-  }
+  const asked = document.querySelector("[data-login]");
+  if (code) history.replaceState(null, "", location.pathname + location.search);
+  if (!code && !asked) return;
+  // A link on another site sends no cookie; the page itself can ask whether this browser has logged in.
+  // A code in somebody's link must not replace a login.
+  const state = await login("GET");
+  if (code && state.logged_in) sessionStorage.setItem("said", "You are logged in already; the code was not used.");
+  if (!state.logged_in && code) await begin({ code: code[1] });
+  else if (state.logged_in) again();
 }
 
 // --- search and filters -----------------------------------------------------------------------------------
