@@ -1,6 +1,8 @@
 """The store in PostgreSQL: behaviour that no other engine has, on a real server."""
 
 import asyncio
+from contextlib import asynccontextmanager
+from pathlib import Path
 
 import asyncpg
 import msgspec
@@ -14,7 +16,9 @@ from relay.base.clock import SECOND
 from relay.errors import KeyConflict, StorageError, StorageUnavailableError
 from relay.model import Attempt, Outcome, Register, Target
 from relay.store import opening
-from relay.store.postgres import partitions, transaction
+from relay.store.postgres import partitions, schema, transaction
+from relay.store.postgres import store as store_module
+from relay.store.postgres.connection import connect
 from relay.store.postgres.rows import first_id, micros_of
 from relay.store.postgres.schema import MIGRATIONS, PARTITIONED
 
@@ -412,12 +416,102 @@ async def test_a_claim_reads_on_where_the_last_one_ended(store, clock):
 # --- upgrades and foreign data ------------------------------------------------------------------------
 
 
-async def test_a_database_of_a_newer_version_is_refused_with_both_versions(store, clock):
+@asynccontextmanager
+async def tables_of(store, **meta):
+    """Close a store, set its versions, and restore them at the end."""
     await store.close()
-    await change(store, "UPDATE meta SET value = '99' WHERE name = 'version'")
+    for name, value in meta.items():
+        row = f"('{name}', '{value}') ON CONFLICT (name) DO UPDATE SET value = '{value}'"
+        await change(store, f"INSERT INTO meta VALUES {row}")
     try:
-        with pytest.raises(StorageError, match=r"version 99.*knows \d"):
-            await store.open()
+        yield
     finally:
         await change(store, f"UPDATE meta SET value = '{len(MIGRATIONS)}' WHERE name = 'version'")
+        await change(store, "DELETE FROM meta WHERE name IN ('least', 'program')")
+
+
+async def test_tables_that_need_a_newer_program_are_refused_with_its_version(store, clock):
+    async with tables_of(store, version=99, least=98, program="7.1.0"):
+        with pytest.raises(StorageError, match=r"version 99 and need .* 98; this one knows \d") as caught:
+            await store.open()
+        assert caught.value.hint == "run hookferry 7.1.0, which migrated it, or a newer version"
+        offline = opening.offline_store(store.database.address.hosts[0].dsn, Path())
+        with pytest.raises(StorageError, match="need a program that knows version 98"):
+            async with offline.read():
+                pass
     await store.open()
+
+
+async def test_a_program_uses_tables_that_a_newer_one_has_only_added_to(store, clock):
+    """During a rolling upgrade, a node of the previous version may start again."""
+    await change(store, "ALTER TABLE events ADD COLUMN newer text")
+    try:
+        async with tables_of(store, version=len(MIGRATIONS) + 1, least=len(MIGRATIONS)):
+            await store.open()
+            await store.events.append(accept(clock, b"{}"))
+            [check] = [check for check in await store.upkeep.examine() if check.name == "version"]
+            assert check.ok
+            assert "of a newer version" in check.detail
+            await store.close()
+            [(version,)] = await rows(store, "SELECT value FROM meta WHERE name = 'version'")
+            assert version == str(len(MIGRATIONS) + 1)  # an older program does not set it back
+    finally:
+        await change(store, "ALTER TABLE events DROP COLUMN newer")
+    await store.open()
+
+
+def test_a_program_refuses_tables_that_lack_what_it_needs(monkeypatch):
+    monkeypatch.setattr(schema, "MIGRATIONS", ("",) * 5)
+    monkeypatch.setattr(schema, "REMOVALS", {5: 4})
+    assert schema.problem_of(4, 1) is None  # the removal has not run yet
+    assert schema.problem_of(6, 5) is None
+    assert schema.problem_of(3, 1) == "its tables have schema version 3, this program needs 4"
+    assert schema.problem_of(7, 6) is not None
+
+
+async def test_a_migration_that_removes_something_waits_for_nodes_of_older_versions(
+    store, clock, monkeypatch
+):
+    known, newer = len(MIGRATIONS), (*MIGRATIONS, "ALTER TABLE refused RENAME COLUMN retried_at TO again_at")
+    await store.close()
+    for module in (schema, store_module):
+        monkeypatch.setattr(module, "MIGRATIONS", newer)
+    monkeypatch.setitem(schema.REMOVALS, known + 1, known + 1)
+    await change(
+        store,
+        "INSERT INTO nodes (incarnation, slot, name, version, schema, started, seen)"
+        f" VALUES (gen_random_uuid(), 9, 'old', '1.0', {known}, clock_timestamp(), clock_timestamp())",
+    )
+    versions = "SELECT name, value FROM meta WHERE name IN ('version', 'least') ORDER BY name"
+    try:
+        connection = await connect(store.database.address, writes=True)
+        await store._migrate(connection)
+        assert dict(await rows(store, versions)).get("version") == str(known)
+        await change(store, "DELETE FROM nodes")
+        await store._migrate(connection)
+        assert dict(await rows(store, versions)) == {"least": str(known + 1), "version": str(known + 1)}
+    finally:
+        await connection.close()
+        await change(store, "ALTER TABLE refused RENAME COLUMN again_at TO retried_at")
+        await change(store, f"UPDATE meta SET value = '{known}' WHERE name = 'version'")
+        await change(store, "DELETE FROM meta WHERE name IN ('least', 'program')")
+    monkeypatch.undo()
+    await store.open()
+
+
+async def test_a_migration_gives_up_soon_if_a_table_is_locked(store, clock, monkeypatch):
+    """All other statements on the table would wait behind it."""
+    for module in (schema, store_module):
+        monkeypatch.setattr(module, "MIGRATIONS", (*MIGRATIONS, "ALTER TABLE owed ADD COLUMN newer integer"))
+    monkeypatch.setattr(store_module, "LOCK_PATIENCE", "100ms")
+    other = await asyncpg.connect(store.database.address.hosts[0].dsn)
+    connection = await connect(store.database.address, writes=True)
+    try:
+        async with other.transaction():
+            await other.fetch("SELECT * FROM owed")
+            with pytest.raises(asyncpg.LockNotAvailableError):
+                await store._migrate(connection)
+    finally:
+        await other.close()
+        await connection.close()
+    assert await rows(store, "SELECT value FROM meta WHERE name = 'version'") == [(str(len(MIGRATIONS)),)]

@@ -14,7 +14,7 @@ from relay.store.ledger import counts_of
 from relay.store.postgres.connection import Connection
 from relay.store.postgres.ledger import AUDIT_SQL
 from relay.store.postgres.rows import micros_of
-from relay.store.postgres.schema import MIGRATIONS, PARTITIONED
+from relay.store.postgres.schema import MIGRATIONS, PARTITIONED, problem_of
 
 OLDEST = 15  # the oldest supported major version
 LONG = 300.0  # seconds that one statement of a check may take
@@ -138,11 +138,19 @@ async def server(_examined: Examined, connection: Connection) -> Check:
 
 async def version(_examined: Examined, connection: Connection) -> Check:
     """Check the version of the tables."""
-    found = int(await connection.value("SELECT value FROM meta WHERE name = 'version'") or 0)
-    if found != len(MIGRATIONS):
-        detail = f"schema version {found}, this program knows {len(MIGRATIONS)}"
-        return failed("version", detail, "use the program that wrote it, or start the relay to migrate it")
-    return passed("version", f"schema version {found}")
+    found, least = await versions(connection)
+    if (problem := problem_of(found, least)) is not None:
+        hint = "use the program that migrated them, or start the relay, which migrates them"
+        return failed("version", problem, hint)
+    known = len(MIGRATIONS)
+    newer = f" of a newer version; this program knows {known} and can use them" if found > known else ""
+    return passed("version", f"schema version {found}{newer}")
+
+
+async def versions(connection: Connection) -> tuple[int, int]:
+    """Return the schema version of the tables, and the one that a program must know to use them."""
+    meta = dict(map(tuple, await connection.fetch("SELECT name, value FROM meta")))
+    return int(meta.get("version", 0)), int(meta.get("least", 1))
 
 
 async def durability(_examined: Examined, connection: Connection) -> Check:

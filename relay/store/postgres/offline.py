@@ -10,10 +10,10 @@ from relay.errors import StorageError
 from relay.model import Backup, Check, Measured
 from relay.store import Stop, StoredData
 from relay.store.postgres.connection import ERRORS, Address, Connection, Database, connect, refused
-from relay.store.postgres.doctor import Examined, examine
+from relay.store.postgres.doctor import Examined, examine, versions
 from relay.store.postgres.ledger import PostgresLedger
 from relay.store.postgres.queries import PostgresQueries
-from relay.store.postgres.schema import MIGRATIONS
+from relay.store.postgres.schema import problem_of
 from relay.store.postgres.upkeep import measure, refuse_backup
 
 T = TypeVar("T")
@@ -102,9 +102,9 @@ async def _check(connection: Connection) -> None:
         raise StorageError(
             "the database has no tables yet", hint="they are created when the relay first runs"
         )
-    version = int(await connection.value("SELECT value FROM meta WHERE name = 'version'") or 0)
-    if version != len(MIGRATIONS):
+    version, least = await versions(connection)
+    if (problem := problem_of(version, least)) is not None:
         raise StorageError(
-            f"the database has schema version {version}, this program knows {len(MIGRATIONS)}",
-            hint="use the program that wrote it, or start the relay, which migrates it",
+            f"the database cannot be read: {problem}",
+            hint="use the program that migrated it, or start the relay, which migrates it",
         )

@@ -1,5 +1,8 @@
 """The tables, as a list of migrations; the row `version` of `meta` has the number of those that ran.
 
+The row `least` has the schema version that a program must know to use the tables, and `program` the version
+of the program that migrated them.
+
 Pending deliveries are rows of `owed`, and nothing else is pending. `deliveries`, `ends` and `attempts` are
 written once and never changed, so their pages stay full and vacuum has nothing to do there. Texts are
 compared as bytes (COLLATE "C"), as in SQLite. There are no foreign keys: one statement writes an event with
@@ -314,4 +317,31 @@ CREATE TABLE unheard (                         -- requests whose replies did not
 """
 
 MIGRATIONS: tuple[str, ...] = (EVENTS + DELIVERIES + WORKERS + OTHERS, SHARED)
-"""Each runs in one transaction; never edit one that has been released, append another."""
+"""Each runs in one transaction; never edit one that has been released, append another.
+
+Nodes of the previous version run while the first node of a new version migrates the tables, and such a node
+may start again afterwards. So a migration only adds: tables, nullable columns or columns with a default, and
+indexes of small tables. What a version no longer uses, a later version removes: see `REMOVALS`."""
+
+REMOVALS: dict[int, int] = {}
+"""Migrations that remove something, by number, with the schema version that a program must know afterwards.
+
+Such a migration waits until no node of an older version runs. The program works without it as well, and no
+migration of the same version follows it."""
+
+
+def problem_of(version: int, least: int) -> str | None:
+    """Return why this program cannot use tables with a schema version; None: it can.
+
+    `least` is the version that a program must know to use them.
+    """
+    known = len(MIGRATIONS)
+    if least > known:
+        return (
+            f"its tables have schema version {version} and need a program that knows version {least}; "
+            f"this one knows {known}"
+        )
+    needed = max(number for number in range(1, known + 1) if number not in REMOVALS)
+    if version < needed:
+        return f"its tables have schema version {version}, this program needs {needed}"
+    return None

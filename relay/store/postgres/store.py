@@ -10,6 +10,7 @@ from typing import Any
 
 import asyncpg
 
+from relay import __version__
 from relay.base.clock import Clock
 from relay.errors import StorageError, StorageUnavailableError
 from relay.model import News, WorkerStatus
@@ -40,7 +41,7 @@ from relay.store.postgres.partitions import LOCK_SQL, make_partitions
 from relay.store.postgres.queries import PostgresQueries
 from relay.store.postgres.refused import PostgresRefused
 from relay.store.postgres.rows import IdSequences
-from relay.store.postgres.schema import META, MIGRATIONS
+from relay.store.postgres.schema import META, MIGRATIONS, REMOVALS, problem_of
 from relay.store.postgres.upkeep import PostgresUpkeep
 from relay.store.postgres.workers import SharedWorkers, load_roster
 from relay.store.postgres.writer import PostgresWriter
@@ -54,12 +55,27 @@ OLDEST = 15
 COUNT_EVERY = 1.0
 """Seconds between two readings of the ledger for deliveries that other nodes have created and ended."""
 
+LOCK_PATIENCE = "5s"
+"""Time that a migration waits for a lock. Meanwhile all nodes wait behind it, so it gives up soon, and the
+daemon tries again."""
+
+MIGRATION_TIMEOUT = 3600.0
+"""Seconds that a migration may take."""
+
 PARTITIONS_EVERY = 3600.0
 """Seconds between two checks for missing partitions."""
 
 FOREIGN_SQL = """
     SELECT to_regclass('meta') IS NULL
            AND (to_regclass('events') IS NOT NULL OR to_regclass('deliveries') IS NOT NULL)
+"""
+SET_META_SQL = "INSERT INTO meta VALUES ($1, $2) ON CONFLICT (name) DO UPDATE SET value = $2"
+OLDER_SQL = """
+    SELECT name || ' (' || version || ')' FROM nodes
+     WHERE schema < $1 AND seen > clock_timestamp() - interval '30 seconds'
+     UNION ALL
+    SELECT coalesce(standing ->> 'host', 'another daemon') FROM leases
+     WHERE name = 'daemon' AND until > clock_timestamp()
 """
 HIGHEST_SQL = """
     SELECT (SELECT coalesce(max(id), 0) FROM events), (SELECT coalesce(max(id), 0) FROM deliveries),
@@ -223,26 +239,38 @@ class PostgresStore:
             )
 
     async def _migrate(self, connection: Connection) -> None:
+        """Create or migrate the tables; nodes of the previous version may use them meanwhile."""
         async with connection.transaction():
-            await connection.execute(LOCK_SQL)
+            await connection.execute(f"SET LOCAL lock_timeout = '{LOCK_PATIENCE}'; {LOCK_SQL}")
             await connection.execute(META)
-            version = int(await connection.value("SELECT value FROM meta WHERE name = 'version'") or 0)
-            newest = len(MIGRATIONS)
-            if await connection.value("SELECT value FROM meta WHERE name = 'moving'") is not None:
+            meta = {row["name"]: row["value"] for row in await connection.fetch("SELECT * FROM meta")}
+            version, least = int(meta.get("version", 0)), int(meta.get("least", 1))
+            if "moving" in meta:
                 raise StorageError(
                     f"{self.location} has the data of an unfinished move",
                     hint="run the same `relay db move` again: it continues",
                 )
-            if version > newest:
-                raise StorageError(
-                    f"{self.location} has schema version {version}, this program knows {newest}",
-                    hint="run the newer hookferry that wrote it, or restore the copy made before the upgrade",
-                )
-            for script in MIGRATIONS[version:]:
-                await connection.execute(script)
-            if version < newest:
-                sql = "INSERT INTO meta VALUES ('version', $1) ON CONFLICT (name) DO UPDATE SET value = $1"
-                await connection.execute(sql, str(newest))
+            older: list[str] = []
+            for number in range(version + 1, len(MIGRATIONS) + 1):
+                wanted = REMOVALS.get(number, least)
+                if wanted > least and (
+                    older := [row[0] for row in await connection.fetch(OLDER_SQL, wanted)]
+                ):
+                    break
+                await connection.execute(MIGRATIONS[number - 1], seconds=MIGRATION_TIMEOUT)
+                version, least = number, wanted
+                for name, value in (("version", version), ("least", least), ("program", __version__)):
+                    await connection.execute(SET_META_SQL, name, str(value))
+            if (problem := problem_of(version, least)) is not None:
+                program = meta.get("program", "a newer version")
+                hint = f"run hookferry {program}, which migrated it, or a newer version"
+                if older:
+                    hint = f"stop the nodes of older versions first: {', '.join(older)}"
+                raise StorageError(f"{self.location}: {problem}", hint=hint)
+        if older:
+            log.info("a migration waits until these nodes of older versions stop: %s", ", ".join(older))
+        if version > len(MIGRATIONS):
+            log.info("a newer version has migrated the tables; this version can use them")
 
     async def _count_pending(self, connection: Connection) -> None:
         totals = counts_of(await connection.fetch(TOTALS_SQL))

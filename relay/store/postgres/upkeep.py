@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Never
 
-from relay.base.clock import Clock
+from relay.base.clock import Clock, SystemClock
 from relay.errors import StorageError
 from relay.model import Backup, Check, Compacted, Measured, Observed, Pruned
 from relay.store.postgres.connection import Connection, Database
@@ -105,7 +105,7 @@ class PostgresUpkeep:
     async def observe(self) -> Observed | None:
         """See `Upkeep.observe`."""
         async with self._database.reader() as connection:
-            return await observe(connection, self._clock.wall())
+            return await observe(connection, SystemClock().wall())  # a cluster's clock is the server's
 
 
 async def measure(location: str, connection: Connection) -> Measured:
