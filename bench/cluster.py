@@ -22,9 +22,9 @@ from bench.subject import TYPES, relay, request
 
 NODES = (1, 2, 3)
 REQUESTS = tuple(request(type_=each) for each in TYPES)
-LEASE = 5  # seconds; a node that joins gets its share of the lanes after as many
+LEASE = 5  # seconds; a node that joins gets its share of the lanes after this time
 _DEADLINE = 120.0  # seconds for the last delivery of a round to be recorded
-_LOOK = 0.02  # seconds between two looks at the ledger, which cost the database server CPU as well
+_LOOK = 0.02  # seconds between two reads of the ledger, which cost the database server CPU as well
 _SETTLED = 3.0  # seconds without a lane that moves
 _DESTINATION = """\
 [destinations.{type}]

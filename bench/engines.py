@@ -105,7 +105,7 @@ def _outcome(delivery: Delivery) -> Outcome:
 
 
 async def run(plan: Plan, url: str | None = None) -> list[Comparison]:
-    """Measure both engines; without the URL of a database, on a server of their own."""
+    """Measure both engines; without the URL of a database, on a new server."""
     with server(url) as address:
         processes = await Processes.of(address)
         embedded, served = await alternate_all(

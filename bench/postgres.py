@@ -25,7 +25,7 @@ _STOP = 60.0  # seconds until a server has stopped
 def server(url: str | None, *settings: str) -> Iterator[str]:
     """Yield the URL of a database: the given one, or one of a new server that stops at the end.
 
-    The new server writes to the disk as the server's defaults say, plus `settings` ("name=value").
+    The new server has PostgreSQL's default settings, plus `settings` ("name=value").
     """
     if url is not None:
         yield url
@@ -140,7 +140,7 @@ def _wait(ready: list[str], process: subprocess.Popen[bytes], log: Path) -> None
 
 
 async def execute(url: str, sql: str) -> None:
-    """Run a statement on a connection for itself."""
+    """Run a statement on a separate connection."""
     connection = await asyncpg.connect(url)
     try:
         await connection.execute(sql)

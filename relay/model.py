@@ -250,11 +250,11 @@ class Node(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Caution(msgspec.Struct, frozen=True):
-    """What an operator should know, although the relay works."""
+    """A risk that does not keep the relay from working."""
 
     what: str
     next: str  # what to do, or the next command
-    is_choice: bool = False  # it follows from a setting that may be wanted, so it is no problem
+    is_choice: bool = False  # it follows from a setting that may be intended, so it is not a problem
 
 
 class Observed(msgspec.Struct, frozen=True, kw_only=True):
@@ -263,7 +263,7 @@ class Observed(msgspec.Struct, frozen=True, kw_only=True):
     engine: str  # version of the server
     sizes: Mapping[str, int]  # bytes, by the label of `relay_storage_size_bytes`
     figures: Mapping[str, float]  # see `relay.metrics.Metrics.note_server`
-    cautions: tuple[Caution, ...] = ()  # the worst first
+    cautions: tuple[Caution, ...] = ()  # the most severe first
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):

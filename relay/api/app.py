@@ -48,7 +48,7 @@ class ReadyView(msgspec.Struct):
     ready: bool
     reasons: list[str]
     warnings: Annotated[
-        list[str], about("What an operator should know although the daemon accepts events, the worst first.")
+        list[str], about("Risks that do not keep the daemon from accepting events; the most severe first.")
     ]
 
 

@@ -245,7 +245,7 @@ class Access:
         return address is not None and address.is_loopback
 
     def _names_socket(self, request: web.Request) -> bool:
-        """Return whether the Host is a name that no stranger can have; clients of a socket invent one."""
+        """Return whether no stranger can own the name in the Host header, which the client chooses."""
         host = _host(request)
         return "." not in host or host.endswith(_PRIVATE) or self._names_listener(request)
 

@@ -504,7 +504,7 @@ def destination_fields(
     certificate_expires: int | None = None,
     recent: tuple[float | None, float | None] = (None, None),
 ) -> dict[str, Any]:
-    """Return the fields of a destination that tell whether it works.
+    """Return the fields of a destination that show whether it works.
 
     The URL may contain a token, so only its host is shown.
 

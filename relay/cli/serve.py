@@ -47,9 +47,9 @@ def serve(ctx: click.Context, config: Path | None, *, demo: bool, leave: bool, f
 
     Example: relay serve -c /etc/relay/config.toml
 
-    If the configuration is invalid, the exit code is 78. With sockets from systemd, the daemon answers 503
-    instead, until `relay reload` finds a valid configuration. If the relay is installed as a service,
-    start the service: `systemctl start relay`.
+    If the configuration is invalid, the exit code is 78. With socket activation by systemd, the daemon
+    answers 503 instead, until `relay reload` finds a valid configuration. If the relay is installed as a
+    service, start the service: `systemctl start relay`.
     """
     if leave and not demo:
         raise click.UsageError("--exit needs --demo")

@@ -174,8 +174,8 @@ def maintenance(
 
     Example: relay workers maintenance --pattern "batch-*" --for 2h
 
-    Name one worker by SOURCE and WORKER, or several with --pattern, optionally of one SOURCE. With
-    --pattern or --for, `on` may be left out. Maintenance survives restarts of workers and of the daemon.
+    Select one worker by SOURCE and WORKER, or all whose ids match --pattern, optionally of one SOURCE only.
+    With --pattern or --for, `on` may be left out. Maintenance survives restarts of workers and of the daemon.
     Planned windows are in config.toml: `maintenance` of `[workers]`.
     """
     words = [word for word in (source, worker, state) if word is not None]

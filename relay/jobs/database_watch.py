@@ -18,7 +18,7 @@ EVERY = 15.0
 
 
 class DatabaseWatch:
-    """What was found lately. With SQLite, nothing is watched."""
+    """The latest figures and cautions; none with SQLite."""
 
     def __init__(self, store: Store, metrics: Metrics, clock: Clock) -> None:
         self._store = store
@@ -31,11 +31,11 @@ class DatabaseWatch:
 
     @property
     def cautions(self) -> tuple[Caution, ...]:
-        """What an operator should know, although the relay works; the worst first."""
+        """Risks that do not keep the relay from working; the most severe first."""
         return (() if self._latest is None else self._latest.cautions) + self._store.nodes.cautions()
 
     async def check(self) -> None:
-        """Look at the server. While it does not answer, the latest figures stay."""
+        """Read the figures of the server. While it does not answer, the latest figures stay."""
         with suppress(StorageError):
             self._latest = await self._store.upkeep.observe()
         if self._latest is not None:

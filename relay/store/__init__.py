@@ -692,7 +692,7 @@ class Nodes(Protocol):
         ...
 
     def cautions(self) -> tuple[Caution, ...]:
-        """Return what an operator should know about the cluster."""
+        """Return the cautions about the cluster; see `relay.model.Caution`."""
         ...
 
     async def leave(self) -> None:

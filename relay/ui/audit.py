@@ -1,4 +1,4 @@
-"""The audit trail: what operators changed."""
+"""The audit trail: the changes by operators."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -23,7 +23,7 @@ async def list_(visit: Visit) -> web.Response:
             "Newest first",
             ("Operator", "Time", "Access", "Request", "Body", "Result"),
             [_row(visit, each) for each in page["items"]],
-            empty="No change is kept.",
+            empty="No changes yet.",
         ),
         pages(visit, page["next_cursor"]),
         tag("p", command_of_list("audit", "audit", query=visit.query)),

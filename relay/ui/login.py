@@ -16,7 +16,7 @@ PATH = "/login"
 
 
 LARGEST_BODY = 4096
-"""Bytes that are read of a request of somebody who has not logged in."""
+"""Bytes that are read of a request without a login."""
 
 
 class LoginBody(msgspec.Struct, kw_only=True):

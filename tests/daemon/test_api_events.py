@@ -189,7 +189,7 @@ async def test_types_are_listed_with_the_most_frequent_one_first(relay, event):
     assert answer.status == 404
 
 
-async def test_a_list_of_destinations_tells_which_ones_fail_and_why(relay, recorder):
+async def test_a_list_of_destinations_shows_failures_and_their_reasons(relay, recorder):
     recorder.answers.extend([(500, {})] * 20)
     await relay.exchange(request("POST", "/v1/events", BODY))
     await until(lambda: relay.counted("relay_deliveries_finished_total", destination="crm", outcome="dead"))

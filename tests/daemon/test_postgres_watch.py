@@ -1,4 +1,4 @@
-"""What an operator learns about a PostgreSQL server and a cluster: metrics, `/ready`, status and doctor."""
+"""A PostgreSQL server and a cluster in metrics, `/ready`, status and doctor."""
 
 import asyncio
 import os

@@ -54,7 +54,7 @@ class Torture:
         await self._life.aclose()
 
     async def finish(self) -> Toll:
-        """End the load, wait until everything has arrived, and return what the faults cost."""
+        """End the load, wait until everything has arrived, and return the findings."""
         await self.cluster.load(on=False)
         await self.cluster.drained()
         await audit(self.cluster, self.toll)
@@ -219,7 +219,7 @@ async def torture(
 @click.option("--cycles", default=50, show_default=True)
 @click.option("--seed", default=1, show_default=True)
 def main(case: str | None, cycles: int, seed: int) -> None:
-    """Do something to the nodes of a cluster under load, in a loop, and count what that cost.
+    """Do something to the nodes of a cluster under load, in a loop, and print the findings.
 
     Without CASE, all cases in turn.
     """

@@ -317,7 +317,7 @@ async def torture(
     *,
     seed: int,
     count: int = 2,
-    tell: Callable[[str], None] = lambda _line: None,
+    report: Callable[[str], None] = lambda _line: None,
 ) -> Fleet:
     """Run these actions while 200 workers send heartbeats; returns the fleet with its faults."""
     rand = random.Random(seed)
@@ -327,7 +327,7 @@ async def torture(
             silent = fleet.choose(10)
             await _act(action, cluster, fleet, silent, rand)
             await fleet.revive([] if action == "report" else silent)
-            tell(f"{number} {action}: {fleet.answers} heartbeats, {fleet.refused} refused, {fleet.faults}")
+            report(f"{number} {action}: {fleet.answers} heartbeats, {fleet.refused} refused, {fleet.faults}")
         await fleet.check()
     return fleet
 
@@ -367,7 +367,7 @@ def main(cycles: int, nodes: int, seed: int, action: str | None) -> None:
         Path(folder).chmod(0o711)  # the server runs as another user
         server = start(Path(folder) / "postgres")
         fleet = asyncio.run(
-            torture(server.url("postgres"), Path(folder), actions, seed=seed, count=nodes, tell=click.echo)
+            torture(server.url("postgres"), Path(folder), actions, seed=seed, count=nodes, report=click.echo)
         )
     marked = f"silent workers were marked at most {fleet.latest:.1f} s after their deadlines"
     click.echo("; ".join([f"{fleet.answers} heartbeats", marked, *fleet.faults]))

@@ -63,7 +63,7 @@ async def change(store, sql, *values):
 
 
 def lose(store, monkeypatch, when):
-    """Lose the connection at the statements that begin with a text; returns the list of them.
+    """Lose the connection at each statement that begins with a text; returns the list of these statements.
 
     With `when` "before", the server never gets the statement; with "after", only its answer is lost.
     """

@@ -250,7 +250,7 @@ async def partitions(_examined: Examined, connection: Connection) -> Check:
 
 
 async def indexes(_examined: Examined, connection: Connection) -> Check:
-    """Look for indexes that the server does not use."""
+    """Look for invalid indexes, which the server does not use."""
     if names := [name for (name,) in await connection.fetch(INVALID_SQL)]:
         hint = "; ".join(f"REINDEX INDEX {name}" for name in names)
         return failed("indexes", f"invalid: {', '.join(names)}", hint)

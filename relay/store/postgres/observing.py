@@ -62,7 +62,7 @@ async def observe(connection: Connection, now: int) -> Observed:
 def _cautions(
     server: asyncpg.Record, figures: Mapping[str, float], states: list[str | None]
 ) -> Iterator[Caution]:
-    """Yield what an operator should know about the server, the worst first."""
+    """Yield the cautions about the server, the most severe first."""
     if not server["survives"]:
         yield Caution(
             "fsync or full_page_writes of the PostgreSQL server is off: a power failure damages the database",
