@@ -18,7 +18,7 @@ from relay.api.context import Context
 from relay.api.endpoints import Page, endpoint
 from relay.api.operators import OPERATOR
 from relay.api.query_params import AuditQuery, read_filters
-from relay.api.responses import DRY_RUN, LOGGED_BODY
+from relay.api.responses import DRY_RUN, LOGGED_BODY, STORED_BODY
 from relay.api.views import Time, about
 from relay.base.clock import Clock, rfc3339
 from relay.model import AuditEntry
@@ -49,7 +49,13 @@ class AuditView(msgspec.Struct):
     remote: Annotated[str, about("Address of the client; empty on the socket.")]
     method: str
     path: str
-    body: Annotated[str, about("The first 400 characters; empty if it may contain a secret.")]
+    body: Annotated[
+        str,
+        about(
+            "The first 400 characters; `subject` and `where` of a filter are masked; empty if it may contain "
+            "a secret."
+        ),
+    ]
     status: Annotated[int | None, about("Of the response; null: the client disconnected before it.")]
     request_id: str
     node: Annotated[str, about("The node that handled it.")]
@@ -102,7 +108,7 @@ class Trail:
             remote=operator.remote,
             method=request.method,
             path=path,
-            body=body,
+            body=request.get(STORED_BODY, ""),
             status=status,
             request_id=request.get(REQUEST_ID, ""),
             node=self._node,

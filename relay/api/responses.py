@@ -33,6 +33,9 @@ log = logging.getLogger("relay.api")
 LOGGED_BODY = web.RequestKey("logged_body", str)
 """The request body for the log of changes; only of bodies without unknown fields."""
 
+STORED_BODY = web.RequestKey("stored_body", str)
+"""The request body for the audit trail, without values that may identify a person."""
+
 DRY_RUN = web.RequestKey("dry_run", bool)
 """Whether the request only counts and changes nothing."""
 
@@ -97,7 +100,19 @@ async def body_of(request: web.Request, type_: type[T], *, optional: bool = Fals
         request[DRY_RUN] = bool(getattr(body, "dry_run", False))
         text = msgspec.json.encode(body).decode()
         request[LOGGED_BODY] = "" if text == "{}" else text[:_LONGEST_LOGGED]
+        request[STORED_BODY] = "" if text == "{}" else _anonymous(text)[:_LONGEST_LOGGED]
     return body
+
+
+def _anonymous(text: str) -> str:
+    """Return a body with its filter's `subject` and `where` masked.
+
+    The store keeps the audit trail longer than the events that `relay events delete --subject` deletes.
+    """
+    content = msgspec.json.decode(text)
+    filter_ = content.get("filter")
+    masked = {name: "<masked>" for name in ("subject", "where") if filter_ and name in filter_}
+    return text if not masked else msgspec.json.encode(content | {"filter": filter_ | masked}).decode()
 
 
 def _fields_of(type_: Any) -> str:

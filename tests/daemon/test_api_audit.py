@@ -57,6 +57,18 @@ async def test_the_body_and_the_status_of_a_change_are_logged(relay, lines):
     assert lines() == [f"{ME}: POST /api/replays {body}: 404"]
 
 
+async def test_the_stored_body_of_a_change_names_no_person(relay):
+    fields = {"subject": "member-42", "where": {"data.email": "zoe@example.com"}, "destination": "crm"}
+    answer = await exchange(
+        relay.addresses.socket, asked("POST", "/api/deliveries/cancel", {"filter": fields})
+    )
+    assert answer.status == 200
+    page = await exchange(relay.addresses.socket, asked("GET", "/api/audit?limit=1"))
+    [entry] = json.loads(page.body)["items"]
+    masked = {"subject": "<masked>", "where": "<masked>", "destination": "crm"}
+    assert json.loads(entry["body"]) == {"filter": masked}
+
+
 async def test_a_command_for_a_worker_is_not_logged_because_it_may_contain_a_secret(relay, lines):
     path = "/api/v1/workers/register"
     body = json.dumps({"workerId": "w1", "endpoint": "http://w1"}).encode()
