@@ -138,7 +138,7 @@ class Admin(msgspec.Struct, frozen=True, kw_only=True):
         tuple[AdminToken, ...],
         _help(
             "secrets for the JSON API on the listener, or tables with `secret`, `name` and `scope`; without "
-            "tokens, only the socket and logins to the dashboard have the API"
+            "tokens, only the socket and logins to the dashboard give access to the API"
         ),
     ] = ()
     hosts: Annotated[
