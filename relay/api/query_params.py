@@ -458,10 +458,10 @@ def filter_of(query: Mapping[str, Any]) -> Filter:
 
 
 def one_of(text: Any, known: Sequence[str]) -> str:
-    """Return a word of a closed list.
+    """Return a text that is one of the known words.
 
     Raises:
-        ValueError: the list does not have it.
+        ValueError: it is not; the message lists the words.
     """
     if text not in known:
         raise ValueError(

@@ -107,7 +107,7 @@ def confirm(question: str, *, yes: bool) -> None:
 
     Raises:
         UsageError: standard input is not a terminal.
-        CommandError: the operator says no.
+        CommandError: the operator declines.
     """
     if yes:
         return

@@ -266,7 +266,7 @@ class Binder:
 
 
 def _arm(kinds: tuple[Any, ...], value: Any) -> Any:
-    """Return the type of a union for a value: for a table, for a list, or for others; else the first."""
+    """Return the type in a union that fits a table, a list or a single value; if none fits, the first one."""
     arms = [kind for kind in kinds if kind is not types.NoneType]
     form = type(value) if isinstance(value, dict | list) else None
     return next((arm for arm in arms if _form(arm) is form), arms[0])

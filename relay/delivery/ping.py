@@ -1,4 +1,4 @@
-"""The test of a destination: an operator makes its client send one signed request."""
+"""The test of a destination: sends one signed request, when an operator asks for it."""
 
 import asyncio
 import hashlib

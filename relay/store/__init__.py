@@ -144,7 +144,7 @@ class Events(Protocol):
     async def append_all(self, acceptances: Sequence[Acceptance]) -> Receipt:
         """Make the events of one request durable in one transaction; raises as `append`.
 
-        Each event is a duplicate by its own idempotency key; duplicates are not stored again. The
+        Each event has its own idempotency key; duplicates are not stored again. The
         receipt names the first event and has the receipts of all in `each`.
         """
         ...

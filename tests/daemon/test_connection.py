@@ -87,7 +87,7 @@ async def half_close(url, *pieces):
 
 
 def reset(wire):
-    """Reset the connection, as a process does that is killed with unread data."""
+    """Reset the connection, like a process that is killed with unread data."""
     sock = wire.writer.get_extra_info("socket")
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     wire.writer.transport.abort()

@@ -227,7 +227,7 @@ async def opened(path, clock):
 
 
 async def check_rows(store):
-    """Check that all stored rows belong to each other."""
+    """Check that every reference between stored rows is valid."""
     if is_postgres(store):
         from postgres_stores import FAULTS_SQL, run  # noqa: PLC0415 - needs asyncpg
 

@@ -219,7 +219,7 @@ async def torture(
 @click.option("--cycles", default=50, show_default=True)
 @click.option("--seed", default=1, show_default=True)
 def main(case: str | None, cycles: int, seed: int) -> None:
-    """Do something to the nodes of a cluster under load, in a loop, and print the findings.
+    """Cause faults of the nodes of a cluster under load, in a loop, and print the findings.
 
     Without CASE, all cases in turn.
     """

@@ -100,7 +100,7 @@ def test_the_line_is_the_one_that_an_editor_shows(path, text):
 
 
 def test_every_key_that_tomllib_accepts_has_a_line():
-    """Thousands of small accidents to a tricky text, from one seed; a quarter of them is still valid TOML."""
+    """Make thousands of random changes to a complex text; a quarter of the results is still valid TOML."""
     chance, valid = random.Random(7), 0
     pieces = [
         '"',

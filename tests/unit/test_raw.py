@@ -97,7 +97,7 @@ FORGED = b'{},"type":"adorn.sale.made"'
     ids=["bytearray", "memoryview", "slice", "str", "msgpack"],
 )
 def test_raw_data_made_by_a_plugin_is_checked_despite_a_decoded_body(make, room):
-    """A `Raw` does not show whether msgspec parsed it: one over a buffer looks the same."""
+    """A `Raw` does not show whether msgspec parsed it; a plugin can make an equal one from a buffer."""
     incoming = Incoming.of("POST", "/a", {}, b'{"data": {}}' + b" " * room)
     found = incoming.decode(Body)
     made = make(FORGED)

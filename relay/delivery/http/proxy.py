@@ -13,7 +13,7 @@ class Proxy:
     """The proxy's URL, the credentials for it (RFC 9110 §11.7.1), and the check of targets."""
 
     def __init__(self, address: Secret, *, allow_private: bool, own: Collection[tuple[str, int]]) -> None:
-        """Parse an address that `relay.config.validators.proxy` accepted; for the rest see `ssrf.refused`."""
+        """Parse an address that `validators.proxy` has accepted; the rest is passed to `ssrf.refused`."""
         url = URL(address.reveal())
         self.credentials: dict[str, str] = {}
         if url.user or url.password:

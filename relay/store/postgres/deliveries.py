@@ -103,7 +103,7 @@ class PostgresDeliveries(StoredDeliveries):
         return Cancelled(ended, in_flight)
 
     async def _cancel_here(self, _destination: str, delivery_ids: list[int]) -> dict[str, int]:
-        """Cancel deliveries of a lane of this node, for an operator at another one."""
+        """Cancel deliveries of a lane of this node, for an operator who uses another node."""
         done = await super().cancel(delivery_ids)
         return {"ended": done.ended, "in_flight": done.in_flight}
 

@@ -164,7 +164,7 @@ def chunks(ids: Sequence[int]) -> Iterable[Sequence[int]]:
 
 
 async def _destinations(reader: Reader, wanted: Selection) -> list[str] | None:
-    """Return the selected destination, or all; None: more than one plan can combine."""
+    """Return the selected destination, or all of them; None: there are more than a plan can combine."""
     if wanted.destination is not None:
         return [wanted.destination]
     names = await reader.destinations()

@@ -60,7 +60,7 @@ class Disk:
 
     @property
     def scarce(self) -> bool:
-        """Whether senders are refused, all of them or the large requests; reads the free space."""
+        """Whether all requests or only large ones are refused; reads the free space."""
         return self.measure() < self.floor or self.released > 0 or self.lacking > 0
 
     def admits(self, size: int, promised: int) -> bool:
