@@ -16,12 +16,15 @@ from relay.config.document import read
 from relay.config.effective import as_toml, effective
 from relay.config.installed_service import Given, listen_streams, read_env_file, service_of
 from relay.config.json_schema import SCHEMA, Kinds, json_schema
-from relay.config.paths import find_config, look_for_config
+from relay.config.paths import find_config, look_for_config, socket_path
 from relay.config.problems import ConfigError, Problem, UnreadableError, check_again, guess
 from relay.config.schema import Config, SourceConfig
 from relay.config.tables import bind_tables
+from relay.errors import RelayError
 from relay.plugin_loading.loader import Setup, discover, load
 from relay.plugin_loading.offered import Kind
+from relay.process.sockets import check_unix_path
+from relay.process.state_dir import obstacle
 from relay.process.systemd import SOCKET_ADVICE, SOCKET_UNITS, is_same_address
 
 STARTER = Path(__file__).with_name("templates") / "config.toml"
@@ -54,11 +57,30 @@ def check(
     path = find_config(file or config)
     try:
         loaded = load_for_service(path, env_files).config
+        _check_state_dir(path, loaded)
     except ConfigError as error:
         _print_problems(path, error, as_json=as_json)
         ctx.exit(code_of(error))
     warnings = (*loaded.warnings, *_ignored_addresses(path, loaded))
     _print_success(path, msgspec.structs.replace(loaded, warnings=warnings), as_json=as_json)
+
+
+def _check_state_dir(path: Path, config: Config) -> None:
+    """Check that the paths of the state directory and of the socket can be used.
+
+    Raises:
+        ConfigError: the start of the daemon would fail because of one of them.
+    """
+    problems = []
+    if (found := obstacle(config.state_dir)) is not None:
+        problems.append(Problem(str(path), 0, "state_dir", f"{found.message}; {found.hint}"))
+    elif service_of(path) is None:  # the service's socket is in its runtime directory
+        try:
+            check_unix_path(socket_path(config))
+        except RelayError as error:
+            problems.append(Problem(str(path), 0, "admin.socket", f"{error.message}; {error.hint}"))
+    if problems:
+        raise ConfigError(problems, hint=check_again(path), warnings=config.warnings)
 
 
 def _ignored_addresses(path: Path, config: Config) -> Iterator[str]:

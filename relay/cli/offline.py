@@ -21,6 +21,7 @@ from relay.config.secrets import Absent, Secret
 from relay.config.tables import bind_tables
 from relay.errors import StorageError, UnknownError
 from relay.model import PAUSED_IN_CONFIG, Check, Selection
+from relay.process.state_dir import obstacle
 from relay.store import Stop, StoredData
 from relay.store.opening import file_of, offline_store
 
@@ -223,8 +224,10 @@ def readable(path: Path) -> Path:
     """Return the path of a database file, after a check that this user can read it.
 
     Raises:
-        CommandError: permission denied.
+        CommandError: permission denied, or the path is too long or is not below a directory.
     """
+    if (error := obstacle(path.parent)) is not None:
+        raise CommandError(error.message, hint=error.hint)
     if is_there(path) and not os.access(path, os.R_OK):
         service = installed()
         user = service.user if service else "the daemon's user"

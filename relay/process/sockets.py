@@ -39,14 +39,24 @@ def bind(listen: str, key: str) -> socket.socket:
     return sock
 
 
+def check_unix_path(path: Path) -> None:
+    """Check the length of the path of a unix socket.
+
+    Raises:
+        RelayError: it is too long.
+    """
+    if (length := len(os.fsencode(path))) > UNIX_PATH_LIMIT:
+        what = f"{path} is too long for a unix socket: {length} bytes, at most {UNIX_PATH_LIMIT}"
+        raise RelayError(what, hint="set [admin] socket or state_dir in config.toml to a shorter path")
+
+
 def bind_unix(path: Path) -> socket.socket:
     """Bind a unix socket with mode 0660. Replaces a stale one: the caller holds the state directory's lock.
 
     Raises:
         RelayError: the path is too long or cannot be written.
     """
-    if len(os.fsencode(path)) > UNIX_PATH_LIMIT:
-        raise RelayError(f"{path} is too long for a unix socket", hint="set [admin] socket to a shorter path")
+    check_unix_path(path)
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         path.unlink(missing_ok=True)

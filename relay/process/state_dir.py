@@ -10,6 +10,31 @@ from pathlib import Path
 from relay.errors import RelayError
 
 
+def obstacle(path: Path) -> RelayError | None:
+    """Return why a path cannot be a state directory, whoever asks; None: it is one, or can be created."""
+    other = "set state_dir in config.toml to a directory"
+    for place in (path, *path.parents):
+        try:
+            if not place.is_symlink() and not place.exists():
+                continue
+            if place.is_dir():
+                return None
+        except PermissionError:
+            return None
+        except OSError as error:
+            too_long = error.errno == errno.ENAMETOOLONG
+            hint = "set state_dir in config.toml to a shorter path" if too_long else other
+            return RelayError(f"the state directory {path} cannot be used: {error.strerror}", hint=hint)
+        if place.exists():
+            what, hint = f"{place} is not a directory", f"move {place} away, or {other}"
+        else:
+            target = place.readlink()
+            what = f"{place} is a link to {target}, which does not exist"
+            hint = f"create {place.parent / target}, or {other}"
+        return RelayError(f"the state directory {path} cannot be used: {what}", hint=hint)
+    return None
+
+
 class StateDir:
     """Holds the locks from `take` to `release`.
 
@@ -27,7 +52,8 @@ class StateDir:
         """Create the directory if necessary and lock it.
 
         Raises:
-            RelayError: another daemon uses it, it is not writable, or `relay.lock` is not a regular file.
+            RelayError: another daemon uses it, it is not a directory, its path is too long, it is not
+                writable, or `relay.lock` is not a regular file.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -103,7 +129,7 @@ class StateDir:
         )
 
     def _unusable(self, error: OSError) -> RelayError:
-        return RelayError(
+        return obstacle(self.path) or RelayError(
             f"cannot write to the state directory {self.path}: {error.strerror}",
             hint="set state_dir in config.toml to a directory that this user may write to",
         )

@@ -3,9 +3,13 @@
 import os
 
 import pytest
+from click.testing import CliRunner
 from daemons import SERVE, SOURCES, Daemon, write_config
+from machines import small_disk
 
+from relay.cli import main
 from relay.errors import RelayError
+from relay.process.sockets import UNIX_PATH_LIMIT
 from relay.process.state_dir import StateDir
 
 
@@ -96,3 +100,76 @@ async def test_a_second_process_is_refused_after_the_lock_file_was_deleted(tmp_p
         assert await second.exit() == 1
         assert "is in use by another relay" in second.output
         assert await daemon.stop() == 0
+
+
+def _file(folder):
+    (folder / "there").write_text("")
+    return folder / "there", f"{folder / 'there'} is not a directory", f"move {folder / 'there'} away, or set"
+
+
+def _below_a_file(folder):
+    path, what, hint = _file(folder)
+    return path / "state" / "deep", what, hint
+
+
+def _dangling_link(folder):
+    (folder / "link").symlink_to("nowhere")
+    what = f"{folder / 'link'} is a link to nowhere, which does not exist"
+    return folder / "link", what, f"create {folder / 'nowhere'}, or set"
+
+
+def _long_name(folder):
+    return folder / ("a" * 256), "File name too long", "set state_dir in config.toml to a shorter path"
+
+
+def _long_path(folder):
+    return (
+        folder.joinpath(*["a" * 200] * 25),
+        "File name too long",
+        "set state_dir in config.toml to a shorter",
+    )
+
+
+@pytest.mark.parametrize("make", [_file, _below_a_file, _dangling_link, _long_name, _long_path])
+def test_a_path_that_cannot_be_a_state_directory_is_explained_by_every_command(tmp_path, make):
+    path, what, hint = make(tmp_path)
+    with pytest.raises(RelayError) as caught:
+        StateDir(path).take()
+    assert caught.value.message == f"the state directory {path} cannot be used: {what}"
+    assert caught.value.hint.startswith(hint)
+    config = write_config(tmp_path, SOURCES)
+    config.write_text(config.read_text().replace('state_dir = "state"', f'state_dir = "{path}"'))
+    for words in ("check-config", "events list --offline -c", "doctor --offline -c"):
+        result = CliRunner().invoke(main, [*words.split(), str(config)])
+        assert (result.exit_code, what in result.stderr, hint in result.stderr) == (1, True, True), words
+
+
+@pytest.mark.parametrize("below", ["", "state"])
+def test_a_read_only_file_system_is_named(tmp_path, below):
+    with small_disk(tmp_path / "disk", 2**20, options="ro"), pytest.raises(RelayError) as caught:
+        StateDir(tmp_path / "disk" / below).take()
+    path = tmp_path / "disk" / below
+    assert caught.value.message == f"cannot write to the state directory {path}: Read-only file system"
+
+
+async def test_a_daemon_reports_a_state_directory_that_it_cannot_use(tmp_path):
+    config = write_config(tmp_path, SOURCES)
+    (tmp_path / "state").write_text("")
+    daemon = Daemon(config, SERVE)
+    await daemon.start()
+    assert await daemon.exit() == 1
+    assert "state is not a directory" in daemon.output
+    assert "unexpected" not in daemon.output
+
+
+def test_check_config_reports_a_socket_whose_path_is_too_long(tmp_path):
+    config = write_config(tmp_path, SOURCES)
+    before = config.read_text()
+    longest = UNIX_PATH_LIMIT - len(os.fsencode(tmp_path / "relay.sock")) - 1
+    for length, code in ((longest, 0), (longest + 1, 1)):
+        state = tmp_path / ("s" * length)
+        config.write_text(before.replace('state_dir = "state"', f'state_dir = "{state}"'))
+        result = CliRunner().invoke(main, ["check-config", str(config)])
+        assert result.exit_code == code, result.output
+    what = f"admin.socket: {state / 'relay.sock'} is too long for a unix socket: 108 bytes, at most 107"
+    assert what in result.stderr

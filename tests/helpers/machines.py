@@ -65,10 +65,10 @@ class SmallDisk:
 
 
 @contextmanager
-def small_disk(path: Path, size: int) -> Iterator[SmallDisk]:
+def small_disk(path: Path, size: int, options: str = "rw") -> Iterator[SmallDisk]:
     """Mount a file system of `size` bytes; skip the test if that is not permitted."""
     path.mkdir(mode=0o700, exist_ok=True)
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={size},mode=0700", "tmpfs", str(path)]
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size},mode=0700,{options}", "tmpfs", str(path)]
     done = subprocess.run(mount, capture_output=True, text=True, check=False)
     if done.returncode:
         pytest.skip(f"no file system can be mounted here: {done.stderr.strip()}")
