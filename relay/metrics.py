@@ -160,7 +160,7 @@ class Metrics:
     )
     created = _counter("relay_deliveries_created", "Deliveries created.", destination=NAMES)
     finished = _counter(
-        "relay_deliveries_finished", "Deliveries that ended, by outcome.", destination=NAMES, outcome=OUTCOMES
+        "relay_deliveries_finished", "Finished deliveries, by outcome.", destination=NAMES, outcome=OUTCOMES
     )
     attempts = _counter("relay_delivery_attempts", "Attempts, by result.", destination=NAMES, result=RESULTS)
     attempt_seconds = _histogram(
@@ -198,7 +198,8 @@ class Metrics:
     )
     certificate = _gauge(
         "relay_destination_certificate_expiry_timestamp_seconds",
-        "Time at which the TLS certificate of a destination expires, as of the latest connect; 0 if unknown.",
+        "Time at which the TLS certificate of a destination expires, as of the latest connection;"
+        " 0 if unknown.",
         destination=NAMES,
     )
     certificate_lifetime = _gauge(

@@ -127,7 +127,7 @@ class DeliveriesApi:
 
     @endpoint(
         "POST", "/api/deliveries/retry", "retryDeliveries",
-        "Send ended deliveries again, make pending ones due now, or count them.",
+        "Send finished deliveries again, make pending ones due now, or count them.",
         body=RetryBody, returns=CountView | Retried | ReplayView, also={201: ReplayView},
     )  # fmt: skip
     async def _retry(self, _request: web.Request, body: RetryBody) -> web.Response:

@@ -42,7 +42,8 @@ class NamesApi:
         self._context = context
 
     @endpoint(
-        "GET", "/api/names", "listNames", "List names and recent ids that begin with a text, for completion.",
+        "GET", "/api/names", "listNames",
+        "List names and recent ids that begin with a prefix, for completion.",
         query=NamesQuery, returns=Page[NameView],
     )  # fmt: skip
     async def _list(self, _request: web.Request, query: NamesQuery) -> dict[str, Any]:

@@ -215,7 +215,7 @@ class NamesQuery(msgspec.Struct, kw_only=True):
         Literal["source", "destination", "worker", "job", "event", "delivery", "type"],
         _about("The kind of name."),
     ]
-    prefix: Annotated[str, _about("The text that the names begin with.")] = ""
+    prefix: Annotated[str, _about("The prefix of the names.")] = ""
     source: Annotated[str, _about("For workers: name of the source.")] | None = None
 
 

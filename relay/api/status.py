@@ -161,7 +161,7 @@ def _problems_of_disk(context: Context, reasons: list[str]) -> Iterator[StatusPr
         yield StatusProblem(what, f"df -h {disk.folder}")
     days = context.disk.days_left
     if days is not None and days < FEW_DAYS and not is_full:
-        what = f"at the pace of the last day, the disk is full in {_roughly(days * 86_400)}"
+        what = f"at the pace of the last day, the disk will be full in {_roughly(days * 86_400)}"
         yield StatusProblem(what, "relay db status")
 
 

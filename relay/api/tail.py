@@ -242,7 +242,7 @@ class TailApi:
     async def _past(self, wanted: Wanted, pattern: str | None, since: int) -> AsyncIterator[bytes]:
         """Yield the frames of stored items since a time (wall clock), oldest first, up to the live ones.
 
-        An item is stored some time after it began, so each part begins before the end of the former one.
+        An item is stored some time after it began, so each part begins before the end of the previous part.
         """
         seam = wanted.seam
         assert seam is not None  # noqa: S101 - a follower with a history has one

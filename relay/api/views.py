@@ -166,7 +166,7 @@ class DestinationView(DestinationSteered, kw_only=True):
     url_host: Annotated[str | None, about("Host of its URL; null if it is no longer in config.toml.")]
     last_success: Annotated[Time | None, about("The latest 2xx; null if the store has none.")]
     certificate_expires: Annotated[
-        Time | None, about("When its TLS certificate expires, as of the latest connect; null if unknown.")
+        Time | None, about("When its TLS certificate expires, as of the latest connection; null if unknown.")
     ]
     circuit: Annotated[
         Literal["open", "closed"] | None, about("State of its circuit breaker; null if it is not running.")

@@ -188,7 +188,7 @@ def retry(
     as_json: bool,
     **filters: Any,
 ) -> None:
-    """Send ended deliveries again; send pending ones now.
+    """Send finished deliveries again; send pending ones now.
 
     Example: relay deliveries retry --destination crm --state dead
 

@@ -405,7 +405,7 @@ def _write(plan: Plan, files: Sequence[Written], *, overwrite: bool, asks: bool)
             states[file.path] = "kept" if file.is_secret else "replaced"
     for path in (path for path, state in states.items() if state == "replaced" and not overwrite):
         if not asks or not click.confirm(
-            f"{path} exists. Replace it (the former one becomes {path.name}.old)?"
+            f"{path} exists. Replace it (the previous one becomes {path.name}.old)?"
         ):
             hint = "--overwrite replaces it; `relay sources add` adds a sender to it"
             raise CommandError(f"{path} already exists; nothing was written", hint=hint)

@@ -108,7 +108,7 @@ class Lane:
 
     @property
     def certificate(self) -> Certificate | None:
-        """Return the receiver's certificate at the latest connect; None: no TLS connection was made yet."""
+        """Return the receiver's certificate at the latest connection; None: no TLS connection yet."""
         return self._runner.client.certificate
 
     @property

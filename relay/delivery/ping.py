@@ -137,7 +137,7 @@ def explain(config: DestinationConfig, response: HttpResult, verdict: Verdict) -
             f"would be retried; the whole destination would pause for {wait}",
             "the response has a `Retry-After` header",
         )
-    return "would be retried by the schedule", _hint_for_retry(config, response)
+    return "would be retried according to the schedule", _hint_for_retry(config, response)
 
 
 def _hint_for_hold(config: DestinationConfig, error: str) -> str:

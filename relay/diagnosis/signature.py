@@ -341,8 +341,8 @@ def _nothing(name: str, secrets: Sequence[Secret], candidates: Sequence[Candidat
         return Finding(cause="secret", where=where, what=what, do=do)
     what = f'no secret of destination "{name}" or of another destination matches'
     do = (
-        "the signing secret is not in config.toml; keep a former secret beside the new one until every"
-        " receiver has the new one; or the body was changed in an unknown way: capture it raw"
+        "the signing secret is not in config.toml; keep the previous secret in addition to the new one"
+        " until every receiver has the new one; or the body was changed in an unknown way: capture it raw"
     )
     return Finding(cause="secret", where=where, what=what, do=do)
 

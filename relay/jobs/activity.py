@@ -201,7 +201,7 @@ class Activity:
         return self._successes.get(destination)
 
     def certificate_expires(self, destination: str) -> int | None:
-        """Return when the certificate of a destination expires (wall clock), as of the latest connect."""
+        """Return when the certificate of a destination expires (wall clock), as of the latest connection."""
         lane = self._dispatcher.lanes.get(destination)
         return None if lane is None or lane.certificate is None else lane.certificate.ends
 

@@ -146,7 +146,7 @@ def test_on_a_terminal_it_asks_for_missing_options(tmp_path, terminal):
     assert f"Secret: the value of {tmp_path}/secrets/github" in result.output
     again = terminal(tmp_path, answers=["generic", "https://hooks.example", "https://crm.example/in", "n"])
     assert again.exit_code == 1
-    assert "config.toml exists. Replace it (the former one becomes config.toml.old)?" in again.output
+    assert "config.toml exists. Replace it (the previous one becomes config.toml.old)?" in again.output
     assert list(tomllib.loads((tmp_path / "config.toml").read_text())["sources"]) == ["github", "stripe"]
     options = ("--source", "adorn", "--to", "a=http://127.0.0.1:1/?b=c", "--public-url", "https://x.example")
     assert terminal(tmp_path / "new", *options, answers=[]).exit_code == 0

@@ -319,7 +319,7 @@ async def test_a_ping_of_an_unknown_destination_gets_404(crm):
 @pytest.mark.parametrize(
     ("answer", "meaning", "verdict", "hint"),
     [
-        ({"result": "3xx", "status": 301}, {}, "retried by the schedule", "are never followed"),
+        ({"result": "3xx", "status": 301}, {}, "retried according to the schedule", "are never followed"),
         ({"result": "4xx", "status": 401}, {}, "retried", "relay verify --destination crm --request"),
         ({"result": "4xx", "status": 404}, {}, "retried", "that it accepts POST"),
         ({"result": "4xx", "status": 418}, {}, "retried", "look for the cause in the receiver's log"),

@@ -116,7 +116,7 @@ async def test_each_problem_names_the_next_command_the_worst_first(troubled, tmp
     assert status["disk"]["days_left"] == 2
     assert status["backups"]["overdue"] is True
     assert problems(status) == [
-        ("at the pace of the last day, the disk is full in 2 days", "relay db status"),
+        ("at the pace of the last day, the disk will be full in 2 days", "relay db status"),
         ("the ledger of crm does not balance, a bug in the relay; difference: 1", "relay doctor"),
         ("crm is paused; 1 delivery waits", "relay destinations resume crm"),
         ("erp is held (resting); 1 delivery waits", "relay destinations show erp"),

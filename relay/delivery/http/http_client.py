@@ -131,7 +131,7 @@ class HttpClient:
             )
             for keep in (True, False)
         )
-        self.certificate: Certificate | None = None  # of the latest connect; None: no TLS connection yet
+        self.certificate: Certificate | None = None  # of the latest connection; None: no TLS connection yet
         self._renewed = 0.0  # older connections are not used (perf_counter)
         self._distrusted_until = 0.0  # no connection is kept until then (perf_counter)
 
