@@ -135,6 +135,7 @@ class Batch:
         self.woken: set[str] = set()  # destinations of deliveries that were waiting and are due now
         self.made_due: dict[int, str] = {}  # destinations of the deliveries that an operator made due
         self.scope: Scope | None = None  # None: this node ends all deliveries
+        self.incarnation: str | None = None  # of this node; None: no other node uses the database
         self.cancelled_in_flight: set[int] = set()  # cancelled during an attempt, whose outcome decides
 
     @property

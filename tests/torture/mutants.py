@@ -143,6 +143,54 @@ MUTANTS = {
         ],
         [OWNER],
     ),
+    "late-commits-unannounced": Mutant(
+        [
+            Change(
+                f"{POSTGRES}/commit.py", "late = self._clock.steady() - batch.steady > LATE", "late = False"
+            )
+        ],
+        [SHARED],
+    ),
+    "former-owner-changes-a-state": Mutant(
+        [
+            Change(
+                f"{POSTGRES}/commit.py",
+                "AND l.incarnation <> ${len(_STATE_COLUMNS) + 1}::uuid AND",
+                "AND l.incarnation IS NULL AND ${len(_STATE_COLUMNS) + 1}::uuid IS NULL AND",
+            )
+        ],
+        [SHARED],
+    ),
+    "former-owner-ends-deliveries": Mutant(
+        [
+            Change(
+                f"{POSTGRES}/transitions.py",
+                "AND l.incarnation <> $5::uuid AND l.until",
+                "AND l.incarnation IS NULL AND $5::uuid IS NULL AND l.until",
+            )
+        ],
+        [SHARED],
+    ),
+    "slot-free-before-the-end": Mutant(
+        [
+            Change(
+                f"{POSTGRES}/nodes.py",
+                "await self._fetch(LEAVE_SQL, self.incarnation, FORGET_AFTER / 2)",
+                'await self._fetch("DELETE FROM nodes WHERE incarnation = $1::uuid", self.incarnation)',
+            )
+        ],
+        [NODES],
+    ),
+    "row-ids-by-the-machine's-clock": Mutant(
+        [
+            Change(
+                f"{POSTGRES}/clock.py",
+                "return self._local.wall() if self._best is None else self.steady()",
+                "return self._local.wall()",
+            )
+        ],
+        [SHARED],
+    ),
     "trust-from-the-answer": Mutant(
         [
             Change(

@@ -8,7 +8,7 @@ from postgres import database_of, drop_databases, needs_postgres
 from support import FakeClock, until
 
 from relay.base.clock import SECOND, SystemClock
-from relay.errors import StorageUnavailableError
+from relay.errors import StorageError, StorageUnavailableError
 from relay.store.postgres.clock import SLEW, ServerClock
 from relay.store.postgres.nodes import (
     NEGLECTED,
@@ -243,9 +243,46 @@ async def test_slots_are_unique_and_used_again(cluster):
     nodes = [await cluster.join(name) for name in "abc"]
     assert [node.slot for node in nodes] == [0, 1, 2]
     await nodes[1].leave()
+    assert (await cluster.join("d")).slot == 3  # a node that leaves writes until it is closed
+    await nodes.pop(1).close()
     assert (await cluster.join("d")).slot == 1
     racing = await asyncio.gather(*(cluster.join("r") for _ in range(6)))
-    assert len({node.slot for node in racing} | {0, 1, 2}) == 9
+    assert len({node.slot for node in racing} | {0, 1, 2, 3}) == 10
+
+
+@needs_postgres
+async def test_a_loop_of_crashes_does_not_use_up_the_slots(cluster):
+    await cluster.run(
+        """
+        INSERT INTO nodes (incarnation, slot, started, seen)
+        SELECT gen_random_uuid(), slot, now(), now() - interval '9 minutes' * (slot >= 100)::int
+          FROM generate_series(0, 255) AS slot
+        """
+    )
+    assert (await cluster.join()).slot == 100  # the first one that was not live in the last minute
+    await cluster.run(
+        "INSERT INTO nodes (incarnation, slot, started, seen)"
+        " SELECT gen_random_uuid(), slot, now(), now() FROM generate_series(101, 255) AS slot"
+    )
+    with pytest.raises(StorageError, match="already has 256 nodes"):
+        await cluster.join()
+
+
+@needs_postgres
+async def test_trust_in_a_lease_counts_from_before_the_request(cluster):
+    clock = FakeClock()
+    node = await cluster.join(clock=clock, lanes=("crm",))
+    await own(node)
+    fetch = node._connection.fetch
+
+    async def slow(sql, *values):
+        rows = await fetch(sql, *values)
+        clock.advance(3 * ("UPDATE leases" in sql))
+        return rows
+
+    node._connection.fetch = slow
+    asked = clock.steady()
+    assert (await own(node)).until == {"crm": asked + int(20 * SECOND * (1 - 1 / SLEW))}
 
 
 @needs_postgres

@@ -1,6 +1,7 @@
 """One PostgreSQL database for two nodes: only the owner of a lane sends and ends its deliveries."""
 
 import asyncio
+from unittest.mock import patch
 
 import asyncpg
 import pytest
@@ -13,6 +14,7 @@ from relay.errors import StorageError
 from relay.model import Attempt, DestinationState, Outcome, Target
 from relay.store import opening
 from relay.store.postgres.clock import ServerClock
+from relay.store.postgres.nodes import PostgresNodes
 from relay.store.postgres.rows import micros_of
 
 pytest.importorskip("asyncpg")
@@ -213,6 +215,39 @@ async def test_the_outcome_of_a_frozen_node_does_not_count(nodes):
     assert not await first.settle(held)
     [counts] = [each for name, each in (await first.store.ledger.totals()).items() if name == "crm"]
     assert (counts.created, counts.delivered, counts.pending) == (1, 1, 0)
+
+
+@needs_postgres
+async def test_a_frozen_node_ends_nothing_and_changes_no_state_of_a_lane_that_it_has_lost(nodes):
+    first, second = nodes
+    first.options["crm"] = {"ttl": 1}
+    await first.send()
+    scope = first.store.nodes.scope
+    await first.own()
+    await second.own("crm", "erp")
+    await second.store.deliveries.set_destination(DestinationState(name="crm", paused=True))
+    with pytest.raises(StorageError, match="another node delivers to it now"):
+        await first.store.deliveries.set_destination(DestinationState(name="crm"))
+    with patch.object(PostgresNodes, "scope", scope):  # frozen after it has begun a transaction
+        await first.store.deliveries.set_destination(DestinationState(name="crm"))
+        assert await first.store.deliveries.expire() == 0
+    assert (await first.store.queries.destination_states())["crm"].paused
+    assert await second.store.deliveries.expire() == 1
+
+
+@needs_postgres
+async def test_deliveries_of_a_commit_that_took_long_are_claimed_at_once(nodes):
+    """They are due before the time at which the owner's claims continue."""
+    first, second = nodes
+    written, allowed = hold_commits(first)
+    sending = asyncio.ensure_future(first.send())
+    await asyncio.wait_for(written.wait(), 30)
+    with patch.object(CLOCK, "steady", lambda: SystemClock.steady(CLOCK) + 10 * SECOND):
+        assert await second.claim("erp") == ()
+        allowed.set()
+        await sending
+        await until(lambda: ("erp", False) in second.attendant.woken)
+        assert len(await second.claim("erp")) == 1
 
 
 @needs_postgres

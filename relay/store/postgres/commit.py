@@ -14,6 +14,7 @@ from relay.store.claims import Claims
 from relay.store.dedupe import Key, Keys
 from relay.store.postgres import transitions
 from relay.store.postgres.connection import Connection
+from relay.store.postgres.deliveries import OVERLAP
 from relay.store.postgres.nodes import PostgresNodes
 from relay.store.postgres.rows import IdSequences, text, uuid_of
 from relay.store.postgres.transaction import Part, Transaction
@@ -29,6 +30,9 @@ from relay.store.rows import command_row, event_row, measurement_row, worker_row
 from relay.store.transitions import apply_cancellations, handle_dead
 from relay.store.worker_changes import StoredWorkerChanges
 from relay.store.writer import Committer, Job
+
+LATE = OVERLAP // 2
+"""Microseconds of one transaction after which claims of other nodes may have passed its due times."""
 
 ANY_REQUEST = b""
 """Identity in `dedupe` of a key that only one request may use."""
@@ -188,9 +192,12 @@ _STATE_TYPES = {"name": "text", "paused": "bool", "disabled_reason": "text"}
 STATES = Part(f"""
     new_states AS (
         INSERT INTO destinations ({", ".join(_STATE_COLUMNS)})
-        SELECT * FROM unnest({
+        SELECT s.* FROM unnest({
     ", ".join(f"${n}::{_STATE_TYPES.get(c, 'bigint')}[]" for n, c in enumerate(_STATE_COLUMNS, 1))
-})
+}) AS s ({", ".join(_STATE_COLUMNS)})
+         WHERE NOT EXISTS (
+               SELECT FROM leases AS l WHERE l.name = 'lane:' || s.name
+                  AND l.incarnation <> ${len(_STATE_COLUMNS) + 1}::uuid AND l.until > clock_timestamp())
         ON CONFLICT (name) DO UPDATE SET {", ".join(f"{c} = excluded.{c}" for c in _STATE_COLUMNS[1:])})
 """)  # noqa: S608 - only constants
 
@@ -217,7 +224,7 @@ class PostgresCommitter(Committer):
             await self.shared_workers.prepare(transaction, jobs)
         batch = await super().begin(transaction, jobs)
         if self.nodes is not None:
-            batch.scope = self.nodes.scope
+            batch.scope, batch.incarnation = self.nodes.scope, self.nodes.incarnation
         return batch
 
     def publish(self, batch: Batch) -> None:
@@ -237,13 +244,14 @@ class PostgresCommitter(Committer):
     def _wake_others(self, batch: Batch, nodes: PostgresNodes) -> None:
         """Announce the due deliveries of lanes that other nodes own; this node does not claim them."""
         mine = nodes.scope.mine
+        late = self._clock.steady() - batch.steady > LATE
         names = {delivery.destination for delivery in batch.due}
         if names - mine:
             batch.due = [delivery for delivery in batch.due if delivery.destination in mine]
         if others := (names | batch.woken | batch.later.keys()) - mine:
-            nodes.announce(others)
+            nodes.announce(others, late=late)
         if hurried := set(batch.made_due.values()) - mine:
-            nodes.announce(hurried, retries=True)
+            nodes.announce(hurried, retries=True, late=late)
 
     async def _look_up(self, transaction: Transaction, keys: Keys, used: Sequence[Key]) -> None:
         rows = await transaction.connection.fetch(
@@ -472,7 +480,8 @@ def _add_others(batch: Batch, transaction: Transaction, *, with_workers: bool) -
         _add_workers(batch.worker_changes, transaction, batch.wall, with_rows=with_workers)
     if batch.states:
         states = {state.name: state for state in batch.states}.values()
-        transaction.add(STATES, *([getattr(s, column) for s in states] for column in _STATE_COLUMNS))
+        columns = [[getattr(s, column) for s in states] for column in _STATE_COLUMNS]
+        transaction.add(STATES, *columns, batch.incarnation)
     if batch.pauses:
         pauses = dict(batch.pauses)
         transaction.add(PAUSES, list(pauses), list(pauses.values()))

@@ -3,7 +3,8 @@
 from collections.abc import Iterable, Sequence
 
 from relay.base.clock import SECOND, Clock
-from relay.model import Claim, Delivery
+from relay.errors import StorageError
+from relay.model import Claim, Delivery, DestinationState, GeneratedEvent
 from relay.store import Cancelled
 from relay.store.claims import Claims
 from relay.store.deliveries import StoredDeliveries
@@ -56,6 +57,7 @@ class PostgresDeliveries(StoredDeliveries):
         self._nodes = nodes  # None: this daemon uses the database alone
         if nodes is not None:
             nodes.handle(CANCEL, self._cancel_here)
+            nodes.on_late = self._forget_cursors
         self._cursors: dict[tuple[str, bool], tuple[int, int]] = {}  # due time, when the beginning was read
 
     async def claim(self, destination: str, limit: int, *, retries: bool, together: int = 1) -> Claim:
@@ -84,6 +86,16 @@ class PostgresDeliveries(StoredDeliveries):
         """Let the next claims of a destination begin with its oldest delivery."""
         for retries in (False, True):
             self._cursors.pop((destination, retries), None)
+
+    def _forget_cursors(self, destinations: Iterable[str]) -> None:
+        for name in destinations:
+            self.forget_cursor(name)
+
+    async def set_destination(self, state: DestinationState, event: GeneratedEvent | None = None) -> None:
+        """See `Deliveries.set_destination`; an attempt of a former owner may end late."""
+        if self._nodes is not None and state.name not in self._nodes.scope.mine:
+            raise StorageError(f"{state.name}: another node delivers to it now", hint="try again")
+        await super().set_destination(state, event)
 
     async def cancel(self, delivery_ids: Sequence[int]) -> Cancelled:
         """See `Deliveries.cancel`; the owner of a lane cancels its deliveries, because it sends them."""

@@ -42,6 +42,9 @@ NEGLECTED = 5.0
 FORGET_AFTER = 3600.0
 """Seconds without a renewal after which a node's row is deleted and its slot is used again."""
 
+CROWDED = 60.0
+"""The same while all slots are in use, for example after a loop of crashes."""
+
 COMPARISONS = 5
 """Comparisons of the clocks at the start; the one with the shortest round trip counts."""
 
@@ -170,10 +173,17 @@ JOIN_SQL = """
         ON CONFLICT DO NOTHING
 """
 
+FORGET_SQL = "DELETE FROM nodes WHERE seen < clock_timestamp() - $1::float8 * interval '1 second'"
+
 SEEN_SQL = """
     UPDATE nodes SET seen = clock_timestamp(), destinations = $2::text[], config_digest = $3
      WHERE incarnation = $1::uuid
     RETURNING slot
+"""
+
+LEAVE_SQL = """
+    UPDATE nodes SET seen = least(seen, clock_timestamp() - $2::float8 * interval '1 second')
+     WHERE incarnation = $1::uuid
 """
 
 RENEW_SQL = """
@@ -279,6 +289,7 @@ class PostgresNodes:
         self._renewed_at = clock.steady()
         self._lock = asyncio.Lock()  # held while the connection is used
         self._has_left = False
+        self.on_late: Callable[[Iterable[str]], None] = lambda _lanes: None  # see `WakeUp.late`
         self._attendant: Attendant | None = None
         self._wake_ups: WakeUps | None = None  # None: no notifications are received
         if listen is not None or polls:
@@ -316,10 +327,13 @@ class PostgresNodes:
         leases: bool = False,
         requests: bool = False,
         unheard: bool = False,
+        late: bool = False,
     ) -> None:
         """Announce new work in the database to the other nodes, soon; see `WakeUp`."""
         if self._wake_ups is not None:
-            self._wake_ups.announce(lanes, retries=retries, leases=leases, requests=requests, unheard=unheard)
+            self._wake_ups.announce(
+                lanes, retries=retries, leases=leases, requests=requests, unheard=unheard, late=late
+            )
 
     async def ask(self, lane: str, verb: str, argument: Any) -> Any:
         """See `Nodes.ask`."""
@@ -445,7 +459,8 @@ class PostgresNodes:
         """See `Nodes.leave`."""
         self._has_left = True
         async with self._lock:
-            await self._fetch("DELETE FROM nodes WHERE incarnation = $1::uuid", self.incarnation)
+            # The row stays until `close`: this node uses its slot, and flushes heartbeats, until then.
+            await self._fetch(LEAVE_SQL, self.incarnation, FORGET_AFTER / 2)
 
     async def close(self) -> None:
         """Give everything that is still held, and close the connection; after the last attempt has ended."""
@@ -467,6 +482,8 @@ class PostgresNodes:
         attendant = self._attendant
         if attendant is None:
             return
+        if heard.late:
+            self.on_late(heard.lanes)
         if heard.lanes or heard.is_poll:
             attendant.wake(None if heard.is_poll else heard.lanes, retries=heard.retries)
         if heard.leases:
@@ -516,12 +533,12 @@ class PostgresNodes:
 
     async def _join(self) -> None:
         while True:
-            await self._fetch(
-                "DELETE FROM nodes WHERE seen < clock_timestamp() - $1::float8 * interval '1 second'",
-                FORGET_AFTER,
-            )
-            slot = free_slot({row["slot"] for row in await self._fetch("SELECT slot FROM nodes")})
-            if slot is None:
+            for age in (FORGET_AFTER, CROWDED):
+                await self._fetch(FORGET_SQL, age)
+                slot = free_slot({row["slot"] for row in await self._fetch("SELECT slot FROM nodes")})
+                if slot is not None:
+                    break
+            else:
                 raise StorageError(f"the cluster already has {SLOTS} nodes", hint="stop a node")
             destinations = sorted(self._lanes)
             await self._fetch(

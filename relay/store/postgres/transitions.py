@@ -55,9 +55,14 @@ FORGET_SQL = """
     DELETE FROM order_keys AS k USING unnest($1::text[], $2::text[]) AS f (destination, order_key)
      WHERE k.destination = f.destination AND k.order_key = f.order_key AND k.pending <= 0
 """
+# A node that was frozen meanwhile must not end deliveries that another node may be sending.
 END_SQL = """
     WITH gone AS (
-         DELETE FROM owed AS o USING unnest($1::bigint[]) AS e (id) WHERE o.id = e.id
+         DELETE FROM owed AS o USING unnest($1::bigint[]) AS e (id)
+          WHERE o.id = e.id
+            AND NOT EXISTS (
+                SELECT FROM leases AS l WHERE l.name = 'lane:' || o.destination
+                   AND l.incarnation <> $5::uuid AND l.until > clock_timestamp())
          RETURNING o.id, o.event_id, o.destination, o.attempts, o.last_status, o.last_error)
     INSERT INTO ends (delivery_id, event_id, destination, state, reason, attempts, finished_at, last_status,
                       last_error)
@@ -232,7 +237,7 @@ async def end(
     if not chosen:
         return
     state, reason = ending
-    gone = await transaction.fetch(END_SQL, chosen, state, reason, batch.wall)
+    gone = await transaction.fetch(END_SQL, chosen, state, reason, batch.wall, batch.incarnation)
     ended = [candidates[id_] for (id_,) in gone]
     batch.ended.update({each.id: (each.destination, ending) for each in ended})
     await free(

@@ -31,6 +31,7 @@ class WakeUp(msgspec.Struct, frozen=True, omit_defaults=True):
     sender: str  # incarnation
     lanes: tuple[str, ...] = ()  # destinations with deliveries that are due now
     retries: bool = False  # these are retries, too
+    late: bool = False  # their commit took so long that they were due several seconds ago
     leases: bool = False  # a lease may be free
     requests: bool = False  # a request of an operator waits for the owner of a lane
     unheard: bool = False  # a reply did not reach its sender, which may repeat its request elsewhere
@@ -80,7 +81,7 @@ class WakeUps:
         self._connection: Notifications | None = None
         self._lock = asyncio.Lock()  # held while the connection is made or used
         self._lanes: dict[bool, set[str]] = {False: set(), True: set()}  # to announce; by `WakeUp.retries`
-        self._leases = self._requests = self._unheard = False
+        self._leases = self._requests = self._unheard = self._late = False
         self._due = asyncio.Event()  # an announcement is waiting
         self._probe = 0  # number of the latest probe
         self._answered = asyncio.Event()  # the latest probe has arrived
@@ -109,12 +110,14 @@ class WakeUps:
         leases: bool = False,
         requests: bool = False,
         unheard: bool = False,
+        late: bool = False,
     ) -> None:
         """Announce a wake-up to the other nodes, soon and together with other announcements."""
         self._lanes[retries].update(lanes)
         self._leases |= leases
         self._requests |= requests
         self._unheard |= unheard
+        self._late |= late
         if self._connect is not None:
             self._due.set()
 
@@ -179,12 +182,13 @@ class WakeUps:
         if self._connection is None:  # sent once it is connected
             return
         lanes, self._lanes = self._lanes, {False: set(), True: set()}
+        late, self._late = self._late, False
         others = WakeUp(self._sender, leases=self._leases, requests=self._requests, unheard=self._unheard)
         self._leases = self._requests = self._unheard = False
         try:
             for retries, names in lanes.items():
                 for portion in _portions(sorted(names)):
-                    await self._notify(WakeUp(self._sender, portion, retries))
+                    await self._notify(WakeUp(self._sender, portion, retries, late))
             if others != WakeUp(self._sender):
                 await self._notify(others)
         except BaseException:  # sent again after the next connect
@@ -193,6 +197,7 @@ class WakeUps:
             self._leases |= others.leases
             self._requests |= others.requests
             self._unheard |= others.unheard
+            self._late |= late
             raise
 
     async def _notify(self, message: WakeUp) -> None:
