@@ -1,6 +1,7 @@
 """The admin API: one app for the unix socket, one for the admin listener."""
 
 import asyncio
+import socket
 from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import Annotated, Any
@@ -166,7 +167,7 @@ class Api:
         self._clock = context.clock
         self.logins = Logins(context.store, context.clock, config.admin)
         self._access = Access(config.admin, self.logins.find)
-        self._trail = Trail(context.store.audit, context.clock, config.cluster.node)
+        self._trail = Trail(context.store.audit, context.clock, config.cluster.node or socket.gethostname())
         self._tail, self._top = TailApi(context), TopApi(context)
         self._resources = (*(resource(context) for resource in RESOURCES), self._tail, self._top)
         self._pages: list[web.RouteDef] = []  # of the dashboard

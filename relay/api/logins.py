@@ -7,6 +7,7 @@ ends when the token is removed from `[admin] tokens`, and never has more than th
 import hashlib
 import hmac
 import secrets
+from contextlib import suppress
 from typing import Annotated
 
 import msgspec
@@ -20,7 +21,7 @@ from relay.api.responses import respond
 from relay.api.views import Time, about
 from relay.base.clock import SECOND, Clock, rfc3339
 from relay.config.schema import Admin, AdminToken, Scope
-from relay.errors import ForbiddenError, RelayError
+from relay.errors import ForbiddenError, RelayError, StorageError
 from relay.model import Login
 from relay.store import Store
 
@@ -75,7 +76,8 @@ class Logins:
             if scope is None:
                 continue
             if now - login.seen_at >= NOTE_EVERY:
-                await self._store.logins.note_use(login.digest, now)
+                with suppress(StorageError):  # a full disk must not lock operators out
+                    await self._store.logins.note_use(login.digest, now)
             return login, scope
         return None
 

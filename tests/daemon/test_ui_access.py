@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import pwd
+import socket
 from contextlib import asynccontextmanager
 from urllib.parse import urljoin
 
@@ -345,6 +346,7 @@ async def test_the_audit_trail_names_each_operator(relay, commands, monkeypatch)
         (ME, "socket", "pause", 200),
     ]
     assert (found[0]["body"], found[0]["remote"]) == ('{"for":"1h"}', "127.0.0.1")
+    assert {each["node"] for each in found} == {socket.gethostname()}
     assert "acts" not in json.dumps(found)
     page = await browser.send("GET", "/ui/audit?operator=on-call")
     assert (page.status, page.body.count(b"/api/destinations/crm/"), b"ivan" in page.body) == (200, 2, False)

@@ -11,7 +11,7 @@ from relay.api.operators import NAME_HEADER, Peer, operator_at_socket
 from relay.base.clock import SECOND
 from relay.config.schema import Admin, AdminToken
 from relay.config.secrets import Secret
-from relay.errors import ForbiddenError
+from relay.errors import ForbiddenError, StorageUnavailableError
 
 
 @pytest.fixture
@@ -62,6 +62,18 @@ async def test_a_login_ends_after_a_week_although_it_is_used(store, clock):
         assert await scope_of(logins, cookie) == "admin"
     clock.advance(IDLE_FOR // 2 // SECOND)
     assert await scope_of(logins, cookie) is None
+
+
+async def test_a_login_is_valid_while_nothing_can_be_written(store, clock, monkeypatch):
+    logins = Logins(store, clock, BOTH)
+    cookie = await cookie_of(logins, token="two")
+    clock.advance(NOTE_EVERY // SECOND)
+
+    async def fail(*_):
+        raise StorageUnavailableError("the disk is full")
+
+    monkeypatch.setattr(store.logins, "note_use", fail)
+    assert await scope_of(logins, cookie) == "operate"
 
 
 async def test_a_code_is_valid_for_a_minute(store, clock):
