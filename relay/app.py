@@ -476,7 +476,7 @@ class App:
     async def _check_disk(self) -> None:
         """Refuse senders while less than `min_free_disk` is free; stored events are still delivered.
 
-        Retention runs early if senders are refused, also if only large requests lack room.
+        Retention runs early if senders are refused, even if there is only too little room for large requests.
         """
         space = await self.store.upkeep.check_disk()
         if space is None:

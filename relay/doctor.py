@@ -1,4 +1,4 @@
-"""Checks of `relay doctor` beside those of the database: held deliveries, jobs, permissions.
+"""Checks of `relay doctor` other than those of the database: held deliveries, jobs, permissions.
 
 The running daemon and the offline command use the same checks, as far as files allow.
 """

@@ -172,7 +172,7 @@ class TooLarge(Refusal):
 
 
 class UnsupportedEncoding(Refusal):
-    """A `Content-Encoding` that the source does not accept; `accepts` lists the others."""
+    """A `Content-Encoding` that the source does not accept; `accepts` lists those that it accepts."""
 
     status, reason, code = 415, "encoding", "unsupported_encoding"
     text = "Send the body without Content-Encoding"

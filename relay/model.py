@@ -78,7 +78,7 @@ class Attempt(msgspec.Struct, kw_only=True, frozen=True):
 
 
 class Outcome(msgspec.Struct, kw_only=True, frozen=True):
-    """The result of an attempt for its delivery: the new state and, while pending, the time of the next."""
+    """The effect of an attempt on its delivery: the new state and, while pending, the time of the next one."""
 
     delivery: Delivery
     attempt: Attempt | None  # None: the delivery ended without an attempt (expired in its lane)
@@ -299,7 +299,7 @@ class Register(msgspec.Struct, kw_only=True, frozen=True, tag="register"):
     max_sessions: int | None = None
     status: WorkerStatus = "ONLINE"
     reject_conflict: bool = False  # a new id on a live worker's endpoint: Conflict instead of take-over
-    recover: bool = False  # the worker restores its sessions, or those of its former id
+    recover: bool = False  # the worker restores its sessions, or those of its previous id
     sessions: tuple[Session, ...] = ()  # sessions to restore; filled in by the store
 
 

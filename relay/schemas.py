@@ -24,7 +24,7 @@ _WILD = frozenset("*?[")
 
 
 class Schemas:
-    """The schemas of one source, by event type without its name, or by shell-style pattern.
+    """The schemas of one source, by event type without the source's name, or by shell-style pattern.
 
     Two `Schemas` are equal if their files had the same content, so that a reload notices a changed file.
     """

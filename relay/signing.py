@@ -299,7 +299,7 @@ def verifier_of(
 def _check_time(
     timestamp: str, now: int, tolerance: int, *, name: str = "the time", milliseconds: bool = False
 ) -> None:
-    """Raise SignatureError unless a time is a number and near to `now`."""
+    """Raise SignatureError unless a time is a number and close to `now`."""
     unit = "milliseconds" if milliseconds else "seconds"
     if not _TIMESTAMP.fullmatch(timestamp[:-3] if milliseconds else timestamp):
         raise SignatureError("timestamp", f"{name} is not a whole number of {unit} since 1970")

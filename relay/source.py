@@ -91,7 +91,7 @@ def _unknown() -> str:
 class Incoming(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """One request.
 
-    Header values may hold surrogates (bytes that were no UTF-8): never store or log them raw;
+    Header values may hold surrogates (bytes that were not UTF-8): never store or log them raw;
     `header` gives a clean one.
     """
 
@@ -395,8 +395,8 @@ H = TypeVar("H", bound=Handler)
 def route(method: str, path: str) -> Callable[[H], H]:
     """Mark a method as the handler of a path; `{name}` matches one segment, whose value is in `params`.
 
-    Literal segments win over placeholders. One method may carry several routes. `{name:path}` stands for
-    one segment, and for several if no other route fits: for senders that do not encode a `/`.
+    Literal segments have priority over placeholders. One method may have several routes. `{name:path}` stands
+    for one segment, and for several if no other route fits: for senders that do not encode a `/`.
     """
     if path.count(SPANNING) > 1:
         raise ValueError(f"{path}: a path may have one {{name:path}}")

@@ -1,7 +1,7 @@
 """Logins to the dashboard: one-time codes, cookies, and how long they are valid.
 
 The store has only digests of codes and cookies. A login that an admin token began is bound to this token: it
-ends when the token is removed from `[admin] tokens`, and never has more than the token's present scope.
+ends when the token is removed from `[admin] tokens`, and never has more than the token's current scope.
 """
 
 import hashlib
@@ -82,7 +82,7 @@ class Logins:
         return None
 
     def _scope(self, login: Login, value: str) -> Scope | None:
-        """Return the present scope of a login or code; None: the token that began it is gone."""
+        """Return the current scope of a login or code; None: the token that began it is gone."""
         scope: Scope = msgspec.convert(login.scope, Scope)
         if login.binding is None:
             return scope

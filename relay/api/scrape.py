@@ -1,8 +1,9 @@
 """`GET /metrics`: every metric, in Prometheus' text format or as OpenMetrics.
 
-prometheus_client counts, collects and negotiates the format. The renderers of that library take 25 to 40 ms
-for 50 destinations, because they format the name and labels of every series each time. This renderer caches
-names and labels. It takes 14 ms, mostly for collecting, and pauses to let the relay handle senders' requests.
+prometheus_client keeps and collects the values, and negotiates the format. The renderers of that library take
+25 to 40 ms for 50 destinations, because they format the name and labels of every series each time. This
+renderer caches names and labels. It takes 14 ms, mostly for collecting, and pauses to let the relay handle
+senders' requests.
 """
 
 import asyncio

@@ -1,4 +1,4 @@
-"""A full terminal screen that is redrawn in place, with single keys and changes of its size.
+"""A full terminal screen: redrawn in place, controlled by single keys, and adapted to changes of its size.
 
 The terminal gets back its state at the end of the block, also after an exception, Ctrl-C or SIGTERM, and
 while the command is suspended by Ctrl-Z.

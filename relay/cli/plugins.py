@@ -91,7 +91,7 @@ def new(name: str, *, folder: Path | None, config: Path | None, as_json: bool) -
 
 
 def _python() -> str:
-    """Return the Python that has the relay installed; the test needs no other package."""
+    """Return the Python interpreter that has the relay installed; the test needs no other package."""
     return shlex.quote(sys.executable)
 
 

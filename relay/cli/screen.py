@@ -162,7 +162,7 @@ def clip(line: str, width: int) -> str:
 
 
 def terminal_width() -> int:
-    """Return the width of the terminal; $COLUMNS wins."""
+    """Return the width of the terminal; $COLUMNS has priority."""
     return shutil.get_terminal_size().columns
 
 

@@ -1,1 +1,1 @@
-"""config.toml: its shape (`model`), its secrets, and how it is read."""
+"""config.toml: its shape (`schema`), its secrets, and how it is read."""

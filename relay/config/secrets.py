@@ -209,7 +209,7 @@ class _MissingError(ValueError):
 
 
 class _DeniedError(ValueError):
-    """This user may not read the place, or it fails."""
+    """This user may not read the place, or reading it failed."""
 
 
 class Origin(msgspec.Struct, frozen=True, kw_only=True):

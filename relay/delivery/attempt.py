@@ -103,7 +103,7 @@ class AttemptRunner:
         return response, OK if response.result == "ok" else self._verdict(response)
 
     def preview(self, event: StoredEvent) -> Preview:
-        """Return the request that an attempt at an event alone would send now.
+        """Return the request that an attempt at one event, without a group, would send now.
 
         Raises:
             RelayError: the format fails.
@@ -305,7 +305,7 @@ def unspent(outcome: Outcome, retry_at: int | None) -> Outcome:
 
 
 def outdated(outcome: Outcome, verdict: Verdict, now: int, *, probing: bool) -> Outcome:
-    """Return the outcome of an attempt that began under a former config.
+    """Return the outcome of an attempt that began under a previous config.
 
     The outcome does not describe the destination under the new config. If it was a failed probe, or would
     disable or hold the destination, the delivery is due at once, because the new config may work.

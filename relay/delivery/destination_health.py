@@ -135,7 +135,7 @@ class DestinationHealth:
         self._stored_hold = PAUSED_IN_CONFIG if self._config.paused else state.held
 
     async def set_by_operator(self, state: DestinationState) -> None:
-        """Apply and store an operator's decision. To resume also ends a rest and makes a probe due."""
+        """Apply and store an operator's decision. Resuming also ends a rest and makes a probe due."""
         before = self.state
         await self.change(self._resumed(state))
         for action in _actions(before, state):

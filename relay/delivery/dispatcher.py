@@ -74,7 +74,7 @@ class Dispatcher:
         self.adopt(await self.plan(self._destinations))
 
     async def plan(self, destinations: Mapping[str, DestinationConfig]) -> DispatchPlan:
-        """Prepare lanes for these destinations without touching the present ones.
+        """Prepare lanes for these destinations without touching the current ones.
 
         Raises:
             RelayError: a certificate file cannot be read or used.

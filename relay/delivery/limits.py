@@ -9,7 +9,7 @@ from relay.base.units import Rate
 from relay.model import Delivery
 
 SHARED_SLOTS = 256
-"""Attempts that all lanes may have in flight at once, beside `OWN_SLOTS` per lane."""
+"""Attempts that all lanes may have in flight at once, in addition to `OWN_SLOTS` per lane."""
 
 OWN_SLOTS = 2
 """Slots that every lane has for itself: it makes progress even while 256 attempts of other lanes hang."""

@@ -48,7 +48,7 @@ class Owner:
         self._failing = False
 
     async def start(self) -> None:
-        """Take lanes now and from then on; returns after the first attempt."""
+        """Take lanes now, and then regularly; returns after the first try."""
         if not self._store.nodes.alone:
             self._store.nodes.attend(self)
             await self._try_to_renew()

@@ -1,4 +1,4 @@
-"""`relay serve --demo`: temporary state, a receiver, the daemon and the story; nothing is left behind."""
+"""`relay serve --demo`: temporary state, a receiver, the daemon and the samples; no file is left behind."""
 
 import asyncio
 import base64

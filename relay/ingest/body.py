@@ -138,7 +138,7 @@ class Hold:
 
 
 class Extra:
-    """Memory that a request takes beside its body. A request that is alone may take more than the budget."""
+    """Memory that a request takes in addition to its body. A request that is alone may exceed the budget."""
 
     def __init__(self, budget: Budget, has: int) -> None:
         self._budget = budget

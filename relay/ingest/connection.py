@@ -188,7 +188,7 @@ class Connection(asyncio.Protocol):
     # --- reading --------------------------------------------------------------------------------------
 
     def data_received(self, data: bytes) -> None:
-        """Parse bytes, or keep them until the present request is answered; ignore them after the end."""
+        """Parse bytes, or keep them until the current request is answered; ignore them after the end."""
         if self._is_over:
             return
         request = self._request
@@ -209,7 +209,7 @@ class Connection(asyncio.Protocol):
 
     @property
     def _missing(self) -> int:
-        """Bytes of the present body that have not arrived; 0 if unknown."""
+        """Bytes of the current body that have not arrived; 0 if unknown."""
         request = self._request
         if request is None or request.is_chunked:
             return 0

@@ -38,7 +38,7 @@ class ReferenceConnection(Connection):
         self._head: RawRequestMessage | None = None  # of the request that aiohttp calls the handler for
         self._head_text = bytearray()  # of an unfinished head
         self._is_feeding = False  # aiohttp's parser is running
-        self._is_late = False  # the present head was sent before the last answer
+        self._is_late = False  # the current head was sent before the last answer
         self._gone: asyncio.Transport | None = None  # lost after the head, before the handler's call
         self._held = b""  # bytes that wait for the handler's call, or for the next request's turn
 
@@ -103,7 +103,7 @@ class ReferenceConnection(Connection):
         return _NOTHING
 
     def _head_size(self, data: bytes) -> tuple[int, bool, bool]:
-        """Return the bytes that belong to the present head, whether it ends, and whether chunks follow."""
+        """Return the bytes that belong to the current head, whether it ends, and whether chunks follow."""
         text, known = self._head_text, len(self._head_text)
         text += data if text else data.lstrip(b"\r\n")  # empty lines may precede a request
         end = text.find(_HEAD_END, max(0, known - len(_HEAD_END)))
@@ -117,7 +117,7 @@ class ReferenceConnection(Connection):
     def _raise_failure(self) -> None:
         """Raise the error that aiohttp's parser has found.
 
-        aiohttp's server reports it only after the present request, which may wait for the rest of its body.
+        aiohttp's server reports it only after the current request, which may wait for the rest of its body.
         If a version of aiohttp keeps its queue elsewhere, such a request is refused at its deadline.
         """
         for message, content in getattr(self._aiohttp, "_messages", ()):

@@ -1,4 +1,4 @@
-"""Free space of the disk, and the days until the database has filled the disk at its present growth."""
+"""Free space of the disk, and the days until the database has filled the disk at its current growth."""
 
 from collections import deque
 from pathlib import Path

@@ -11,7 +11,7 @@ from relay.errors import RelayError
 
 
 def obstacle(path: Path) -> RelayError | None:
-    """Return why a path cannot be a state directory, whoever asks; None: it is one, or can be created."""
+    """Return why a path cannot be a state directory for any user; None: it is one, or can be created."""
     other = "set state_dir in config.toml to a directory"
     for place in (path, *path.parents):
         try:

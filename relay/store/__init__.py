@@ -76,7 +76,7 @@ HOUR = 3600 * SECOND
 """Microseconds of the period that one count of events covers."""
 
 EVENT_BYTES = 2048
-"""Bytes that each of several events of one request takes beside its data and context until it is durable.
+"""Bytes that each of several events of one request takes until it is durable, besides its data and context.
 
 That is the memory of its records, measured with one delivery. Its rows on the disk are smaller.
 """

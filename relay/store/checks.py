@@ -68,7 +68,7 @@ def is_intact(digest: bytes, size: int, body: bytes) -> bool:
 
 
 def clock(latest: int | None, now: int) -> Check:
-    """Report events in the future, from the latest time of receipt and the present time."""
+    """Report events in the future, from the latest time of receipt and the current time."""
     if latest is not None and latest > now + AHEAD:
         detail = f"the latest event was received at {rfc3339(latest)}, but it is now {rfc3339(now)}"
         return failed("clock", detail, "the machine's clock is wrong or was wrong: timedatectl")

@@ -43,7 +43,7 @@ PASS = 45.0  # seconds; the next pass continues
 LONGEST_PAUSE = 0.5  # seconds between two transactions
 
 ROWS = ("attempts", "keys", "stats")
-"""Kinds of rows with their own rules beside events."""
+"""Kinds of rows, other than events, with their own rules."""
 
 
 class Group(msgspec.Struct, frozen=True):

@@ -109,7 +109,7 @@ async def _missing(visit: Visit) -> web.Response:
 
 
 async def _to_root(_request: web.Request) -> web.Response:
-    """Send a browser from `/ui` to `/ui/`; the relative address is right below any path of a proxy."""
+    """Send a browser from `/ui` to `/ui/`; a relative address works behind a proxy with any path."""
     return web.Response(status=308, headers={"Location": "ui/"})
 
 

@@ -1,4 +1,4 @@
-"""Events: the list with its filters, and one event with the fate of each of its deliveries."""
+"""Events: the list with its filters, and one event with the result of each of its deliveries."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any

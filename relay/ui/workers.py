@@ -170,7 +170,7 @@ def _actions(visit: Visit, worker: Mapping[str, Any]) -> Iterator[Content]:
 
 
 def _beats(visit: Visit, metrics: Sequence[Mapping[str, Any]]) -> Markup:
-    """Return a bar for each two minutes with a measurement, oldest first; the relay keeps one a minute."""
+    """Return a bar for every two minutes with measurements, oldest first; the relay keeps one per minute."""
     now = visit.now / SECOND
     heard: dict[int, str] = {}
     for each in metrics:

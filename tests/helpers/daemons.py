@@ -135,7 +135,7 @@ class Relay:
         return answer.json
 
     def counted(self, metric: str, **labels: str) -> float:
-        """Return the present value of a metric."""
+        """Return the current value of a metric."""
         return self.app.metrics.registry.get_sample_value(metric, labels) or 0.0
 
     async def rows(self, kind: str = "events", **filters: Any) -> list[dict[str, Any]]:
@@ -183,7 +183,8 @@ async def running(
 class Daemon:
     """A `relay serve` process, which the end of the block kills if it still runs.
 
-    A Python that has imported the relay forks it. With `fresh`, it is started as an operator starts it.
+    It is forked from a Python process that has imported the relay. With `fresh`, it is started as an operator
+    starts it.
     """
 
     def __init__(self, config: Path, command: Sequence[str] = SERVE, *, fresh: bool = False) -> None:

@@ -138,7 +138,7 @@ class HttpClient:
     async def send(
         self, url: str | URL, headers: Mapping[str, str], body: bytes, timing: Timing | None = None
     ) -> HttpResult:
-        """Send one request and return its result; no behaviour of a receiver raises.
+        """Send one request and return its result; no behaviour of a receiver raises an exception.
 
         The timeout spans look-up, connect, handshake, upload and response. A status line that has arrived
         decides the result, even if the body then breaks off or stalls.

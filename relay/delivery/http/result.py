@@ -1,4 +1,4 @@
-"""The result of one HTTP request: a closed label, the response, an error text, the time of each step."""
+"""The result of one HTTP request: a label from a closed list, the response, an error text, and times."""
 
 import os
 import socket

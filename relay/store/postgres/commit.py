@@ -216,7 +216,7 @@ class PostgresCommitter(Committer):
     shared_workers: SharedWorkers | None = None  # None: as well
 
     async def begin(self, transaction: Transaction, jobs: Sequence[Job[Any]]) -> Batch:
-        """Return an empty batch whose row ids begin at the present time."""
+        """Return an empty batch whose row ids begin at the current time."""
         if self.nodes is not None:
             self.sequences.use(self.nodes.slot)
         self.sequences.lift(self._clock.wall())

@@ -8,7 +8,7 @@ from relay.store.postgres.rows import first_id
 from relay.store.postgres.schema import PARTITIONED
 
 AHEAD = 7
-"""Days for which partitions exist beside the present one."""
+"""Days after the current one for which partitions exist."""
 
 LOCK_SQL = "SELECT pg_advisory_xact_lock(hashtext('hookferry'))"
 """Taken by every transaction that changes tables."""
@@ -25,7 +25,7 @@ def days_from(micros: int, ahead: int) -> list[datetime]:
 
 
 async def make_partitions(connection: Connection, wall: int, ahead: int | None = None) -> int:
-    """Make the missing partitions of the present day and of the next days; returns their number.
+    """Make the missing partitions of the current day and of the next days; returns their number.
 
     A new table is attached, because that blocks neither writers nor readers of the other partitions.
     """

@@ -49,7 +49,7 @@ class IdSequences(Sequences):
             self.slot = slot
 
     def lift(self, wall: int) -> None:
-        """Let the next ids have the present time; ids never go back."""
+        """Let the next ids have the current time; ids never go back."""
         least = first_id(wall) + self.slot
         self.event = max(self.event, least)
         self.delivery = max(self.delivery, least)

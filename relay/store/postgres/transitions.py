@@ -150,7 +150,7 @@ def is_requested(batch: Batch) -> bool:
 
 
 def has_options(delivery: Delivery) -> bool:
-    """Return whether a new delivery has columns beside those that every delivery has."""
+    """Return whether a new delivery has columns in addition to those that every delivery has."""
     return (
         delivery.order_key is not None
         or delivery.latest_key is not None

@@ -265,10 +265,10 @@ class SharedWorkers(StoredWorkers):
         self._since = 0  # earlier transactions had ended at the latest refresh
         self._seen: set[int] = set()  # later transactions whose rows are in memory
         self._notes: dict[WorkerKey, list[Note]] = {}  # in memory only, oldest first
-        self._outdated: set[WorkerKey] = set()  # their notes change more than gauges, on the present row
+        self._outdated: set[WorkerKey] = set()  # their notes change more than gauges, on the current row
         self._concerned: dict[Job[Any], Callable[[], Sequence[WorkerKey]] | None] = {}
         self._registers_alone: set[Job[Any]] = set()
-        self._transaction = 0  # id of the present transaction; 0: not known
+        self._transaction = 0  # id of the current transaction; 0: not known
         self._has_raced = False
         self._flushed = self._flushing_since = 0  # steady clock
         self._swept = Sweep()

@@ -112,7 +112,7 @@ class PostgresWriter(Writer[Connection]):
 
     @property
     def connection(self) -> Connection:
-        """The present writing connection."""
+        """The current writing connection."""
         return self._connection
 
     async def commit(self, transaction: Transaction, commit: Coroutine[Any, Any, None]) -> None:

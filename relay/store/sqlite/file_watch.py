@@ -48,7 +48,7 @@ def _is_damage(error: StorageError) -> bool:
 
 
 class FileWatch:
-    """Watches the files between `start` and `stop`, beside the writer."""
+    """Watches the files between `start` and `stop`, in parallel with the writer."""
 
     def __init__(
         self,
