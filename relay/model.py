@@ -78,7 +78,7 @@ class Attempt(msgspec.Struct, kw_only=True, frozen=True):
 
 
 class Outcome(msgspec.Struct, kw_only=True, frozen=True):
-    """The effect of an attempt on its delivery: the new state and, while pending, the time of the next one."""
+    """The effect of an attempt on its delivery: the new state, and the time of the next one while pending."""
 
     delivery: Delivery
     attempt: Attempt | None  # None: the delivery ended without an attempt (expired in its lane)
