@@ -196,6 +196,7 @@ class Fleet:
         self.answers = self.refused = 0  # of heartbeats
         self._silent: set[str] = set()
         self._heard: dict[str, float] = {}  # when the latest answered heartbeat was sent
+        self._gaps: dict[str, list[str]] = {}  # long times between answers, for messages
         self._tasks: list[asyncio.Task[None]] = []
         self._began = time.time()
 
@@ -212,6 +213,10 @@ class Fleet:
     def choose(self, count: int) -> list[str]:
         """Choose workers that send heartbeats now."""
         return self._rand.sample(sorted(self.expected.keys() - self._silent), count)
+
+    def __str__(self) -> str:
+        seconds = self._age(time.time())
+        return f"{seconds} s, {self.answers} heartbeats, {self.refused} refused, {self.faults}"
 
     async def report(self, workers: Collection[str], status: str) -> None:
         """Let workers report a status at all nodes at once."""
@@ -254,12 +259,18 @@ class Fleet:
 
     async def check(self) -> None:
         """Compare all events with the expected ones."""
-        found: dict[str, list[str]] = {worker: [] for worker in self.expected}
-        for subject, type_, _ in await self._cluster.database.fetch(EVENTS_SQL):
-            found[subject].append(type_.removeprefix("whatsapp.worker."))
+        found: dict[str, list[tuple[str, float]]] = {worker: [] for worker in self.expected}
+        for subject, type_, at in await self._cluster.database.fetch(EVENTS_SQL):
+            found[subject].append((type_.removeprefix("whatsapp.worker."), at))
         for worker, events in self.expected.items():
-            if found[worker] != events:
-                self.faults.append(f"{worker}: {found[worker]}, expected {events}")
+            if [event for event, _ in found[worker]] != events:
+                told = ", ".join(f"{event} at {self._age(at)}" for event, at in found[worker])
+                gaps = ", ".join(self._gaps.get(worker, ()))
+                self.faults.append(f"{worker}: {told}; expected {', '.join(events)}; gaps: {gaps}")
+
+    def _age(self, moment: float) -> str:
+        """Return a moment in seconds since the start."""
+        return f"{moment - self._began:.1f}"
 
     async def _marks(self) -> dict[str, tuple[str, float]]:
         """Return the latest event of each worker, and its time."""
@@ -278,6 +289,8 @@ class Fleet:
             if worker not in self._silent:
                 began = time.time()
                 if await self._ask_any(self._beat(worker)):
+                    if (gap := began - self._heard.get(worker, began)) > PATIENCE / 2:
+                        self._gaps.setdefault(worker, []).append(f"{gap:.1f} s until {self._age(began)}")
                     self._heard[worker] = began
             await asyncio.sleep(EVERY)
 

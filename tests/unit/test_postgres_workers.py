@@ -125,7 +125,8 @@ async def test_a_registration_at_two_nodes_at_once_is_one_event(nodes):
 async def test_heartbeats_that_hop_keep_their_worker_alive_without_an_event(nodes, clock):
     await nodes[0].ask(Register(worker_id="w1"))
     for node, number in zip(itertools.cycle(nodes), range(20), strict=False):
-        clock.advance(30)
+        await settled(nodes, clock, 28)
+        clock.advance(2)
         await node.ask(beat(cpu=float(number)))
         await flushed(*nodes) if number % 3 else await node.workers.flush()
     await flushed(*nodes)
@@ -287,7 +288,7 @@ async def test_gauges_are_measured_once_a_minute_in_the_cluster(nodes, clock):
     await nodes[0].ask(Register(worker_id="w1"))
     await flushed(*nodes)
     for node, _ in zip(itertools.cycle(nodes), range(12), strict=False):
-        clock.advance(10)
+        await settled(nodes, clock, 10)
         await node.ask(beat(cpu=1.0))
         await flushed(*nodes)
     rows = await nodes[0].store.queries.find("worker_metrics")
@@ -377,6 +378,41 @@ async def test_a_node_without_the_database_accepts_no_heartbeat_but_remembers_it
     second.store.database.writer._set_failure(None)
     await flushed(*nodes)
     assert first.row().deadline == clock.steady() + 90 * SECOND
+
+
+@needs_postgres
+async def test_an_extension_is_made_up_for_when_the_database_is_back(nodes, clock):
+    leader = await started(nodes, clock)
+    await leader.workers.sweep()
+    clock.advance(200)
+    assert await leader.workers.sweep(extend=True) == ()  # before its first flush after the gap
+    await settled(nodes, clock, 12)
+    assert await leader.workers.sweep() == ()
+    await settled(nodes, clock, 112)
+    assert await leader.workers.sweep() == ()
+    await settled(nodes, clock, 20)
+    assert [row.id for row in await leader.workers.sweep()] == ["w1"]
+
+
+@needs_postgres
+async def test_a_node_that_was_frozen_refuses_requests_from_that_time(nodes, clock):
+    first, second = nodes
+    await first.ask(Register(worker_id="w1"))
+    await first.ask(beat(uptime=100.0))
+    await flushed(*nodes)
+    await settled(nodes[:1], clock, 10)
+    await first.ask(beat(uptime=110.0))
+    for _ in range(2):
+        with pytest.raises(StorageUnavailableError, match="was away"):
+            await second.ask(beat(uptime=100.0))
+        with pytest.raises(StorageUnavailableError, match="was away"):
+            await second.ask(beat(status="OFFLINE"))
+        await flushed(*nodes)
+    clock.advance(1)
+    await second.ask(beat(uptime=111.0))
+    await flushed(*nodes)
+    assert events_of(*nodes) == [("worker.registered", "w1")]
+    assert first.row() == second.row()
 
 
 @needs_postgres

@@ -43,6 +43,9 @@ GRACE = 4 * SECOND
 AWAY = 5 * SECOND
 """Time without a flush after which this node may have missed changes of the other nodes."""
 
+STALE = SECOND
+"""Time after such a gap in which this node may still read requests that arrived during the gap."""
+
 SETTLE = 10 * SECOND
 """Time after such a gap in which the other nodes connect again and write their heartbeats."""
 
@@ -271,17 +274,21 @@ class SharedWorkers(StoredWorkers):
         self._transaction = 0  # id of the current transaction; 0: not known
         self._has_raced = False
         self._flushed = self._flushing_since = 0  # steady clock
+        self._stale_until = 0  # steady clock
         self._swept = Sweep()
+        self._owes_extension = False  # a sweep with `extend` has not been made yet
 
     # --- requests
 
     def apply_in_memory(self, acceptance: Acceptance) -> Receipt | None:
-        """See `StoredWorkers.apply_in_memory`; a node that cannot write refuses heartbeats.
+        """See `StoredWorkers.apply_in_memory`; not while the node does not write its heartbeats in time.
 
         Otherwise the other nodes would take such a worker for silent.
         """
         change = acceptance.change
-        if change is None or (acceptance.source, change.worker_id) in self._outdated or not self._can_write():
+        if change is None or (acceptance.source, change.worker_id) in self._outdated:
+            return None
+        if self._clock.steady() - self._flushed > GRACE or self._was_away() or not self._can_write():
             return None
         receipt = super().apply_in_memory(acceptance)
         if receipt is not None:
@@ -296,7 +303,13 @@ class SharedWorkers(StoredWorkers):
         return status
 
     async def submit(self, source: str, change: WorkerChange, job: Job[Receipt]) -> Receipt:
-        """See `StoredWorkers.submit`."""
+        """See `StoredWorkers.submit`; a node that was away refuses requests.
+
+        They may have arrived while it was frozen, and their workers have sent others since then.
+        """
+        if not isinstance(change, SessionSeen) and self._was_away():
+            self.note_refused(source, change)
+            raise StorageUnavailableError("this node was away and reads the registry of workers again")
         self._concerned[job] = partial(self._keys, source, change)
         if isinstance(change, Register) and change.reject_conflict:
             self._registers_alone.add(job)
@@ -305,6 +318,10 @@ class SharedWorkers(StoredWorkers):
         finally:
             self._concerned.pop(job, None)
             self._registers_alone.discard(job)
+
+    def _was_away(self) -> bool:
+        now = self._clock.steady()
+        return self._flushed > 0 and (now < self._stale_until or now - self._flushed > AWAY)
 
     def _can_write(self) -> bool:
         try:
@@ -484,6 +501,7 @@ class SharedWorkers(StoredWorkers):
     def _note_flush(self, moment: int) -> None:
         if moment - self._flushed > AWAY:
             self._flushing_since = moment
+            self._stale_until = moment + STALE if self._flushed else 0
         self._flushed = moment
 
     async def _write_quiet(self, keys: Sequence[WorkerKey]) -> None:
@@ -565,16 +583,19 @@ class SharedWorkers(StoredWorkers):
         return tuple(marked)
 
     async def _begin_sweep(self, moment: int, *, extend: bool) -> int:
-        """Note that this node sweeps; returns the time to compare with the deadlines, 0: mark no worker."""
+        """Note that this node sweeps; returns the time that is compared with the deadlines, 0: with none."""
         now = self._clock.steady()
+        self._owes_extension |= extend
+        if now - self._flushed > AWAY:
+            return 0
         stored = await self._postgres.value(SWEPT_SQL)
         former = Sweep() if stored is None else msgspec.json.decode(stored, type=Sweep)
         was_away = self._flushing_since > former.at
-        resumed = now if extend and was_away else former.resumed
-        self._swept = Sweep(now, resumed)
+        self._swept = Sweep(now, now if self._owes_extension and was_away else former.resumed)
         note = msgspec.json.encode(self._swept).decode()
         await self._database.writer.call(lambda connection: connection.execute(NOTE_SWEPT_SQL, note))
-        if now - self._flushing_since < SETTLE or now - self._flushed > AWAY:
+        self._owes_extension = False
+        if now - self._flushing_since < SETTLE:
             return 0
         flushes = await self._postgres.fetch(FLUSHES_SQL)
         return judged_until(moment, now, (flushed for (flushed,) in flushes), self._hold)
