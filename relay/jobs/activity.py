@@ -13,7 +13,6 @@ import asyncio
 from collections import Counter
 from collections.abc import Callable, Collection
 from functools import partial
-from pathlib import Path
 
 import msgspec
 
@@ -143,8 +142,7 @@ class Activity:
         self._rhythms: dict[str, Rhythm] = {}
         self._successes: dict[str, int | None] = {}  # by destination: as of the last run, wall clock
         self._ran_at: int | None = None  # steady clock
-        # The last stop, wall clock: when the files of the database, not open yet, were last written.
-        self._stopped_at = max(map(_written_at, store.files.values()), default=0)
+        self._stopped_at = store.stopped_at  # wall clock
 
     async def run(self) -> None:
         """Append a minute for each source; read the past of sources and destinations that are new here."""
@@ -268,7 +266,7 @@ class Activity:
             for hour in range(min(active, default=0), max(active, default=-1) + 1):
                 rhythm.hours.add(active=hour in active)
             rhythm.measure()
-            stopped_at = min(self._stopped_at, self._clock.wall())
+            stopped_at = min(self._stopped_at or self._store.stopped_at, self._clock.wall())
             if seen is not None and stopped_at > seen:
                 seconds = (stopped_at - seen) // SECOND
                 rhythm.minutes.empty = seconds // _MINUTE
@@ -278,13 +276,6 @@ class Activity:
         """Return the time of the latest success of each destination that the store has."""
         backlogs = await self._store.ledger.backlog(self._clock.steady()) if destinations else {}
         return {name: await latest_success(self._store, name, backlogs.get(name)) for name in destinations}
-
-
-def _written_at(path: Path) -> int:
-    try:
-        return path.stat().st_mtime_ns // 1000
-    except OSError:  # there is no file yet, or the store cannot be opened, which it reports itself
-        return 0
 
 
 def _seconds(read: Callable[[str], int | None], name: str) -> float:

@@ -773,6 +773,14 @@ class Store(Protocol):
     opened: bool
 
     @property
+    def stopped_at(self) -> int:
+        """When a relay last used the data, wall clock; 0: never, or not known before `open`.
+
+        A file shows it only before `open`, a server only after it.
+        """
+        ...
+
+    @property
     def events(self) -> Events:
         """Accepted events."""
         ...

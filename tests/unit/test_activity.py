@@ -4,7 +4,7 @@ import os
 from types import SimpleNamespace
 
 import pytest
-from stores import accept, end, make_store, opened, send
+from stores import accept, change_rows, end, is_postgres, make_store, opened, send
 
 from relay.base.clock import SECOND
 from relay.delivery.http.http_client import Certificate
@@ -193,10 +193,13 @@ async def test_a_restart_remembers_silence_but_not_its_own_downtime(tmp_path, cl
     async with opened(path, clock) as store:
         await history(store, clock, "1" * (WEEK + 2))
     received = clock.wall()
+    stopped_at = received + 2 * HOUR * SECOND
     for file in tmp_path.iterdir():
-        os.utime(file, ns=((received + 2 * HOUR * SECOND) * 1000,) * 2)
+        os.utime(file, ns=(stopped_at * 1000,) * 2)
     clock.advance(10 * HOUR)
     store = make_store(path, clock)
+    if is_postgres(store):
+        await change_rows(store, f"UPDATE leases SET until = to_timestamp({stopped_at / SECOND})")
     world = World(store, clock)
     await store.open()
     await world.pass_minutes(".")
@@ -255,7 +258,7 @@ async def test_a_removed_source_and_destination_lose_their_series(store, clock):
 async def test_with_other_nodes_their_events_and_successes_count(store, clock):
     await history(store, clock, "1" * (WEEK + 2))
     shared = SimpleNamespace(
-        nodes=SimpleNamespace(alone=False), queries=store.queries, ledger=store.ledger, files={}
+        nodes=SimpleNamespace(alone=False), queries=store.queries, ledger=store.ledger, stopped_at=0
     )
     world = World(shared, clock)
     world.lanes["crm"].is_owned = False

@@ -35,7 +35,7 @@ RENEW_SQL = """
      WHERE name = $1 AND incarnation = $2 RETURNING epoch
 """
 SHARED_SQL = "SELECT name FROM nodes WHERE seen > clock_timestamp() - interval '30 seconds' LIMIT 1"
-GIVE_SQL = "UPDATE leases SET until = '-infinity' WHERE name = $1 AND incarnation = $2"
+GIVE_SQL = "UPDATE leases SET until = clock_timestamp() WHERE name = $1 AND incarnation = $2"
 HOLDER_SQL = """
     SELECT standing ->> 'host', standing ->> 'folder',
            ceil(extract(epoch FROM until - clock_timestamp()))::int

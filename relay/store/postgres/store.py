@@ -77,6 +77,12 @@ OLDER_SQL = """
     SELECT coalesce(standing ->> 'host', 'another daemon') FROM leases
      WHERE name = 'daemon' AND until > clock_timestamp()
 """
+STOPPED_SQL = """
+    SELECT (extract(epoch FROM least(max(until), clock_timestamp())) * 1000000)::bigint
+      FROM leases WHERE until > '-infinity'
+"""
+"""The end of the latest lease: a node that stops ends its leases, and other nodes may still run."""
+
 HIGHEST_SQL = """
     SELECT (SELECT coalesce(max(id), 0) FROM events), (SELECT coalesce(max(id), 0) FROM deliveries),
            (SELECT coalesce(max(id), 0) FROM attempts)
@@ -108,6 +114,7 @@ class PostgresStore:
         """Take `cluster`, the seconds of a lease if other daemons may use the database at the same time."""
         self.location = address.location
         self.files: Mapping[str, Path] = {}
+        self.stopped_at = 0
         self.unsaved = False  # committed data is on the server
         self._address = address
         self._clock = clock
@@ -192,6 +199,7 @@ class PostgresStore:
     async def _open(self, connection: Connection) -> None:
         await self._check(connection)
         await self._migrate(connection)
+        self.stopped_at = await connection.value(STOPPED_SQL) or 0
         if self._shared is None:
             await self._owner.take(connection)
         else:

@@ -121,6 +121,11 @@ class SqliteStore:
         """See `Store.unsaved`."""
         return self.database.writer.broken is not None and not self._file_watch.saved
 
+    @property
+    def stopped_at(self) -> int:
+        """See `Store.stopped_at`: when the files were last written."""
+        return max(map(_written_at, self.files.values()))
+
     def explain(self, error: Exception) -> StorageError | None:
         """See `Store.explain`."""
         return unreadable(self.path, error) if isinstance(error, sqlite3.Error) else None
@@ -273,3 +278,10 @@ def _hint(error: sqlite3.Error) -> str:
         sqlite3.SQLITE_READONLY: "chown relay.db, relay.db-wal and relay.db-shm to the user of the relay",
     }
     return hints.get(_code(error), "check the disk; the relay continues automatically once the disk works")
+
+
+def _written_at(path: Path) -> int:
+    try:
+        return path.stat().st_mtime_ns // 1000
+    except OSError:  # there is no file yet, or `open` reports the error
+        return 0
