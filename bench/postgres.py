@@ -92,9 +92,9 @@ class Processes:
         connection = await asyncpg.connect(url)
         try:
             backend = await connection.fetchval("SELECT pg_backend_pid()")
+            return cls(int(_stat(backend)[1]))
         finally:
             await connection.close()
-        return cls(int(_stat(backend)[1]))
 
     def cpu(self) -> float:
         """Return the seconds of CPU that they have used so far, including those that have ended."""
