@@ -49,6 +49,9 @@ PLANS = {
 """Settings of the writing session without a pooler. With one, each statement is planned when it runs."""
 
 
+QUICK = {"jit": "off", "max_parallel_workers_per_gather": "0"}
+"""Settings of every session without a pooler: compiling, and starting workers, takes longer than a list."""
+
 EXAMPLE = 'write url = "postgresql://USER@HOST/DATABASE" in config.toml'
 
 
@@ -298,7 +301,7 @@ async def connect_raw(address: Address, *, writes: bool = False) -> "asyncpg.Con
     asyncpg itself gives the time for all hosts to the first one: a machine that is switched off answers
     nothing, so the others would never be tried.
     """
-    settings = {} if address.is_pooled else {"application_name": "hookferry", "jit": "off"}
+    settings = {} if address.is_pooled else {"application_name": "hookferry", **QUICK}
     if writes and not address.is_pooled:
         settings |= PLANS
     share = CONNECT_TIMEOUT / len(address.hosts)

@@ -94,6 +94,21 @@ ATTEMPTS_OF_DELIVERY_SQL = """
      WHERE (delivery_id, id) < ($1::bigint, $2::bigint) AND (delivery_id, id) >= ($1::bigint, 0)
      ORDER BY delivery_id DESC, id DESC LIMIT $3
 """
+NEAR_ATTEMPTS_SQL = f"""
+    SELECT a.started_at, a.id FROM unnest($1::bigint[]) AS d (id)
+     CROSS JOIN LATERAL (
+           SELECT started_at, id FROM attempts
+            WHERE delivery_id = d.id AND id >= d.id - {DAY} AND id <= d.id + {2 * DAY} OFFSET 0) AS a
+"""  # noqa: S608 - constants
+FAR_DELIVERIES_SQL = f"""
+    SELECT delivery_id FROM ends
+     WHERE delivery_id = ANY($1::bigint[]) AND delivery_id BETWEEN $2 AND $3
+       AND abs(finished_at - (delivery_id >> 22) * 1000 - {EPOCH}) > 43200000000
+"""  # noqa: S608 - constants
+PENDING_AMONG_SQL = "SELECT id FROM owed WHERE id = ANY($1::bigint[]) AND id BETWEEN $2 AND $3"
+"""The attempts of most deliveries are in the partition of the delivery, or in one beside it. Those of a
+pending delivery, and of one that ended more than half a day after the time in its row id, may be in any."""
+
 ATTEMPTS_BY_TIME_SQL = """
     SELECT started_at, id FROM attempts
      WHERE started_at >= $1 AND (started_at, id) < ($2::bigint, $3::bigint)
@@ -213,7 +228,7 @@ DELIVERY_PATHS = {
 
 OF_EVENT = {"source": "e.source = {}", "subject": "e.subject = {}",
             "since": "e.received_at >= {}", "until": "e.received_at < {}"}  # fmt: skip
-OF_ATTEMPT = {"destination": "d.destination = {}", "result": "a.result = {}",
+OF_ATTEMPT = {"result": "a.result = {}",
               "failed": "(a.result <> 'ok') = {}::boolean",
               "since": "a.started_at >= {}", "until": "a.started_at < {}"}  # fmt: skip
 """Conditions of filters."""
@@ -452,22 +467,33 @@ class PostgresReader:
 
     async def attempts_of_all(self, delivery_ids: Sequence[int]) -> list[tuple[int, int]]:
         """See `Reader.attempts_of_all`."""
-        sql = "SELECT started_at, id FROM attempts WHERE delivery_id = ANY($1::bigint[])"
-        rows = await self._database.fetch(sql, delivery_ids)
+        far = {
+            id_
+            for sql in (FAR_DELIVERIES_SQL, PENDING_AMONG_SQL)
+            for (id_,) in await self._by_ids(sql, delivery_ids)
+        }
+        near = [id_ for id_ in delivery_ids if id_ not in far]
+        rows = list(await self._database.fetch(NEAR_ATTEMPTS_SQL, near))
+        if far:
+            sql = "SELECT started_at, id FROM attempts WHERE delivery_id = ANY($1::bigint[])"
+            rows += await self._database.fetch(sql, list(far))
         return [(started_at, id_) for started_at, id_ in rows]
 
     async def matching_attempts(self, filters: Mapping[str, Any], ids: Sequence[int]) -> set[int]:
         """See `Reader.matching_attempts`."""
-        conditions = " AND ".join(
-            OF_ATTEMPT[name].format(f"${number}") for number, name in enumerate(filters, 4)
-        )
-        values = [bool(value) if name == "failed" else value for name, value in filters.items()]
-        joined = "JOIN deliveries AS d ON d.id = a.delivery_id" if "destination" in filters else ""
-        sql = f"""
-            SELECT a.id FROM attempts AS a {joined}
-             WHERE a.id = ANY($1::bigint[]) AND a.id BETWEEN $2 AND $3 AND {conditions}
-        """  # noqa: S608 - constants
-        return {id_ for (id_,) in await self._by_ids(sql, ids, *values)}
+        own = {name: value for name, value in filters.items() if name != "destination"}
+        conditions = [_CHOSEN.format("a")]
+        conditions += [OF_ATTEMPT[name].format(f"${number}") for number, name in enumerate(own, 4)]
+        values = [bool(value) if name == "failed" else value for name, value in own.items()]
+        sql = f"SELECT a.id, a.delivery_id FROM attempts AS a WHERE {_and(conditions)}"  # noqa: S608 - constants
+        found: dict[int, int] = dict(await self._by_ids(sql, ids, *values))
+        if "destination" in filters:  # a join would look for each delivery in every partition
+            selection = Selection(destination=filters["destination"])
+            sql, values = _of_deliveries(selection)
+            rows = await self._by_ids(sql, list(set(found.values())), *values)
+            fitting = {delivery for _, delivery, _ in rows}
+            found = {id_: delivery for id_, delivery in found.items() if delivery in fitting}
+        return set(found)
 
     async def worker_rows(
         self, kind: str, filters: Mapping[str, Any], before: int | None, count: int
