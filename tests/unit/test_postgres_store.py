@@ -413,6 +413,29 @@ async def test_a_claim_reads_on_where_the_last_one_ended(store, clock):
     assert rest.next_due is None
 
 
+async def test_a_released_delivery_moves_the_cursor_back_only_if_a_claim_has_passed_it(store, clock):
+    async def claim(limit=9):
+        return [d.id for d in (await store.deliveries.claim("crm", limit, retries=False)).deliveries]
+
+    for _ in range(3):
+        await store.events.append(accept(clock, b"{}"))
+        clock.advance(10)
+    first, second, third = [d.id for d in store.fresh]
+    store.deliveries.release([second, third])
+    assert await claim() == [second, third]  # past the first one, which is claimed
+    cursor = store.deliveries._cursors["crm", False]
+    await store.events.append(accept(clock, b"{}"))
+    fresh = store.fresh[-1].id
+    store.deliveries.release([fresh])
+    assert store.deliveries._cursors["crm", False] == cursor
+    assert await claim() == [fresh]
+    clock.advance(60)
+    assert await claim() == []
+    store.deliveries.release([first, third])
+    assert await claim(1) == [first]
+    assert await claim() == [third]
+
+
 # --- upgrades and foreign data ------------------------------------------------------------------------
 
 

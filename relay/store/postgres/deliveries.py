@@ -59,6 +59,7 @@ class PostgresDeliveries(StoredDeliveries):
             nodes.handle(CANCEL, self._cancel_here)
             nodes.on_late = self._forget_cursors
         self._cursors: dict[tuple[str, bool], tuple[int, int]] = {}  # due time, when the beginning was read
+        self._passed: dict[tuple[str, bool], dict[int, int]] = {}  # due times of claimed ones that claims saw
 
     async def claim(self, destination: str, limit: int, *, retries: bool, together: int = 1) -> Claim:
         """See `Deliveries.claim`."""
@@ -76,16 +77,26 @@ class PostgresDeliveries(StoredDeliveries):
         return await self._database.writer.call(claim_due)
 
     def release(self, delivery_ids: Iterable[int]) -> None:
-        """See `Deliveries.release`; the next claim finds them again."""
+        """See `Deliveries.release`; the next claim finds them again.
+
+        The cursor of the lane goes back to the released ones that a claim has passed. It has not passed a
+        new delivery that a lane without room releases at once.
+        """
         ids = tuple(delivery_ids)
-        for name in {name for id_ in ids if (name := self._claims.destination_of(id_)) is not None}:
-            self.forget_cursor(name)
+        for id_ in ids:
+            name = self._claims.destination_of(id_)
+            for key in () if name is None else ((name, False), (name, True)):
+                due = self._passed.get(key, {}).pop(id_, None)
+                if due is not None and key in self._cursors:
+                    cursor, began = self._cursors[key]
+                    self._cursors[key] = (min(cursor, due - 1), began)
         super().release(ids)
 
     def forget_cursor(self, destination: str) -> None:
         """Let the next claims of a destination begin with its oldest delivery."""
         for retries in (False, True):
             self._cursors.pop((destination, retries), None)
+            self._passed.pop((destination, retries), None)
 
     def _forget_cursors(self, destinations: Iterable[str]) -> None:
         for name in destinations:
@@ -155,6 +166,9 @@ class PostgresDeliveries(StoredDeliveries):
                     delivery, map(delivery_of, others), together
                 )
                 self._claims.add(delivery.followers)
+        seen = self._passed.get((destination, retries), {})
+        seen |= {row["id"]: row["next_attempt_at"] for row in rows}
+        self._passed[destination, retries] = {id_: due for id_, due in seen.items() if id_ in self._claims}
         is_more = len(claimed) == limit or len(rows) == most
         if not is_more:
             self._cursors[destination, retries] = (now, began)
