@@ -1,7 +1,7 @@
 # The commands of README.md, the generated parts of the pages, the Debian package.
 OUT = dist
 
-.PHONY: demo test docs deb
+.PHONY: screenshots demo test docs deb
 
 demo test:
 	bash -euo pipefail -c "$$(.ci/readme-command $@)"
@@ -15,6 +15,11 @@ docs:
 	.venv/bin/python tests/docs/test_config_schema.py
 	.venv/bin/python tests/docs/test_presets_page.py
 	.venv/bin/python tests/docs/test_generic_page.py
+
+# The pictures of the dashboard; needs chromium.
+screenshots: export PYTHONPATH = tests/helpers
+screenshots:
+	.venv/bin/python -m tests.browser.screenshots
 
 deb:
 	packaging/deb/build $(OUT)

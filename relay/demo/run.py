@@ -67,7 +67,7 @@ async def _demo(narrator: Narrator, *, leave: bool) -> int:
                 problems = await story.run()
                 narrator.print_result(story.delivered, problems)
                 if not leave:
-                    narrator.print_request(at.public)
+                    narrator.print_request(at.public, at.socket)
                     await story.watch()
     return int(bool(problems))
 

@@ -146,14 +146,15 @@ class Narrator:
         if not problems:
             self._line(self._paint(_GREEN, f"{delivered} events delivered, every signature valid."))
 
-    def print_request(self, relay: str) -> None:
-        """Print a request to paste."""
+    def print_request(self, relay: str, socket: Path) -> None:
+        """Print a request to paste, and the command that opens the dashboard."""
         self._line("Send an event yourself; its delivery is shown here. Ctrl-C ends the demo.")
         self._line()
         self._line(
             f"curl -i {relay}/api/v1/events -H 'Authorization: Bearer {TOKEN}' "
             """-H 'Content-Type: application/json' -d '{"name":"hello.world","payload":{"from":"curl"}}'"""
         )
+        self._line(f"relay ui --socket {socket}")
         self._line()
 
     def _print(self, source: str, what: str, detail: str) -> None:

@@ -15,6 +15,7 @@ from samples import read_samples
 from wire import exchange, request
 
 from relay.ui.app import SCREENS
+from tests.browser.screenshots import IMAGES, KEPT, take
 
 pytestmark = [needs_chromium, pytest.mark.asyncio(loop_scope="module")]
 
@@ -196,6 +197,22 @@ async def test_the_keyboard_alone_finds_an_event_and_sends_it_again(relay, brows
         watch.check()
 
 
+async def test_keys_press_buttons_and_are_listed(relay, browser, addresses):
+    origin = relay.addresses.admin
+    async with opened(browser, origin, TOKEN) as (page, watch):
+        await page.goto(f"{origin}/ui/destinations/crm")
+        await page.keyboard.press("p")
+        assert "relay destinations pause crm" in await page.get_by_role("dialog").inner_text()
+        await page.keyboard.press("Escape")
+        await page.keyboard.press("?")
+        assert "g d" in await page.get_by_role("dialog", name="Keys").inner_text()
+        await page.keyboard.press("Escape")
+        await page.keyboard.press("g")
+        await page.keyboard.press("w")
+        await page.wait_for_url("**/ui/workers")
+        watch.check()
+
+
 async def test_a_button_changes_exactly_what_its_page_lists(relay, browser, addresses):
     origin = relay.addresses.admin
     for _ in range(3):
@@ -217,3 +234,12 @@ async def test_a_button_changes_exactly_what_its_page_lists(relay, browser, addr
         await page.get_by_text(f"{listed} of {listed}").wait_for()
         await page.get_by_text("done").wait_for()
         watch.check()
+
+
+async def test_the_pictures_of_the_pages_come_from_the_demo(tmp_path):
+    await take(tmp_path, KEPT)
+    for name in KEPT:
+        made, kept = ((folder / f"{name}.png").read_bytes() for folder in (tmp_path, IMAGES))
+        assert made[16:20] == kept[16:20]  # the width, in the header of a PNG
+    used = re.findall(r"images/([a-z-]+)\.png", (IMAGES.parent / "dashboard.md").read_text())
+    assert set(used) == set(KEPT)

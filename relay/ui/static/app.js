@@ -317,6 +317,33 @@ function step(by) {
   if (next) next.focus();
 }
 
+// The button asks for a confirmation, so a key alone changes nothing.
+function press(...commands) {
+  const found = [...document.querySelectorAll("button[data-call]")]
+    .find((each) => commands.some((command) => each.dataset.command.startsWith(command)));
+  if (found) found.click();
+}
+
+const KEYS = [["/", "go to the search field"], ["j, k", "next and previous row; Enter opens it"],
+  ["r", "retry: the first such button"], ["p", "pause or resume: the first such button"],
+  ...Object.entries(GO).map(([letter, page]) => [`g ${letter}`, page || "now"])];
+
+function help() {
+  const dialog = make("dialog", "", { "aria-labelledby": "keys" });
+  const list = make("dl");
+  for (const [key, text] of KEYS) {
+    const row = make("div");
+    row.append(make("dt", key), make("dd", text));
+    list.append(row);
+  }
+  const close = make("button", "Close", { type: "button" });
+  close.addEventListener("click", () => dialog.close());
+  dialog.addEventListener("close", () => dialog.remove());
+  dialog.append(make("h2", "Keys", { id: "keys" }), list, close);
+  document.body.append(dialog);
+  dialog.showModal();
+}
+
 document.addEventListener("keydown", (event) => {
   if (event.ctrlKey || event.metaKey || event.altKey || document.querySelector("dialog[open]")) return;
   if (event.target.matches("input, select, textarea")) {
@@ -328,6 +355,9 @@ document.addEventListener("keydown", (event) => {
   else if (key === "/") { event.preventDefault(); document.querySelector("[name=find]")?.focus(); }
   else if (key === "j") step(1);
   else if (key === "k") step(-1);
+  else if (key === "r") press("relay deliveries retry");
+  else if (key === "p") press("relay destinations pause", "relay destinations resume");
+  else if (key === "?") help();
   before = key;
 });
 
