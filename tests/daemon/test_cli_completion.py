@@ -36,7 +36,7 @@ async def relay(tmp_path):
 
 
 def complete(words, typed, *options):
-    """Return the completions of a word after other words, with the texts beside them."""
+    """Return the completions of a word after other words, with their descriptions."""
     shell = BashComplete(main, {}, "relay", "_RELAY_COMPLETE")
     return {each.value: each.help for each in shell.get_completions([*words.split(), *options], typed)}
 
@@ -105,7 +105,7 @@ class Bash:
         self._environment = environment
 
     def complete(self, line):
-        """Return the candidates for the last word of a line, with the texts beside them."""
+        """Return the candidates for the last word of a line, with their descriptions."""
         at = len(line.split(" ")) - 1
         ask = f'COMP_WORDS=({line}); COMP_CWORD={at}; _relay_completion relay; echo "${{COMPREPLY[@]}}"'
         return dict.fromkeys(self._run("bash", "-c", f'eval "$(relay completion bash)"; {ask}').split(), "")

@@ -71,7 +71,7 @@ def config(tmp_path):
 
 @pytest.fixture
 async def ran(relay, config, tmp_path):
-    """Run commands against it, in a thread: they block."""
+    """Run commands against the relay, in a thread, because they block."""
     (tmp_path / "token").write_text(f"{TOKEN}\n")
     (tmp_path / "wrong").write_text("guessed")
     known = {

@@ -182,7 +182,7 @@ async def test_tail_reconnects_after_a_restart_and_reports_missed_events(config,
 
 
 async def until_heard(daemon, heard):
-    """Send events until one is heard: it may take a moment until the command follows."""
+    """Send events until one is heard, because the command may take a moment to start following."""
     hearing = asyncio.create_task(heard())
     while not hearing.done():
         await store(daemon, "s")

@@ -1,4 +1,4 @@
-"""HTTP of real senders: odd heads, broken bodies, connections kept, capped and silent."""
+"""HTTP of real senders: odd heads, broken bodies, and kept, excess and silent connections."""
 
 import asyncio
 import logging

@@ -30,7 +30,7 @@ def of_the_relay(thing):
 
 
 def weight(thing):
-    """Return the bytes of the objects that it refers to, over two steps."""
+    """Return the length of the longest text or bytes that an object refers to."""
     near = gc.get_referents(thing)
     return max((len(each) for each in near if isinstance(each, bytes | str)), default=0)
 

@@ -423,7 +423,7 @@ def other_sample(sample, chance):
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_genuine_sender_of_odd_requests_gets_no_server_error(relay, name):
-    """The preset accepts or refuses each request; nothing of it raises anything else."""
+    """The preset accepts or refuses each request; it raises no other exception."""
     source, chance, accepted = relay.app.config.sources[name], random.Random(name), 0
     [mount] = mounts_of({name: source})
     can_sign, refused = name in {each for each, _ in SIGNABLE}, []

@@ -33,7 +33,7 @@ def beat(worker):
 
 @contextlib.asynccontextmanager
 async def beating(url, workers, every):
-    """Have workers beat for as long as the context lasts; each waits for its answer, as real ones do."""
+    """Have workers send heartbeats until the block ends; each waits for its answer, as real workers do."""
 
     async def live(worker):
         async with await Wire.open(url) as wire:

@@ -77,7 +77,7 @@ async def test_a_healthy_relay_has_no_problems_and_a_restart_forgets_nothing(tmp
 
 @pytest.fixture
 async def troubled(tmp_path):
-    """A relay with every problem that an operator can mend."""
+    """A relay with every problem that an operator can solve."""
     (tmp_path / "state" / "backups").mkdir(parents=True)
     (tmp_path / "state" / "backups" / OLD).write_bytes(bytes(1000))
     targets = [destination(name, "http://127.0.0.1:9/x") for name in ("crm", "erp", "gone", "old")]

@@ -182,7 +182,7 @@ async def test_the_subject_of_every_plugin_is_bounded():
 
 
 async def test_a_list_loads_only_the_shown_part_of_a_subject(tmp_path):
-    """A database of before the bound, and an event that was replayed without end."""
+    """The database is older than the bound, and an event was replayed very often."""
     clock = FakeClock()
     async with opened(tmp_path / "relay.db", clock) as store:
         hooks(store).route = lambda event: (Target("crm"),)

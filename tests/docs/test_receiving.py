@@ -76,7 +76,7 @@ def secret_of(size, *, prefix="whsec_", padded=True):
 
 
 def cases(now):
-    """Return every case by its name; a case that sets a signature is a request of now."""
+    """Return every case by its name; a case that sets a signature is a request with the current time."""
     genuine = Case().headers(now)["webhook-signature"]
 
     def signature(text):
@@ -169,7 +169,7 @@ def test_verify_accepts_only_genuine_requests(snippets):
 
 
 def test_relay_verify_agrees():
-    """Only the form of an id and a useless secret are checks of the page alone."""
+    """Only the page checks the form of an id, and refuses a useless secret."""
     now = int(time.time())
     for name, case in cases(now).items():
         if case.problem == KEY or name.startswith("id "):

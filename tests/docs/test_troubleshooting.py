@@ -67,7 +67,7 @@ def test_every_alert_has_a_symptom_on_the_page():
 
 
 def texts_of_the_program():
-    """Return every text in the code of the relay, the parts of f-strings included."""
+    """Return every text in the code of the relay, including the parts of f-strings."""
     return {
         node.value
         for folder in ("relay", "plugins")

@@ -147,7 +147,7 @@ WANTED = {
 
 
 def kind_of(path, argument):
-    """Return the kind of an argument that is no choice.
+    """Return the kind of an argument that is not a choice.
 
     Raises:
         AssertionError: the argument of a new command is of an unknown kind.

@@ -36,7 +36,7 @@ class Forked:
 
     @staticmethod
     def may_run(command: Sequence[str]) -> bool:
-        """Return whether a command is this Python with code or a file."""
+        """Return whether a command runs this Python interpreter with code or a file."""
         return command[0] == sys.executable and (command[1] == "-c" or command[1].endswith(".py"))
 
     @classmethod

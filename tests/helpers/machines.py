@@ -1,7 +1,7 @@
 """The machine that runs the tests: its missing programs, and small disks and roots for a test.
 
 A root contains the Debian packages that a test names, copied from this machine, and nothing else. It takes a
-second and no network. dpkg, systemd's own tools and a Python work in it as on any Debian; only commands that
+second and no network. dpkg, systemd's own tools and Python work in it as on any Debian; only commands that
 need a running systemd do nothing.
 """
 

@@ -68,7 +68,7 @@ def _put(root, package):
 
 
 def _newer(deb, tmp_path):
-    """Make a package of a later version, with another configuration, beside one."""
+    """Make a package of a later version, with another configuration, in the folder of a package."""
     tree = tmp_path / "newer"
     subprocess.run(["dpkg-deb", "--raw-extract", deb, tree], check=True)
     control = tree / "DEBIAN/control"

@@ -335,7 +335,7 @@ needs_systemd = needs("systemd-analyze")  # of the package systemd
 
 @pytest.fixture
 def units(tmp_path):
-    """The units beside each other, their program replaced by one that is on every machine."""
+    """The units in one folder, with their program replaced by one that every machine has."""
     for file in (*UNITS.glob("*.service"), *UNITS.glob("*.socket")):
         text = file.read_text().replace("/opt/relay/bin/relay", "/bin/true")
         (tmp_path / file.name).write_text(text)

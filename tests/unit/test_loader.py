@@ -87,7 +87,7 @@ def problems_of(setup, tmp_path):
 
 
 def install(folder, monkeypatch, name, source, entry):
-    """Lay an installed distribution into a folder on the path."""
+    """Put an installed distribution into a folder on the path."""
     info = folder / f"{name}-3.2.dist-info"
     info.mkdir(parents=True)
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 3.2\n")

@@ -33,13 +33,13 @@ def peer(incarnation, age=60.0, destinations=LANES):
 
 
 def mine(name="lane:d1", *peers):
-    """Return which of the peers a name is due to, then another one."""
+    """Return the peer that should have a name's lease, and another peer."""
     due = due_to(name, peers).incarnation
     return due, next(each.incarnation for each in peers if each.incarnation != due)
 
 
 A, B = mine("lane:d1", peer("a"), peer("b"))
-"""The node to which the lane d1 is due, and the other one."""
+"""The node that should own the lane d1, and the other one."""
 
 
 def test_lanes_are_spread_evenly_and_each_node_comes_to_the_same_result():
@@ -169,7 +169,7 @@ class Link:
 
 
 class Cluster:
-    """Nodes on one database, with the clock of each in the hand of the test."""
+    """Nodes on one database, each with a clock that the test controls."""
 
     def __init__(self, url):
         self.url = url

@@ -1,4 +1,4 @@
-"""The worker registry of two nodes on one PostgreSQL database: they agree, and no event is doubled."""
+"""The worker registry of two nodes on one PostgreSQL database: they agree, and no event is stored twice."""
 
 import asyncio
 import itertools
