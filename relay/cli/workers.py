@@ -170,7 +170,7 @@ def maintenance(
     for_: str | None,
     as_json: bool,
 ) -> None:
-    """Start or end maintenance of workers, which are then never reported offline.
+    """Start or end maintenance of workers, during which they are never reported offline.
 
     Example: relay workers maintenance --pattern "batch-*" --for 2h
 
