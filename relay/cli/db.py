@@ -18,10 +18,9 @@ from relay.cli.doctor import named, print_checks
 from relay.cli.endpoint import daemon_options, reader_options
 from relay.cli.main import INTERRUPTED, CommandError, Group, file_error
 from relay.cli.offline import Offline, database_of, readable, tables_of, url_of
-from relay.cli.options import FILE, config_option, json_option
+from relay.cli.options import FILE, check_argument, config_option, json_option
 from relay.cli.output import count, print_fields, print_items, print_json, show_progress
 from relay.cli.screen import Field, utc_option
-from relay.config.validators import has_password, postgres_options
 from relay.errors import RelayError
 from relay.store import OfflineStore, Stop
 from relay.store.opening import file_of, move_of, offline_store
@@ -39,17 +38,7 @@ def _storage_url(_ctx: click.Context, _parameter: click.Parameter, value: str) -
         is_file = file_of(value, Path()) is not None
     except RelayError as error:
         raise click.BadParameter(f'expected "sqlite:FILE" or "postgresql://…", got "{value}"') from error
-    if not is_file:
-        try:
-            postgres_options(value)
-        except ValueError as error:
-            raise click.BadParameter(str(error)) from None
-        if has_password(value):
-            raise click.BadParameter(
-                "the URL contains a password, which other users see among the running processes; "
-                "put it into PGPASSWORD or ~/.pgpass"
-            )
-    return value
+    return value if is_file else check_argument(value)
 
 
 _BACKUPS = (

@@ -134,3 +134,23 @@ def read_file(file: Path, option: str) -> bytes:
         raise file_error(f"cannot read {file}", error, "make the file readable for this user") from None
     except OSError as error:
         raise click.BadParameter(f"cannot read {file}: {error.strerror}", param_hint=option) from None
+
+
+def check_argument(url: str) -> str:
+    """Return the URL of a PostgreSQL database from the command line, after a check.
+
+    Raises:
+        click.BadParameter: it cannot be used, or has a password, which other users would see.
+    """
+    from relay.config.validators import has_password, postgres_options  # noqa: PLC0415 - few commands need it
+
+    try:
+        postgres_options(url)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
+    if has_password(url):
+        raise click.BadParameter(
+            "the URL contains a password, which other users see among the running processes; "
+            "put it into PGPASSWORD or ~/.pgpass"
+        )
+    return url

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from relay.cli.main import CONFIG, CommandError, code_of
-from relay.cli.options import config_option
+from relay.cli.options import check_argument, config_option
 from relay.config.binding import Binder
 from relay.config.document import read
 from relay.config.installed_service import RunningEnvironment, service_of, start_command
@@ -27,6 +27,11 @@ if TYPE_CHECKING:
     from relay.plugin_loading.loader import Setup
 
 
+def _empty_database(_ctx: click.Context, _parameter: click.Parameter, value: str | None) -> str | None:
+    """Check the URL of a database in an argument."""
+    return None if value is None else check_argument(value)
+
+
 @click.command()
 @config_option
 @click.option("--demo", is_flag=True, help="Run a demo with temporary state and a local receiver.")
@@ -37,12 +42,32 @@ if TYPE_CHECKING:
     help="With --demo: exit after the samples; the exit code is 1 if a delivery is missing.",
 )
 @click.option(
+    "--nodes",
+    type=click.IntRange(2, 9),
+    help="With --demo: run this number of nodes on a temporary PostgreSQL server, and kill one of them.",
+)
+@click.option(
+    "--storage",
+    metavar="URL",
+    callback=_empty_database,
+    help="With --nodes: use this empty PostgreSQL database.",
+)
+@click.option(
     "--force",
     is_flag=True,
     help="Serve even if the installed service has a database for this configuration.",
 )
 @click.pass_context
-def serve(ctx: click.Context, config: Path | None, *, demo: bool, leave: bool, force: bool) -> None:
+def serve(
+    ctx: click.Context,
+    config: Path | None,
+    *,
+    demo: bool,
+    leave: bool,
+    nodes: int | None,
+    storage: str | None,
+    force: bool,
+) -> None:
     """Run the daemon until SIGTERM or Ctrl-C.
 
     Example: relay serve -c /etc/relay/config.toml
@@ -51,13 +76,31 @@ def serve(ctx: click.Context, config: Path | None, *, demo: bool, leave: bool, f
     answers 503 instead, until `relay reload` finds a valid configuration. If the relay is installed as a
     service, start the service: `systemctl start relay`.
     """
-    if leave and not demo:
-        raise click.UsageError("--exit needs --demo")
+    _check_uses(demo=demo, leave=leave, nodes=nodes, storage=storage)
     # Imported here, because every other command must start fast without aiohttp.
+    if nodes is not None:
+        from relay.demo.cluster import run_cluster_demo  # noqa: PLC0415 - see above
+
+        ctx.exit(_run(lambda: run_cluster_demo(nodes, storage, leave=leave)))
     if demo:
         from relay.demo.run import run_demo  # noqa: PLC0415 - see above
 
         ctx.exit(_run(lambda: run_demo(leave=leave)))
+    _serve(ctx, config, force=force)
+
+
+def _check_uses(*, demo: bool, leave: bool, nodes: int | None, storage: str | None) -> None:
+    """Check that options of the demo are used together."""
+    if leave and not demo:
+        raise click.UsageError("--exit needs --demo")
+    if nodes is not None and not demo:
+        raise click.UsageError("--nodes needs --demo")
+    if storage is not None and nodes is None:
+        raise click.UsageError("--storage needs --nodes")
+
+
+def _serve(ctx: click.Context, config: Path | None, *, force: bool) -> None:
+    """Run the daemon, or the standby while the configuration is invalid."""
     from relay.app import serve as run_app  # noqa: PLC0415 - see above
     from relay.plugin_loading.loader import load  # noqa: PLC0415 - see above
     from relay.process.logs import configure, is_read, under_systemd  # noqa: PLC0415 - see above

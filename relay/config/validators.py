@@ -188,6 +188,8 @@ def postgres_options(text: str) -> dict[str, str]:
         numbers = [int(port) for _, colon, port in ports if colon]
     except ValueError:
         raise ValueError(f"not a URL: its hosts or options cannot be read. {_ENCODE}") from None
+    if parts.scheme not in POSTGRES:
+        raise ValueError('expected "postgresql://USER@HOST/DATABASE"')
     if "@" in user or "@" in parts.path or parts.fragment:
         raise ValueError(f"not a URL: it has more than one @, or a #. {_ENCODE}")
     if not all(port in _PORTS for port in numbers):

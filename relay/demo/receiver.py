@@ -31,6 +31,7 @@ class Receiver(ThreadingHTTPServer):
     """Listens on loopback. Responds with one status, or 401 to an invalid signature."""
 
     daemon_threads = True
+    request_queue_size = 128  # a lane sends its whole backlog at once after a takeover
 
     def __init__(
         self,

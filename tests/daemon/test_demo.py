@@ -10,16 +10,23 @@ import signal
 import socket
 import sys
 import time
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import aiohttp
 import pytest
+from click.testing import CliRunner
+from postgres import database_of, name_of, needs_postgres, server
 from samples import sources
 
+from relay.cli import main
 from relay.config.secrets import Secret
+from relay.demo.cluster import _refuse_used
 from relay.demo.run import choose_listen, write_config
+from relay.demo.server import binaries
 from relay.demo.story import Arrival, DemoReceiver, Narrator, steps_of
+from relay.errors import RelayError
 from relay.plugin_loading.loader import load
 from relay.signing import Signer
 
@@ -50,7 +57,7 @@ main(["serve", "--demo", "--exit"])
 
 
 @asynccontextmanager
-async def demo(folder, *arguments, code="from relay.cli import main; main()"):
+async def demo(folder, *arguments, code="from relay.cli import main; main()", patience=PATIENCE):
     """Run the command in `folder`, its temporary files beneath; it is killed at the end."""
     process = await asyncio.create_subprocess_exec(
         sys.executable,
@@ -64,7 +71,7 @@ async def demo(folder, *arguments, code="from relay.cli import main; main()"):
         stderr=asyncio.subprocess.STDOUT,
     )
     try:
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(patience):
             yield process
     finally:
         if process.returncode is None:
@@ -211,3 +218,76 @@ def test_an_event_type_that_the_terminal_cannot_show_does_not_end_the_demo():
     stream = io.TextIOWrapper(raw, encoding="ascii")
     Narrator(stream, {}).step("", "delivered", "compozy.größe")
     assert raw.getvalue() == b"          delivered  compozy.gr\\xf6\\xdfe\n"
+
+
+# --- a cluster ----------------------------------------------------------------------------------------
+
+
+@needs_postgres
+async def test_a_cluster_loses_nothing_when_a_node_is_killed_and_ctrl_c_ends_it(tmp_path):
+    async with demo(tmp_path, "serve", "--demo", "--nodes", "2", patience=6 * PATIENCE) as process:
+        lines = []
+        while not lines or "the cluster runs for" not in lines[-1]:
+            line = (await process.stdout.readline()).decode()
+            assert line, "".join(lines)
+            lines.append(line)
+        text = "".join(lines)
+        [acknowledged, delivered, of] = re.findall(
+            r"acknowledged (\d+) events, delivered (\d+) of (\d+) deliveries, lost 0", text
+        )[0]
+        assert int(acknowledged) > 50
+        assert int(delivered) == int(of) == 6 * int(acknowledged)
+        assert re.search(r"killed (node-\d) with SIGKILL; it ran \w+", text)
+        assert "nothing was lost" in text
+        for line in (await process.stdout.readline(), await process.stdout.readline()):
+            config = re.search(rb"-c (\S+)", line)[1]
+            assert os.stat(config).st_mode & 0o77 == 0  # noqa: PTH116 - other users must not read it
+        process.send_signal(signal.SIGINT)
+        assert await asyncio.wait_for(process.wait(), PATIENCE) == 0
+    assert list(tmp_path.glob("hookferry-demo-*")) == []
+    assert not _processes_below(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["--nodes", "3"], "--nodes needs --demo"),
+        (["--demo", "--storage", "postgresql://db/relay"], "--storage needs --nodes"),
+        (["--demo", "--nodes", "1"], "1 is not in the range 2<=x<=9"),
+        (["--demo", "--nodes", "2", "--storage", "postgresql://a:hunter2@db/relay"], "contains a password"),
+        (["--demo", "--nodes", "2", "--storage", "mysql"], 'expected "postgresql://USER@HOST'),
+    ],
+)
+def test_wrong_uses_of_the_cluster_demo_are_refused(arguments, problem):
+    result = CliRunner().invoke(main, ["serve", *arguments])
+    assert result.exit_code == 2
+    assert problem in result.output
+    assert "hunter2" not in result.output
+
+
+def test_a_missing_server_is_explained(monkeypatch):
+    monkeypatch.setattr(Path, "glob", lambda *_: iter(()))
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(RelayError) as caught:
+        binaries()
+    assert "apt-get install postgresql" in caught.value.hint
+
+
+@needs_postgres
+def test_the_cluster_demo_uses_only_an_empty_database(tmp_path):
+    url = database_of(tmp_path)
+    _refuse_used(url)
+    server().run("CREATE TABLE meta (name text, value text); CREATE TABLE events ()", name_of(url))
+    server().run("INSERT INTO meta VALUES ('version', '2')", name_of(url))
+    with pytest.raises(RelayError):
+        _refuse_used(url)
+
+
+def _processes_below(folder):
+    """Return the ids of processes with a path in the folder among their arguments."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            if str(folder).encode() in path.read_bytes():
+                found.append(path.parent.name)
+    return found
