@@ -7,7 +7,7 @@ import msgspec
 from aiohttp import web
 
 from relay.api.context import Context
-from relay.api.endpoints import Page, endpoint
+from relay.api.endpoints import IdPage, endpoint
 from relay.api.events import load_event
 from relay.api.query_params import AttemptsQuery, DeliveriesQuery, Filter, read_field
 from relay.api.replays import ReplayView, begin
@@ -66,7 +66,7 @@ class DeliveriesApi:
     @endpoint(
         "GET", "/api/deliveries", "listDeliveries",
         "List deliveries, newest first, or in the order of their events.",
-        query=DeliveriesQuery, returns=Page[DeliveryView],
+        query=DeliveriesQuery, returns=IdPage[DeliveryView],
     )  # fmt: skip
     async def _list(self, _request: web.Request, query: DeliveriesQuery) -> dict[str, Any]:
         return await self._page("deliveries", query)
@@ -106,7 +106,7 @@ class DeliveriesApi:
 
     @endpoint(
         "GET", "/api/attempts", "listAttempts", "List attempts, newest first.",
-        query=AttemptsQuery, returns=Page[AttemptView],
+        query=AttemptsQuery, returns=IdPage[AttemptView],
     )  # fmt: skip
     async def _attempts(self, _request: web.Request, query: AttemptsQuery) -> dict[str, Any]:
         return await self._page("attempts", query)

@@ -31,6 +31,18 @@ class Page(msgspec.Struct, Generic[T]):
     next_cursor: str | None
 
 
+class IdPage(Page[T], Generic[T]):
+    """One page of events, deliveries or attempts."""
+
+    id_digits: Annotated[
+        int,
+        msgspec.Meta(
+            description="Hex digits, without prefix and dashes, that are enough to look up each event or "
+            "delivery of this page."
+        ),
+    ]
+
+
 class Lines(Generic[T]):
     """Response of a long operation: lines of JSON with its progress, then its result or its error."""
 

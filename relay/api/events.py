@@ -8,7 +8,7 @@ import msgspec
 from aiohttp import web
 
 from relay.api.context import Context
-from relay.api.endpoints import Lines, Page, endpoint
+from relay.api.endpoints import IdPage, Lines, Page, endpoint
 from relay.api.query_params import EventsQuery, ExportQuery, Filter, ImportQuery, StatsQuery, TypesQuery
 from relay.api.responses import LINES, CountView, check_selected_once, respond, stream_lines
 from relay.api.views import (
@@ -107,7 +107,7 @@ class EventsApi:
     @endpoint(
         "GET", "/api/events", "listEvents",
         "List events, newest first. A page may be shorter than its limit when matches are rare.",
-        query=EventsQuery, returns=Page[EventView],
+        query=EventsQuery, returns=IdPage[EventView],
     )  # fmt: skip
     async def _list(self, _request: web.Request, query: EventsQuery) -> dict[str, Any]:
         filters = msgspec.structs.asdict(query)

@@ -113,6 +113,7 @@ class EventShown(EventView):
     """An event with its deliveries."""
 
     owed: tuple[DeliveryView, ...]
+    id_digits: Annotated[int, about("Hex digits by which the ids of these deliveries can be looked up.")]
     content_type: str
     payload: Annotated[str, about("The first 16 KiB of the body; invalid UTF-8 is replaced.")]
     payload_truncated: bool
@@ -246,7 +247,7 @@ async def list_items(
     destinations: Collection[str],
     answers: bool = True,
 ) -> dict[str, Any]:
-    """Return one page of a list, newest first, and the cursor of the next page.
+    """Return one page of a list, newest first, the cursor of the next page, and the digits that ids need.
 
     A page may have fewer rows than `limit`, even 0, and still have a next page.
 
@@ -278,7 +279,12 @@ async def list_items(
             wanted[name] = await _row(stored, noun, wanted[name])
     page = await stored.queries.page(kind, limit=min(limit, MOST_ROWS), cursor=cursor, **wanted)
     rows = page.rows if answers else [{**row, "answer": None} for row in page.rows]
-    return {"items": [view_of(row) for row in rows], "next_cursor": page.cursor}
+    digits = await stored.queries.digits_of(
+        "events" if kind == "events" else "deliveries",
+        (row["delivery_id" if kind == "attempts" else "id"] for row in rows),
+    )
+    items = [view_of(row) for row in rows]
+    return {"items": items, "next_cursor": page.cursor, "id_digits": digits}
 
 
 async def list_stats(
@@ -357,7 +363,9 @@ async def show_event(stored: StoredData, given: str) -> dict[str, Any]:
         raise UnknownError(f'unknown event "{given}"', hint="it has just been deleted")
     deliveries = await stored.queries.find("deliveries", limit=MOST_ROWS, event_id=chosen.event_id)
     owed = [view_of(each) for each in deliveries]
-    return {**view_of(rows[0]), "owed": owed, **await _payload(stored, chosen.event_id)}
+    digits = await stored.queries.digits_of("deliveries", (row["id"] for row in deliveries))
+    payload = await _payload(stored, chosen.event_id)
+    return {**view_of(rows[0]), "owed": owed, "id_digits": digits, **payload}
 
 
 class _Exported(msgspec.Struct):

@@ -85,10 +85,11 @@ def show(answer: Any, **_: str) -> None:
 
     EVENT is an id, with or without evt_; any unique prefix works.
     """
-    hidden = ("owed", "payload", "payload_truncated")
+    hidden = ("owed", "id_digits", "payload", "payload_truncated")
     print_fields({name: value for name, value in answer.items() if name not in hidden}, _fields(answer))
     if answer["owed"]:
         click.echo()
+        screen.set_digits(answer.get("id_digits"))
         print_items(_DELIVERIES, answer["owed"], _DELIVERIES_SHAPE)
     if sys.stdout.isatty():
         _print_payload(answer)

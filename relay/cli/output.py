@@ -10,7 +10,18 @@ import click
 
 from relay.base.text import paint, printable, wants_colour
 from relay.base.units import render_duration
-from relay.cli.screen import Column, Field, cell, colour_of, field_lines, table, terminal_width, text, wrap
+from relay.cli.screen import (
+    Column,
+    Field,
+    cell,
+    colour_of,
+    field_lines,
+    set_digits,
+    table,
+    terminal_width,
+    text,
+    wrap,
+)
 
 
 def print_line(text: str) -> None:
@@ -125,6 +136,7 @@ def print_page(
         for item in items:
             click.echo(item[key])
     elif items or not sys.stdout.isatty():
+        set_digits(answer.get("id_digits"))
         print_items(columns, items, shape)
     else:
         click.echo(f"no {_plural()}", err=True)

@@ -25,9 +25,9 @@ LEAST_DIGITS = 12
 """Hex digits of a short id. The first 12 digits of a UUIDv7 are its millisecond; 8 digits cover 65 s."""
 
 UNIQUE_DIGITS = 16
-"""Hex digits of a short id if the rows that share its millisecond are unknown: 12 of the bits are random."""
+"""Hex digits of a short id if the ids that share its millisecond are unknown: 12 of the bits are random."""
 
-_UTC = "relay.utc"  # in click's `Context.meta`
+_UTC, _DIGITS = "relay.utc", "relay.digits"  # in click's `Context.meta`
 _ID = re.compile(r"(?:[a-z]{3}_)?([0-9a-f]{8})-([0-9a-f]{4})-([0-9a-f]{4})-([0-9a-f]{4})-([0-9a-f]{12})")
 _WORDS = re.compile(r"(?:`[^`]*`|\S)+")
 _PIECES = re.compile(r"\x1b\[[0-9;]*m|.")
@@ -292,6 +292,20 @@ def number_text(value: float) -> str:
     return f"{value:,}".replace(",", " ")
 
 
+def set_digits(digits: int | None) -> None:
+    """Set the hex digits by which the ids of this command's table can be looked up; None: they are unknown.
+
+    They replace the number of digits of a column.
+    """
+    if digits is not None:
+        click.get_current_context().meta[_DIGITS] = max(digits, LEAST_DIGITS)
+
+
+def _known_digits() -> int | None:
+    context = click.get_current_context(silent=True)
+    return None if context is None else context.meta.get(_DIGITS)
+
+
 def short_ids(ids: Sequence[str | None], least: int = LEAST_DIGITS) -> list[str]:
     """Return the ids without prefix and dashes, as short as possible while they stay distinct.
 
@@ -368,8 +382,8 @@ def moment(name: str, heading: str = "", *, rank: int = 0) -> Column:
 
 
 def short_id(name: str, heading: str = "", *, least: int = LEAST_DIGITS, rank: int = 0) -> Column:
-    """Return a column of short ids with at least this number of hex digits."""
-    return Column(name, heading or name, lambda ids: short_ids(ids, least), rank=rank)
+    """Return a column of short ids with at least this number of hex digits, see `set_digits`."""
+    return Column(name, heading or name, lambda ids: short_ids(ids, _known_digits() or least), rank=rank)
 
 
 def last_result(*, rank: int = 0) -> Column:

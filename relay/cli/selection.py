@@ -48,13 +48,16 @@ def gather(lists: Lists, kind: Kind, *, limit: int, cursor: str | None, **query:
     """
     given = as_query(query)
     items: list[Any] = []
+    digits = 0
     try:
         while True:
             page = lists.get(kind, limit=limit - len(items), cursor=cursor, **given)
             items += page["items"]
             cursor = page["next_cursor"]
+            digits = max(digits, page.get("id_digits", 0))
             if cursor is None or len(items) >= limit:
-                return {"items": items, "next_cursor": cursor}
+                more = {"id_digits": digits} if "id_digits" in page else {}
+                return {"items": items, "next_cursor": cursor, **more}
             show_progress(f"{len(items)} found, still searching at {cursor}")
     except KeyboardInterrupt:
         hint = "" if cursor is None else f"to continue, add --cursor {cursor}"

@@ -10,7 +10,7 @@ import threading
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import msgspec
 
@@ -374,6 +374,13 @@ class Queries(Protocol):
 
     async def name_deliveries(self, ids: Sequence[str]) -> tuple[Named, ...]:
         """Find deliveries by public id in the same way."""
+        ...
+
+    async def digits_of(self, kind: Literal["events", "deliveries"], ids: Iterable[str]) -> int:
+        """Return how many hex digits, from the first on, tell each of these public ids from all stored ones.
+
+        On PostgreSQL, an id that was imported long after its time may be overlooked.
+        """
         ...
 
     def stats(

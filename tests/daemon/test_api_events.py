@@ -133,6 +133,9 @@ class mentioning(str):  # noqa: N801 - reads like a word in an assertion
 async def test_events_and_deliveries_have_the_same_filters(relay, event, kind, query, found):
     page = await relay.operator("GET", f"/api/{kind}?{quote(query, safe='=&')}")
     assert (len(page["items"]), page["next_cursor"]) == (found, None)
+    for each in page["items"]:
+        short = each["id"][len("evt_") :].replace("-", "")[: page["id_digits"]]
+        assert (await relay.operator("GET", f"/api/{kind}/{short}"))["id"] == each["id"]
 
 
 async def test_attempts_are_filtered_by_result(relay, event):

@@ -124,6 +124,7 @@ async def test_a_list_follows_short_pages_to_rare_rows(commands, events, monkeyp
     monkeypatch.setattr(page_budget, "MOST_CANDIDATES", 1)
     page = (await commands("events", "list", "--where", "subject=s-1", "--json")).json
     assert ([each["id"] for each in page["items"]], page["next_cursor"]) == ([events[0]], None)
+    assert page["id_digits"] > 0
     page = (await commands("events", "list", "--limit", "1", "--where", "source=adorn", "--json")).json
     assert [each["id"] for each in page["items"]] == [events[1]]
     assert page["next_cursor"] is not None

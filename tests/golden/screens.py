@@ -197,6 +197,11 @@ def page(*items):
     return {"items": list(items), "next_cursor": None}
 
 
+def id_page(digits, *items):
+    """Return a page whose ids can be looked up by this number of hex digits."""
+    return {**page(*items), "id_digits": digits}
+
+
 PAYLOAD = (
     '{"event_type": "session.started", "session_id": "s-1", "total": 45000.00, "empty": {}, "tags": [],'
     ' "note": "Gr\\u00fc\\u00dfe \\ud83c\\udf89\\u0007", "items": [{"sku": "A-1", "qty": 2}, null, true]}'
@@ -241,17 +246,18 @@ ANSWERS = {
             },
         ],
     },
-    "events": page(*map(event, range(8))),
+    "events": id_page(9, *map(event, range(8))),
     "events/01a2": {
         **event(1),
         "owed": [delivery(number) for number in range(4)],
+        "id_digits": 14,
         "content_type": "application/json",
         "payload": PAYLOAD,
         "payload_truncated": False,
     },
-    "deliveries": page(*map(delivery, range(10))),
+    "deliveries": id_page(15, *map(delivery, range(10))),
     "deliveries/01a2": {**delivery(3), "tries": [attempt(number) for number in range(3)]},
-    "attempts": page(attempt(0), attempt(1, type=TYPES[1]), attempt(2, delivery_id=id_("dlv_", -80))),
+    "attempts": id_page(14, attempt(0), attempt(1, type=TYPES[1]), attempt(2, delivery_id=id_("dlv_", -80))),
     "destinations": page(
         destination("crm-production-eu-west-1", in_flight=12, pending=14),
         destination("crm-production-eu-west-2", "circuit open", pending=1204, dead=31),

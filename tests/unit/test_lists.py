@@ -142,7 +142,7 @@ async def test_a_page_ends_at_its_budget_and_its_cursor_continues(file, monkeypa
     wanted = {"where": '{"data.n": 4}'}
     async with open_traced(file) as store:
         first = await store.list("events", None, wanted)
-        assert first == {"items": [], "next_cursor": str(EVENTS - 499)}
+        assert first == {"items": [], "next_cursor": str(EVENTS - 499), "id_digits": 0}
         assert len(await whole(store, "events", wanted)) == 1
         assert len(await whole(store, "deliveries", wanted)) == 3
 

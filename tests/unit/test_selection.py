@@ -208,6 +208,20 @@ async def test_ids_may_lack_their_prefix_and_be_shortened_while_unique(store, cl
         await store.queries.name_events([both])
 
 
+async def test_the_digits_of_ids_find_each_of_them_and_no_shorter_prefix_does(store, clock):
+    for _ in range(4):  # in one millisecond
+        await store.events.append(accept(clock))
+    for kind, find in (("events", store.queries.name_events), ("deliveries", store.queries.name_deliveries)):
+        stored = [row["id"] for row in await store.queries.find(kind)]
+        for listed in (stored[:1], stored):
+            digits = await store.queries.digits_of(kind, listed)
+            prefixes = [each[4:].replace("-", "")[:digits] for each in listed]
+            assert len(await find(prefixes)) == len(listed)
+            with pytest.raises(RelayError, match="ambiguous"):
+                await find([each[: digits - 1] for each in prefixes])
+    assert await store.queries.digits_of("events", []) == 0
+
+
 async def test_an_ambiguous_id_lists_its_first_five_candidates(store, clock):
     hooks(store).route = lambda _: (Target("crm"), Target("erp"))
     ids = sorted([await send(store, clock) for _ in range(6)])

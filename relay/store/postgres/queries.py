@@ -26,6 +26,8 @@ events from before and after a change of the clock. Both conditions have partial
 
 STATES: tuple[str, ...] = get_args(DeliveryState)
 SLACK = 60_000_000  # microseconds, as in `LATE`
+_DAY = 86_400_000_000  # microseconds
+_TIME = len("0190aaaa-bbbb")  # the millisecond of a UUIDv7
 MOST_ODD = 2000
 """`EARLY` or `LATE` events whose row ids are compared; with more of them, all row ids are searched."""
 
@@ -153,6 +155,19 @@ NAMED_SQL = {
                  ORDER BY public_id LIMIT {MOST_NAMED}) AS d
           JOIN events AS e ON e.id = d.event_id ORDER BY d.public_id
     """,  # noqa: S608 - constants
+}
+NEIGHBOURS_SQL = {
+    kind: f"""
+        SELECT '{prefix}' || given.id,
+               '{prefix}' || (SELECT public_id FROM {kind}
+                 WHERE public_id BETWEEN given.first AND given.last AND public_id < given.id
+                   AND id BETWEEN $4 AND $5 ORDER BY public_id DESC LIMIT 1),
+               '{prefix}' || (SELECT public_id FROM {kind}
+                 WHERE public_id BETWEEN given.first AND given.last AND public_id > given.id
+                   AND id BETWEEN $4 AND $5 ORDER BY public_id LIMIT 1)
+          FROM unnest($1::uuid[], $2::uuid[], $3::uuid[]) AS given (id, first, last)
+    """  # noqa: S608 - constants
+    for kind, prefix in (("events", "evt_"), ("deliveries", "dlv_"))
 }
 _SHORTEST, _LONGEST = "00000000-0000-0000-0000-000000000000", "ffffffff-ffff-ffff-ffff-ffffffffffff"
 EXPORTED_SQL = f"""
@@ -522,6 +537,20 @@ class PostgresReader:
         if range_ is None:
             return []
         return list(map(tuple, await self._database.fetch(NAMED_SQL[kind], *range_)))
+
+    async def neighbours(
+        self, kind: Literal["events", "deliveries"], ids: Sequence[str]
+    ) -> list[tuple[str, str | None, str | None]]:
+        """See `Reader.neighbours`. Reads only ids of the same milliseconds, in partitions of that day."""
+        uuids = [uuid_of(each) for each in ids]
+        firsts, lasts = (
+            [each[:_TIME] + filler[_TIME:] for each in uuids] for filler in (_SHORTEST, _LONGEST)
+        )
+        times = [int(each[:_TIME].replace("-", ""), 16) * 1000 for each in uuids]
+        newest = min(first_id(max(times) + _DAY), 2**63 - 1)  # a public id of an import may have any time
+        oldest = min(first_id(min(times) - _DAY), newest)
+        found = await self._database.fetch(NEIGHBOURS_SQL[kind], uuids, firsts, lasts, oldest, newest)
+        return [(given, before, after) for given, before, after in found]
 
     async def stats(self, since: int, before: tuple[int, str, str], count: int) -> list[Stat]:
         """See `Reader.stats`."""

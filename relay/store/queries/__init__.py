@@ -4,8 +4,8 @@ An engine provides a `reader.Reader` with its statements. Everything else is the
 `filters` checks candidates, `plan` chooses the index, and `page` bounds the search for one page.
 """
 
-from collections.abc import AsyncIterator, Sequence
-from typing import Any
+from collections.abc import AsyncIterator, Iterable, Sequence
+from typing import Any, Literal
 
 from relay.model import Chosen, DestinationState, Named, Selection, Stat
 from relay.store import Page, Span
@@ -60,6 +60,10 @@ class PagedQueries:
     async def name_deliveries(self, ids: Sequence[str]) -> tuple[Named, ...]:
         """See `Queries.name_deliveries`."""
         return await selections.name_deliveries(self._reader, ids)
+
+    async def digits_of(self, kind: Literal["events", "deliveries"], ids: Iterable[str]) -> int:
+        """See `Queries.digits_of`."""
+        return await selections.digits_of(self._reader, kind, ids)
 
     def stats(
         self, selection: Selection, *, after: tuple[int, str, str] | None = None

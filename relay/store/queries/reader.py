@@ -165,6 +165,15 @@ class Reader(Protocol):
         """
         ...
 
+    async def neighbours(
+        self, kind: Literal["events", "deliveries"], ids: Sequence[str]
+    ) -> list[tuple[str, str | None, str | None]]:
+        """Return public ids of one kind, each with the stored ids next to it: the one before, the one after.
+
+        An engine may leave out a neighbour of another millisecond: it differs within the first 12 digits.
+        """
+        ...
+
     async def stats(self, since: int, before: tuple[int, str, str], count: int) -> list[Stat]:
         """Return counts of hours from `since` on, before an hour, source and type, latest first."""
         ...

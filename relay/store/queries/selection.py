@@ -5,8 +5,8 @@ almost nothing among ten million events delays neither other readers nor checkpo
 """
 
 import re
-from collections.abc import AsyncIterator, Sequence
-from itertools import groupby
+from collections.abc import AsyncIterator, Iterable, Sequence
+from itertools import groupby, pairwise, takewhile
 from operator import attrgetter
 from typing import Any, Literal
 
@@ -112,6 +112,22 @@ async def name_deliveries(reader: Reader, ids: Sequence[str]) -> tuple[Named, ..
         Named(id_, state, Chosen(event_id, size, received_at, (destination,)))
         for id_, state, event_id, size, received_at, destination in sorted(set(rows))
     )
+
+
+async def digits_of(reader: Reader, kind: Literal["events", "deliveries"], ids: Iterable[str]) -> int:
+    """See `relay.store.Queries.digits_of`."""
+    distinct = sorted(set(ids))
+    if not distinct:
+        return 0
+    found = await reader.neighbours(kind, distinct)
+    pairs = [(given, other) for given, *others in found for other in others if other is not None]
+    return max((_common(given, other) + 1 for given, other in [*pairs, *pairwise(distinct)]), default=1)
+
+
+def _common(id_: str, other: str) -> int:
+    """Return the number of hex digits that two public ids have in common at their beginnings."""
+    pairs = zip(id_.replace("-", ""), other.replace("-", ""), strict=False)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs)) - len("evt_")
 
 
 _NOUNS = {"evt_": ("an event", "events"), "dlv_": ("a delivery", "deliveries")}

@@ -1,5 +1,6 @@
 """The statements of lists, selections and exports over SQLite."""
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
@@ -140,6 +141,14 @@ NAMED_SQL = {
           FROM deliveries AS d JOIN events AS e ON e.id = d.event_id
          WHERE d.public_id BETWEEN ? AND ? ORDER BY d.public_id LIMIT {MOST_NAMED}
     """,  # noqa: S608 - constants
+}
+NEIGHBOURS_SQL = {
+    kind: f"""
+        SELECT given.value, (SELECT max(public_id) FROM {kind} WHERE public_id < given.value),
+               (SELECT min(public_id) FROM {kind} WHERE public_id > given.value)
+          FROM json_each(?) AS given
+    """  # noqa: S608 - constants
+    for kind in ("events", "deliveries")
 }
 EXPORTED_SQL = f"SELECT {DELIVERY_FIELDS} FROM deliveries WHERE event_id IN ({{marks}}) ORDER BY event_id, id"  # noqa: S608 - constants
 STATES_SQL = f"SELECT {STATE_COLUMNS} FROM destinations"  # noqa: S608 - a constant
@@ -368,6 +377,13 @@ class SqliteReader:
         """See `Reader.named`."""
         start = _PREFIXES[kind] + short
         return await self._fetch(NAMED_SQL[kind], (start, start + "~"))
+
+    async def neighbours(
+        self, kind: Literal["events", "deliveries"], ids: Sequence[str]
+    ) -> list[tuple[str, str | None, str | None]]:
+        """See `Reader.neighbours`."""
+        found = await self._fetch(NEIGHBOURS_SQL[kind], (json.dumps(ids),))
+        return [(given, before, after) for given, before, after in found]
 
     async def stats(self, since: int, before: tuple[int, str, str], count: int) -> list[Stat]:
         """See `Reader.stats`."""
