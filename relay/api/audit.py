@@ -65,7 +65,7 @@ class Trail:
     """Notes each change."""
 
     def __init__(self, store: Audit | None, clock: Clock, node: str = "") -> None:
-        """Note in this store; None: only in the log."""
+        """Write entries to this store and to the log; None: only to the log."""
         self._store = store
         self._clock = clock
         self._node = node

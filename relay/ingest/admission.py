@@ -82,7 +82,7 @@ class Admission:
     def _wait_of_worker(self, key: tuple[str, Rate, bytes, str], now: int) -> float:
         """Count a worker's request and return the seconds that it must wait.
 
-        A storm of one worker uses up that worker's rate only; invented ids use up the rate of their token.
+        Too many requests of one worker use up only its own rate; invented ids use up the rate of their token.
         """
         source, rate, token, _ = key
         own = _bucket(self._workers, key, rate, now)

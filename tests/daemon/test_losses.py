@@ -316,7 +316,7 @@ def flip(path: Path, at: int) -> None:
 
 
 async def killed(config, count=40):
-    """Have a daemon acknowledge events and be killed, with all of them in the log and in the mark."""
+    """Let a daemon acknowledge events, then kill it; the log and the mark include all of them."""
     database = config.parent / "state" / "relay.db"
     async with Daemon(config) as daemon:
         acknowledged = await _some(daemon.url, count)

@@ -301,7 +301,7 @@ class Cluster:
                 await asyncio.sleep(0.1)
 
     async def load(self, *, on: bool) -> None:
-        """Begin to send events, or end it and wait for the last answers."""
+        """Begin to send events, or stop and wait for the last answers."""
         self._loading = on
         async with asyncio.timeout(60):
             while not on and self._sending:  # noqa: ASYNC110 - no event

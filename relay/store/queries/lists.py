@@ -128,7 +128,7 @@ async def _positions(
 
 
 def _end(cursor: Cursor) -> int:
-    """Return the key that a page's candidates are below; other rows with the cursor's own key come first."""
+    """Return the exclusive upper bound of a page's keys; a cursor with a row includes its own key."""
     return cursor.key + 1 if cursor.row else cursor.key
 
 
