@@ -160,7 +160,7 @@ class App:
         self.owner = Owner(
             self.dispatcher,
             self.store,
-            lambda: {SWEEP, RETENTION, LEDGER, *self.jobs.of_cluster},
+            lambda: self.jobs.of_cluster,
             self.state.refresh,
         )
         self.reloads = Reloads(self.state, self.jobs, self.metrics, clock)
@@ -418,15 +418,15 @@ class App:
 
     def _add_jobs(self) -> None:
         jobs = self.jobs
-        jobs.add(SWEEP, self.watch.interval, self.watch.sweep)
+        jobs.add(SWEEP, self.watch.interval, self.watch.sweep, led=True)
         jobs.add("flush", FLUSH_EVERY, self.store.workers.flush)
         jobs.add("expire", EXPIRE_EVERY, self._expire)
         jobs.add("forget", FORGET_EVERY, self._forget_workers, cluster=True)
-        jobs.add(RETENTION, self.upkeep.every, self.upkeep.run)
+        jobs.add(RETENTION, self.upkeep.every, self.upkeep.run, led=True)
         self.backups.look()
         jobs.add("backup", self.backups.every, self.backups.run, cluster=True)
         jobs.add("disk", DISK_EVERY, self._check_disk)
-        jobs.add(LEDGER, LEDGER_EVERY, self.ledger_check.check)
+        jobs.add(LEDGER, LEDGER_EVERY, self.ledger_check.check, led=True)
         if not self.store.files:  # a server has them
             jobs.add(DATABASE, DATABASE_EVERY, self.database_watch.check)
         jobs.add("refused", self.ingest.refused.every, self.ingest.refused.run)

@@ -201,9 +201,13 @@ class Api:
         self._pages += routes
 
     def end_streams(self) -> None:
-        """End all streams; otherwise the listeners would wait for them and not close."""
-        self._tail.end()
-        self._top.end()
+        """End all streams; otherwise the listeners would wait for them and not close.
+
+        Work for other nodes ends as well.
+        """
+        for resource in self._resources:
+            if (end := getattr(resource, "end", None)) is not None:
+                end()
 
     def socket_app(self) -> web.Application:
         """Return the app for the unix socket, whose file permissions are its access control."""

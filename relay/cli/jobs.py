@@ -26,6 +26,7 @@ _SHAPE = (
     screen.Column("next_run_at", "next run", screen.each(screen.due), rank=1),
     screen.text("error", least=16, long="wrap"),
 )  # fmt: skip
+_NODE = screen.text("node", "runs on", least=8, long="middle")
 
 
 @click.group(cls=Group)
@@ -41,7 +42,9 @@ def list_(answer: Any, *, quiet: bool) -> None:
 
     Example: relay jobs list
     """
-    print_page(answer, COLUMNS, _SHAPE, quiet=quiet, key="name")
+    is_cluster = any(job.get("node") for job in answer["items"])
+    columns, shape = ((*COLUMNS, "node"), (*_SHAPE, _NODE)) if is_cluster else (COLUMNS, _SHAPE)
+    print_page(answer, columns, shape, quiet=quiet, key="name")
 
 
 @jobs.command()

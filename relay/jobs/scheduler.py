@@ -57,6 +57,7 @@ class _Job(msgspec.Struct, frozen=True):
     past: Past
     work: Work
     cluster: bool  # runs on one node of a cluster
+    led: bool  # one node of a cluster leads it, and may be the only one that runs it
     lock: asyncio.Lock  # held during a run, so that runs do not overlap
 
 
@@ -78,14 +79,17 @@ class Jobs:
         self._clock_difference = self._difference()
         self._clock_check: asyncio.TimerHandle | None = None
 
-    def add(self, name: str, seconds: float, work: Work, *, cluster: bool = False) -> None:
+    def add(self, name: str, seconds: float, work: Work, *, cluster: bool = False, led: bool = False) -> None:
         """Run `work` every `seconds`; an exception is logged and does not stop later runs.
 
-        With `cluster`, it runs on one of the nodes that share the data, otherwise on each.
+        With `cluster`, it runs on one of the nodes that share the data. With `led`, it runs on each, but one
+        of them does the part of the work that concerns all.
         """
         self._metrics.add_job(name)
         self._metrics.job_every.labels(name).set(seconds)
-        job = self._jobs[name] = _Job(Past(name=name, every=seconds), work, cluster, asyncio.Lock())
+        job = self._jobs[name] = _Job(
+            Past(name=name, every=seconds), work, cluster, cluster or led, asyncio.Lock()
+        )
 
         async def run() -> None:
             if cluster and not self._lead(name):
@@ -111,8 +115,8 @@ class Jobs:
 
     @property
     def of_cluster(self) -> list[str]:
-        """The names of the jobs that run on one node of a cluster."""
-        return [name for name, job in self._jobs.items() if job.cluster]
+        """The names of the jobs that one node of a cluster leads."""
+        return [name for name, job in self._jobs.items() if job.led]
 
     def next_run(self, name: str) -> datetime | None:
         """Return the time of a job's next run; None: the jobs are not running."""
@@ -126,13 +130,24 @@ class Jobs:
             UnknownError: the job does not exist.
             RelayError: another node of the cluster runs it.
         """
-        if name not in self._jobs:
-            known = ", ".join(sorted(self._jobs))
-            raise UnknownError(f"unknown job {shown(name)}{guess(name, self._jobs)}", hint=f"jobs: {known}")
-        job = self._jobs[name]
+        job = self._find(name)
         if job.cluster and not self._lead(name):
             raise RelayError(f"job {name} runs on another node", hint="run it there: relay nodes")
         return await self._run(job)
+
+    def is_led_elsewhere(self, name: str) -> bool:
+        """Return whether another node of the cluster leads a job.
+
+        Raises:
+            UnknownError: the job does not exist.
+        """
+        return self._find(name).led and not self._lead(name)
+
+    def _find(self, name: str) -> _Job:
+        if name not in self._jobs:
+            known = ", ".join(sorted(self._jobs))
+            raise UnknownError(f"unknown job {shown(name)}{guess(name, self._jobs)}", hint=f"jobs: {known}")
+        return self._jobs[name]
 
     async def _run(self, job: _Job) -> Past:
         """Run a job once, after its current run; an exception is recorded and logged."""

@@ -7,7 +7,16 @@ Times are microseconds: `wall` for display, `steady` for deadlines (see `relay.b
 """
 
 import threading
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import (
+    AsyncIterable,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Collection,
+    Iterable,
+    Mapping,
+    Sequence,
+)
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
@@ -645,8 +654,20 @@ class SharedReplies(Protocol):
         ...
 
 
+class Answers(msgspec.Struct, frozen=True):
+    """The answers of the other live nodes to one request."""
+
+    given: tuple[tuple[str, Any], ...] = ()  # name of a node, and its answer
+    silent: tuple[str, ...] = ()  # names of the nodes that did not answer in time, or failed
+
+
 class Nodes(Protocol):
     """The nodes: daemons that share the data. Each lane, and each job of the cluster, runs on one node."""
+
+    @property
+    def incarnation(self) -> str:
+        """The random id of this node, new at each start; empty if this node is alone."""
+        ...
 
     @property
     def alone(self) -> bool:
@@ -679,6 +700,39 @@ class Nodes(Protocol):
         Raises:
             StorageUnavailableError: no node has answered in time.
             RelayError: the owner refused.
+        """
+        ...
+
+    async def ask_leader(self, job: str, verb: str, argument: Any) -> Any:
+        """Let the node that leads a job of the cluster execute a request, and return its answer.
+
+        Raises:
+            StorageUnavailableError: no node has answered in time.
+            RelayError: the leader refused.
+        """
+        ...
+
+    async def ask_node(self, incarnation: str, verb: str, argument: Any, patience: float) -> Any:
+        """Let one node execute a request, and return its answer; wait at most `patience` seconds.
+
+        Raises:
+            StorageUnavailableError: the node has not answered in time.
+            RelayError: the node refused.
+        """
+        ...
+
+    async def ask_others(self, verb: str, argument: Any, patience: float) -> Answers:
+        """Let every other live node execute a request, and return their answers.
+
+        Waits at most `patience` seconds. If the database does not answer, every node counts as silent.
+        """
+        ...
+
+    def handle(self, verb: str, handle: Callable[[str, Any], Awaitable[Any]]) -> None:
+        """Set the function that executes a kind of request of other nodes.
+
+        It gets the lane, `job:NAME` or `node:INCARNATION` that the request is for, and the argument; both the
+        argument and its result are JSON values. The attendant executes the other kinds.
         """
         ...
 

@@ -1,14 +1,14 @@
 """Nodes: the daemons that share stored data. One node alone owns every lane and every job."""
 
 import socket
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from typing import Any
 
 from relay import __version__
 from relay.base.clock import Clock
 from relay.errors import UnknownError
 from relay.model import Caution, Node
-from relay.store import FOREVER, Attendant, Ownership
+from relay.store import FOREVER, Answers, Attendant, Ownership
 
 
 class OneNode:
@@ -16,6 +16,7 @@ class OneNode:
 
     alone = True
     replies = None
+    incarnation = ""
 
     def __init__(self, clock: Clock, name: str = "", digest: Callable[[], bytes] = lambda: b"") -> None:
         self._clock = clock
@@ -35,6 +36,24 @@ class OneNode:
         """See `Nodes.ask`; this node owns every lane of its config."""
         _ = argument
         raise UnknownError(f"{lane}: no node delivers to it; cannot {verb}")
+
+    async def ask_leader(self, job: str, verb: str, argument: Any) -> Any:
+        """See `Nodes.ask_leader`; this node leads every job."""
+        _ = argument
+        raise UnknownError(f"job {job}: no other node leads it; cannot {verb}")
+
+    async def ask_node(self, incarnation: str, verb: str, argument: Any, patience: float) -> Any:
+        """See `Nodes.ask_node`; there is no other node."""
+        _ = argument, patience
+        raise UnknownError(f"node {incarnation} does not exist; cannot {verb}")
+
+    async def ask_others(self, verb: str, argument: Any, patience: float) -> Answers:
+        """See `Nodes.ask_others`; there is no other node."""
+        _ = verb, argument, patience
+        return Answers()
+
+    def handle(self, verb: str, handle: Callable[[str, Any], Awaitable[Any]]) -> None:
+        """See `Nodes.handle`; no other node sends requests."""
 
     async def give(self, lanes: Collection[str]) -> None:
         """See `Nodes.give`; no other node takes lanes."""

@@ -9,6 +9,7 @@ from support import FakeClock, until
 
 from relay.base.clock import SECOND, SystemClock
 from relay.errors import StorageError, StorageUnavailableError
+from relay.store import Answers
 from relay.store.postgres.clock import SLEW, ServerClock
 from relay.store.postgres.nodes import (
     NEGLECTED,
@@ -458,9 +459,47 @@ async def test_nodes_wake_and_ask_each_other(cluster):
 
     first.handle("cancel", cancel)
     assert await second.ask("crm", "cancel", [1, 2]) == 2
+    await own(second)
+    leader = first if first.lead("sweep") else second
+    leader.attend(attendant)
+    other = second if leader is first else first
+    assert await other.ask_leader("sweep", "show", None) == "show done"
+    assert attendant.asked[-1] == ("job:sweep", "show", None)
     assert attendant.renewals == 0
     await second.give(())
     await until(lambda: attendant.renewals == 1)
+
+
+@needs_postgres
+async def test_a_node_asks_all_others_and_names_those_that_do_not_answer(cluster):
+    nodes = [await cluster.join(name) for name in "abc"]
+    first, second, third = nodes
+
+    async def fail(_to, _argument):
+        raise ValueError("for the test")
+
+    for node in (first, second):
+        node.attend(Attendant())
+    for node in (*nodes, first):
+        await own(node)
+    assert await first.ask_others("show", None, 0.05) == Answers(silent=("b", "c"))  # no wake-ups: both poll
+
+    async def asked(patience=5.0):
+        asking = asyncio.create_task(first.ask_others("show", [1], patience))
+        while not asking.done():  # each node looks for requests when it renews its leases
+            await own(second)
+            await own(third)
+        return await asking
+
+    assert await asked(0.5) == Answers(given=(("b", "show done"),), silent=("c",))
+    third.attend(Attendant())
+    third.handle("show", fail)
+    assert await asked() == Answers(given=(("b", "show done"),), silent=("c",))
+    assert await cluster.run("SELECT FROM requests") == []
+    with pytest.raises(StorageUnavailableError, match='another node did not answer; "show" was not executed'):
+        await first.ask_node("00000000-0000-0000-0000-000000000000", "show", None, 0.1)
+    cluster.cut = "before"
+    assert await first.ask_others("show", None, 5.0) == Answers(silent=("b", "c"))
 
 
 @needs_postgres

@@ -21,11 +21,11 @@ from relay import __version__
 from relay.base.clock import SECOND, Clock
 from relay.errors import StorageError
 from relay.model import Caution, Node
-from relay.store import Attendant, Ownership
+from relay.store import Answers, Attendant, Ownership
 from relay.store.batch import Scope
 from relay.store.postgres.clock import SLEW, ServerClock
 from relay.store.postgres.replies import Replies
-from relay.store.postgres.requests import Handle, Requests
+from relay.store.postgres.requests import NODE, Handle, Requests
 from relay.store.postgres.wakeups import POLL, Notifications, WakeUp, WakeUps
 
 log = logging.getLogger("relay.store")
@@ -316,7 +316,7 @@ class PostgresNodes:
         self._attendant = attendant
 
     def handle(self, verb: str, handle: Handle) -> None:
-        """Set the handler of one kind of request from other nodes; the attendant handles the others."""
+        """See `Nodes.handle`."""
         self._requests.handlers[verb] = handle
 
     def announce(
@@ -338,6 +338,34 @@ class PostgresNodes:
     async def ask(self, lane: str, verb: str, argument: Any) -> Any:
         """See `Nodes.ask`."""
         return await self._requests.ask(lane, verb, argument)
+
+    async def ask_leader(self, job: str, verb: str, argument: Any) -> Any:
+        """See `Nodes.ask_leader`."""
+        return await self._requests.ask(_job(job), verb, argument)
+
+    async def ask_node(self, incarnation: str, verb: str, argument: Any, patience: float) -> Any:
+        """See `Nodes.ask_node`."""
+        return await self._requests.ask(NODE + incarnation, verb, argument, patience)
+
+    async def ask_others(self, verb: str, argument: Any, patience: float) -> Answers:
+        """See `Nodes.ask_others`."""
+        others = [peer for peer in self._peers if peer.incarnation != self.incarnation]
+        if not others:
+            return Answers()
+        try:
+            outcomes = await self._requests.ask_all(
+                [NODE + peer.incarnation for peer in others], verb, argument, patience
+            )
+        except StorageError as error:
+            log.debug("cannot ask the other nodes: %s", error)
+            return Answers(silent=tuple(peer.name for peer in others))
+        pairs = list(zip(others, outcomes, strict=True))
+        return Answers(
+            given=tuple(
+                (peer.name, each.answer) for peer, each in pairs if each.is_answered and each.error is None
+            ),
+            silent=tuple(peer.name for peer, each in pairs if not each.is_answered or each.error is not None),
+        )
 
     async def own(self, lanes: Mapping[str, float], jobs: Collection[str]) -> Ownership:
         """See `Nodes.own`."""
@@ -492,7 +520,7 @@ class PostgresNodes:
             self._answer_requests()
 
     def _answer_requests(self) -> None:
-        """Look for requests to the lanes of this node, in the background."""
+        """Look for requests to this node, in the background."""
         if self._answering is None or self._answering.done():
             self._answering = asyncio.create_task(self._answer_all())
 
@@ -500,7 +528,11 @@ class PostgresNodes:
         if self._attendant is None:
             return
         try:
-            await self._requests.answer(self.owned, self._attendant.answer)
+            jobs = [
+                name for name in self._trusted if name.startswith(JOB) and self.lead(name.removeprefix(JOB))
+            ]
+            mine = [*self.owned, *jobs, NODE + self.incarnation]
+            await self._requests.answer(mine, self._attendant.answer)
             await self._requests.clean()
         except Exception as error:  # noqa: BLE001 - the asking nodes notice the missing answer
             log.debug("cannot look for requests of other nodes: %s", error)

@@ -1,6 +1,8 @@
-"""Requests of operators to the node that owns a lane, through a table: any node's API answers for all lanes.
+"""Requests to other nodes, through a table: any node's API answers for the whole cluster.
 
-Only the owner knows what is in flight, so only it ends a lane's deliveries and changes a destination's state.
+A request is for the owner of a lane, the leader of a job (`job:NAME`) or a certain node (`node:INCARNATION`).
+Only the owner of a lane knows what is in flight, so only it ends deliveries and changes the state of a
+destination.
 """
 
 import asyncio
@@ -11,6 +13,7 @@ from typing import Any
 
 import msgspec
 
+from relay.base.json_text import encode
 from relay.errors import RelayError, StorageUnavailableError, UnknownError
 from relay.process.logs import in_one_line
 
@@ -22,7 +25,13 @@ PATIENCE = 10.0
 POLL_EVERY = 0.05  # seconds between polls for the answer
 KEPT = 60.0  # seconds after which any request is deleted
 
-ASK_SQL = "INSERT INTO requests (id, destination, verb, argument) VALUES ($1::uuid, $2, $3, $4)"
+NODE = "node:"
+"""Before the incarnation of a node, if a request is for that node."""
+
+ASK_SQL = """
+    INSERT INTO requests (id, destination, verb, argument)
+    SELECT id, destination, $3, $4 FROM unnest($1::uuid[], $2::text[]) AS r (id, destination)
+"""
 
 TAKE_SQL = """
     WITH due AS MATERIALIZED (
@@ -37,24 +46,38 @@ ANSWER_SQL = """
     UPDATE requests SET answered = clock_timestamp(), answer = $2, error = $3 WHERE id = $1::uuid
 """
 
-LOOK_SQL = "SELECT answer, error FROM requests WHERE id = $1::uuid AND answered IS NOT NULL"
+LOOK_SQL = """
+    SELECT id::text, answer, error FROM requests WHERE id = ANY($1::uuid[]) AND answered IS NOT NULL
+"""
 
-WITHDRAW_SQL = "DELETE FROM requests WHERE id = $1::uuid RETURNING taken IS NOT NULL AS is_taken"
+WITHDRAW_SQL = """
+    DELETE FROM requests WHERE id = ANY($1::uuid[]) RETURNING id::text, taken IS NOT NULL AS is_taken
+"""
 
 CLEAN_SQL = "DELETE FROM requests WHERE asked < clock_timestamp() - $1::float8 * interval '1 second'"
 
 Fetch = Callable[..., Awaitable[Sequence[Any]]]
 Handle = Callable[[str, Any], Awaitable[Any]]
+"""Executes one verb; called with the name that the request is for, and the argument."""
 Answer = Callable[[str, str, Any], Awaitable[Any]]
-"""Executes a verb; called with the destination, the verb and the argument."""
+"""Executes any verb; called with the name that the request is for, the verb and the argument."""
 
 
 async def _refuse(_destination: str, verb: str, _argument: Any) -> None:
     raise UnknownError(f'this node does not support "{verb}"', hint="upgrade hookferry on this node")
 
 
+class Outcome(msgspec.Struct, frozen=True):
+    """What became of one request."""
+
+    answer: Any = None
+    error: str | None = None  # of the node that executed it
+    is_answered: bool = True
+    is_taken: bool = True  # a node may have executed it
+
+
 class Requests:
-    """Asks the owners of other lanes, and answers requests for the lanes of this node."""
+    """Asks other nodes, and answers requests for the lanes and jobs of this node, and for itself."""
 
     def __init__(self, fetch: Fetch, announce: Callable[[], None]) -> None:
         """Take `fetch`, which runs a statement, and `announce`, which wakes the other nodes."""
@@ -63,41 +86,56 @@ class Requests:
         self._announce = announce
         self._answering: set[asyncio.Task[None]] = set()
 
-    async def ask(self, destination: str, verb: str, argument: Any) -> Any:
-        """Let the owner of a lane execute an operator's request, and return its answer.
+    async def ask(self, to: str, verb: str, argument: Any, patience: float = PATIENCE) -> Any:
+        """Let another node execute a request, and return its answer.
 
         Raises:
             StorageUnavailableError: no node has answered in time.
-            RelayError: the owner refused.
+            RelayError: the node refused.
         """
-        id_ = str(uuid.uuid4())
-        await self._fetch(ASK_SQL, id_, destination, verb, msgspec.json.encode(argument))
-        self._announce()
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + PATIENCE
-        while loop.time() < deadline:
-            if rows := await self._fetch(LOOK_SQL, id_):
-                await self._fetch(WITHDRAW_SQL, id_)
-                [row] = rows
-                if row["error"] is not None:
-                    raise RelayError(row["error"])
-                return msgspec.json.decode(row["answer"])
-            await asyncio.sleep(POLL_EVERY)
-        rows = await self._fetch(WITHDRAW_SQL, id_)
-        what = "may still be executed" if rows and rows[0]["is_taken"] else "was not executed"
+        [outcome] = await self.ask_all([to], verb, argument, patience)
+        if outcome.is_answered:
+            if outcome.error is not None:
+                raise RelayError(outcome.error)
+            return outcome.answer
+        what = "may still be executed" if outcome.is_taken else "was not executed"
+        who, hint = (
+            f"{to}: the node that delivers to it",
+            f"; check the destination: relay destinations show {to}",
+        )
+        if ":" in to:
+            kind, _, name = to.partition(":")
+            who, hint = (f"job {name}: its node" if kind == "job" else "another node"), ""
         raise StorageUnavailableError(
-            f'{destination}: the node that delivers to it did not answer; "{verb}" {what}',
-            hint=f"list the nodes: relay nodes; check the destination: relay destinations show {destination}",
+            f'{who} did not answer; "{verb}" {what}', hint=f"list the nodes: relay nodes{hint}"
         )
 
-    async def answer(self, lanes: Collection[str], other: Answer = _refuse) -> None:
-        """Start to answer the requests for lanes that this node owns; call it after a wake-up.
+    async def ask_all(self, to: Sequence[str], verb: str, argument: Any, patience: float) -> list[Outcome]:
+        """Let several nodes execute a request; returns the outcomes in the same order."""
+        ids = [str(uuid.uuid4()) for _ in to]
+        await self._fetch(ASK_SQL, ids, list(to), verb, msgspec.json.encode(argument))
+        self._announce()
+        found: dict[str, Outcome] = {}
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + patience
+        try:
+            while len(found) < len(ids) and loop.time() < deadline:
+                await asyncio.sleep(POLL_EVERY)
+                for row in await self._fetch(LOOK_SQL, [id_ for id_ in ids if id_ not in found]):
+                    answer = None if row["error"] is not None else msgspec.json.decode(row["answer"])
+                    found[row["id"]] = Outcome(answer, row["error"])
+        finally:
+            taken = {row["id"] for row in await self._fetch(WITHDRAW_SQL, ids) if row["is_taken"]}
+        return [found.get(id_) or Outcome(is_answered=False, is_taken=id_ in taken) for id_ in ids]
+
+    async def answer(self, names: Collection[str], other: Answer = _refuse) -> None:
+        """Start to answer the requests for these names, which are this node's; call it after a wake-up.
 
         `other` answers those whose verb has no handler.
         """
-        if not lanes:
+        if not names:
             return
-        for row in await self._fetch(TAKE_SQL, sorted(lanes)):
+        for row in await self._fetch(TAKE_SQL, sorted(names)):
             task = asyncio.create_task(
                 self._answer(row["id"], row["destination"], row["verb"], row["argument"], other)
             )
@@ -111,7 +149,9 @@ class Requests:
     async def stop(self) -> None:
         """Wait for the answers that this node has begun."""
         if self._answering:
-            await asyncio.wait(self._answering, timeout=PATIENCE)
+            _, left = await asyncio.wait(self._answering, timeout=PATIENCE)
+            for task in left:
+                task.cancel()
 
     async def _answer(self, id_: str, destination: str, verb: str, argument: bytes, other: Answer) -> None:
         answer, error = b"null", None
@@ -121,7 +161,7 @@ class Requests:
                 result = await handle(destination, given)
             else:
                 result = await other(destination, verb, given)
-            answer = msgspec.json.encode(result)
+            answer = encode(result)
         except RelayError as refusal:
             error = in_one_line(refusal)
         except Exception as failure:
