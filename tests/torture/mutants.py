@@ -24,6 +24,8 @@ NODES = "tests/unit/test_postgres_nodes.py"
 SHARED = "tests/unit/test_postgres_shared.py"
 STORE = "tests/unit/test_postgres_store.py"
 OWNER = "tests/unit/test_owner.py"
+WORKERS = "tests/unit/test_postgres_workers.py"
+REPLIES = "tests/unit/test_postgres_replies.py"
 
 
 @dataclass(frozen=True)
@@ -200,6 +202,59 @@ MUTANTS = {
             )
         ],
         [NODES],
+    ),
+    "write-an-outdated-worker": Mutant(
+        [Change(f"{POSTGRES}/workers.py", "w.id = g.id AND w.version = g.known", "w.id = g.id")],
+        [WORKERS],
+    ),
+    "flush-an-outdated-worker": Mutant(
+        [
+            Change(
+                f"{POSTGRES}/workers.py",
+                "WHERE w.version = g.known ORDER BY",
+                "WHERE g.known IS NOT NULL ORDER BY",
+            )
+        ],
+        [WORKERS],
+    ),
+    "sweep-without-the-other-nodes": Mutant(
+        [Change(f"{POSTGRES}/workers.py", "return min([moment, ", "return max([moment, ")],
+        [WORKERS],
+    ),
+    "no-extension-after-an-outage": Mutant(
+        [
+            Change(
+                f"{POSTGRES}/workers.py",
+                "now if self._owes_extension and was_away else former.resumed",
+                "former.resumed",
+            )
+        ],
+        [WORKERS],
+    ),
+    "read-workers-since-the-latest-transaction": Mutant(
+        [Change(f"{POSTGRES}/workers.py", "SELECT pg_snapshot_xmin(", "SELECT pg_snapshot_xmax(")],
+        [WORKERS],
+    ),
+    "late-requests-of-a-frozen-node": Mutant(
+        [
+            Change(
+                f"{POSTGRES}/workers.py",
+                "if not isinstance(change, SessionSeen) and self._was_away():",
+                "if change is None:",
+            )
+        ],
+        [WORKERS],
+    ),
+    "take-an-unheard-reply-twice": Mutant(
+        [
+            Change(
+                f"{POSTGRES}/replies.py",
+                "DELETE FROM unheard WHERE digest = $1 RETURNING event_ids, expires > clock_timestamp() AS"
+                " is_valid",
+                "SELECT event_ids, expires > clock_timestamp() AS is_valid FROM unheard WHERE digest = $1",
+            )
+        ],
+        [REPLIES],
     ),
 }
 

@@ -11,10 +11,12 @@ from stores import accept
 from support import FakeClock
 
 from relay.base.clock import SECOND
+from relay.base.json_text import encode
 from relay.config.schema import WorkerRules
 from relay.errors import Conflict, StorageUnavailableError
 from relay.model import Command, Heartbeat, Register, Session, SessionSeen, Unregister, Worker
 from relay.store import Acceptance, opening
+from relay.store.postgres.connection import connect
 from relay.store.postgres.workers import Note, is_obsolete, judged_until
 from relay.workers.rules import Now
 
@@ -222,6 +224,24 @@ async def test_an_operators_change_sees_the_rows_of_other_nodes(nodes):
 
 
 @needs_postgres
+async def test_a_change_that_another_node_has_overtaken_is_made_again(nodes, monkeypatch):
+    first, second = nodes
+    await first.ask(Register(worker_id="w1"))
+    await flushed(*nodes)
+    refresh, calls = second.workers._refresh, []
+
+    async def refresh_later(fetch):
+        calls.append(fetch)
+        if len(calls) > 1:
+            await refresh(fetch)
+
+    monkeypatch.setattr(second.workers, "_refresh", refresh_later)
+    await first.ask(beat(version="2.0.0"))
+    row = await second.workers.change(lambda changes: changes.maintain(("wa", "w1"), on=True))
+    assert (row.version, row.status, len(calls)) == ("2.0.0", "MAINTENANCE", 2)
+
+
+@needs_postgres
 async def test_changes_of_the_same_workers_at_both_nodes_are_all_kept(nodes):
     ids = [f"w{number}" for number in range(20)]
     await asyncio.gather(*(nodes[0].ask(Register(worker_id=id_)) for id_ in ids))
@@ -425,6 +445,25 @@ async def test_a_refused_unregister_is_one_event(nodes, clock):
     marked = await asyncio.gather(*(node.workers.sweep(at=0) for node in nodes))
     assert [row.id for rows in marked for row in rows] == ["w1"]
     assert events_of(*nodes) == [("worker.registered", "w1"), ("worker.unregistered", "w1")]
+
+
+@needs_postgres
+async def test_a_row_of_a_long_transaction_is_read_after_its_end(nodes):
+    first, second = nodes
+    await first.ask(Register(worker_id="w1"))
+    await flushed(*nodes)
+    connection = await connect(first.store.database.address, writes=True)
+    await connection.execute("BEGIN")
+    record = encode(msgspec.structs.replace(first.row(), description="slow"))
+    sql = "UPDATE workers SET version = pg_current_xact_id()::text::bigint, record = $1"
+    await connection.execute(sql, record)
+    await first.ask(Register(worker_id="w2"))  # a later transaction ends before
+    await flushed(second)
+    assert second.row().description == ""
+    await connection.execute("COMMIT")
+    await connection.close()
+    await flushed(*nodes)
+    assert [node.row().description for node in nodes] == ["slow", "slow"]
 
 
 @needs_postgres
