@@ -30,6 +30,9 @@ WIDE = 120
 
 _LEAST_NAME, _MOST_NAME = 22, 48  # columns of the type or the destination
 
+MOST_IDS = 10_000
+"""Latest ids from which a further id must differ."""
+
 MOST_LINES = 40
 """Lines of a payload on a terminal."""
 
@@ -69,11 +72,11 @@ def tail(
     only_attempts = failed or filters["destination"] is not None
     gap = Gap(daemon, source=filters["source"], pattern=filters["type"], events=not only_attempts)
     query: dict[str, Any] = {**filters, "failed": 1 if failed else None, "payload": 1 if payload else None}
-    left = limit
+    left, ids = limit, ShortIds()
     try:
         with closing(follow_stream(daemon, "tail", gap.start, gap.end, **query)) as items:
             for what, item in items:
-                _show(what, item, as_json=as_json)
+                _show(what, item, ids, as_json=as_json)
                 if what == "event":
                     gap.latest = item["received_at"]
                 if left is not None and what != "lost":
@@ -84,7 +87,25 @@ def tail(
         ctx.exit(INTERRUPTED)
 
 
-def _show(what: str, item: dict[str, Any], *, as_json: bool) -> None:
+class ShortIds:
+    """Shortens ids so that they differ from the latest others."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, str] = {}  # the whole ids by their short ones, oldest first
+
+    def of(self, id_: str) -> str:
+        """Return an id shortened to 16 hex digits, or to more if a different id is shown in this way."""
+        short = id_
+        for length in range(screen.UNIQUE_DIGITS, len(id_)):
+            [short] = screen.short_ids([id_], length)
+            if self._known.setdefault(short, id_) == id_:
+                break
+        if len(self._known) > MOST_IDS:
+            del self._known[next(iter(self._known))]
+        return short
+
+
+def _show(what: str, item: dict[str, Any], ids: ShortIds, *, as_json: bool) -> None:
     if as_json:
         click.echo(to_json({"what": what, **item}))
         return
@@ -92,7 +113,7 @@ def _show(what: str, item: dict[str, Any], *, as_json: bool) -> None:
         click.echo(f"dropped {count(item['count'], 'item')}: the output is slower than the events", err=True)
         return
     if sys.stdout.isatty():
-        print_line(line_for_people(what, item, screen.terminal_width()))
+        print_line(line_for_people(what, item, screen.terminal_width(), ids))
         for line in screen.payload_lines(item.get("payload", ""), MOST_LINES):
             print_line(f"  {line}")
         return
@@ -110,7 +131,7 @@ def _for_programs(what: str, item: dict[str, Any]) -> str:
     return "\t".join(printable(" ".join(text.split())) for text in cells)
 
 
-def line_for_people(what: str, item: dict[str, Any], width: int) -> str:
+def line_for_people(what: str, item: dict[str, Any], width: int, ids: ShortIds) -> str:
     """Return the line of an event or an attempt for a terminal: time, event, and what happened.
 
     An event and its attempts show the same id, so that readers can match them.
@@ -121,8 +142,7 @@ def line_for_people(what: str, item: dict[str, Any], width: int) -> str:
         else (item["started_at"], item["event_id"] or item["delivery_id"])
     )
     [clock] = screen.clock_times([began], fraction=width >= WIDE)
-    [short] = screen.short_ids([id_], screen.UNIQUE_DIGITS)
-    head = f"{clock}  {short}  "
+    head = f"{clock}  {ids.of(id_)}  "
     room = max(width - screen.width_of(head), 0)
     name_room = min(max(room * 9 // 20, _LEAST_NAME), _MOST_NAME)
     if what == "event":

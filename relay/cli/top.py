@@ -342,8 +342,10 @@ def frame(view: View, columns: int, rows: int | None) -> list[str]:
     if view.filter and not sources and not destinations:
         body = ["", f'no source or destination contains "{screen.one_line(view.filter)}"']
     if rows is None:
-        return [*head, *body]
+        return [*head, *body, *_errors(body, destinations, columns, colour=colour)]
     body = body[: rows - len(head) - 1]
+    errors = _errors(body, destinations, columns, colour=colour)
+    body += errors if len(errors) <= rows - len(head) - len(body) - 1 else []
     blank = [""] * (rows - len(head) - len(body) - 1)
     return [*head, *body, *blank, _keys(view, colour=colour)]
 
@@ -407,14 +409,28 @@ _SOURCES = (
     Column("held", "state", screen.each(str), of=lambda each: "paused" if each["paused"] else "accepting"),
     _rate("events_per_second", "events/s"), _HISTORY._replace(rank=1),
 )  # fmt: skip
+_LAST_ERROR = Column("last_error", "last error", screen.each(str), least=16, wish=44, rank=1, of=_last_error)
 _DESTINATIONS = (
     screen.text("name", "destination", least=20, wish=32, long="middle"),
     Column("held", "state", screen.each(held_text)), screen.number("pending"),
     _rate("delivered_per_second", "ok/s"), _rate("failed_per_second", "failed/s"),
-    Column("last_error", "last error", screen.each(str), least=16, wish=44, rank=1, of=_last_error),
+    _LAST_ERROR,
     screen.number("in_flight", "in flight", rank=2), _HISTORY,
     _rate("attempts_per_second", "attempts/s", rank=3),
 )  # fmt: skip
+
+
+_ERRORS = (_DESTINATIONS[0], _LAST_ERROR._replace(rank=0))
+
+
+def _errors(
+    body: Sequence[str], destinations: Sequence[Mapping[str, Any]], columns: int, *, colour: bool
+) -> list[str]:
+    """Return a table of the latest errors, if the table of destinations is too narrow for them."""
+    failed = [each for each in destinations if each["last_error"] is not None]
+    if not failed or any(_LAST_ERROR.heading.upper() in line for line in body):
+        return []
+    return ["", *screen.table(_ERRORS, failed, width=columns, colour=colour)]
 
 
 def _table(

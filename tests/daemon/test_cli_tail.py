@@ -226,3 +226,13 @@ def test_missed_events_are_counted_from_the_list(capsys, answers, settings, expe
     printed = capsys.readouterr()
     assert printed.out == ""
     assert expected in printed.err.splitlines()[1]
+
+
+def test_ids_of_one_millisecond_stay_distinct_and_each_keeps_its_length(monkeypatch):
+    monkeypatch.setattr(tail, "MOST_IDS", 3)
+    first, second, third = (f"evt_0190aaaa-bbbb-7ccc-{digit}ddd-eeeeeeeeeeee" for digit in "89a")
+    ids = tail.ShortIds()
+    shown = [ids.of(each) for each in (first, second, third, first, second, third)]
+    assert shown == ["0190aaaabbbb7ccc", "0190aaaabbbb7ccc9", "0190aaaabbbb7ccca"] * 2
+    assert ids.of("evt_0190aaaa-cccc-7ccc-8ddd-eeeeeeeeeeee") == "0190aaaacccc7ccc"
+    assert len(ids._known) == 3

@@ -234,3 +234,20 @@ def test_a_daemon_that_is_not_ready_has_its_reasons(monkeypatch):
 def test_a_coloured_line_is_cut_by_its_visible_width():
     assert clip("\x1b[31mdead\x1b[0m, and more", 2) == "\x1b[31mde\x1b[0m"
     assert clip("short", 80) == "short"
+
+
+@pytest.mark.parametrize(
+    ("columns", "rows", "place"),
+    [(80, None, "own table"), (80, 30, "own table"), (80, 16, None), (120, 30, "column")],
+)
+def test_a_narrow_screen_lists_the_latest_errors_below_the_destinations(columns, rows, place):
+    shown = snapshot(destinations=3)
+    error = {"last_error": "HTTP 503 Service Unavailable", "last_error_at": "2026-01-31T11:59:00.000Z"}
+    shown["destinations"][1] |= {"name": "d1" + "-long" * 8, "held": "paused in config.toml", **error}
+    lines = frame(viewed(shown), columns, rows)
+    found = [line for line in lines if "503 Service Unavailable" in line]
+    assert len(found) == (place is not None)
+    if place is not None:
+        assert ("paused in config.toml" in found[0]) is (place == "column")
+        assert any(line.startswith("DESTINATION") and "LAST ERROR" in line for line in lines)
+    assert rows is None or len(lines) == rows
