@@ -3,8 +3,9 @@
 import asyncio
 import re
 import socket
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 from daemons import SOURCES, adorn, running, write_config
@@ -146,3 +147,34 @@ def test_the_proxies_point_to_the_default_port_and_permit_large_bodies():
     kept = re.findall(r"keepalive(?:_timeout)? (\d+)s", "".join(texts.values()))
     assert len(kept) == 2
     assert all(int(each) < KEEPALIVE for each in kept)  # a request must not meet the closing
+
+
+@needs("haproxy")
+async def test_the_balancer_of_a_cluster_uses_only_nodes_that_are_ready(tmp_path):
+    """The configuration of docs/cluster.md, with one node that runs and two that do not."""
+    cluster = (Path(__file__).parents[2] / "docs" / "cluster.md").read_text()
+    text = re.search(r"```haproxy\n(.*?)```", cluster, re.DOTALL)[1]
+    port = free_port()
+    async with running(write_config(tmp_path, SOURCES)) as relay:
+        admin, public = (urlsplit(url).port for url in (relay.addresses.admin, relay.addresses.public))
+        text = text.replace("bind :80", f"bind 127.0.0.1:{port}").replace("inter 2s", "inter 100ms")
+        for number, (to, check) in enumerate(((public, admin), (free_port(), admin), (public, free_port()))):
+            text = text.replace(
+                f"10.0.0.1{number + 1}:8080 check port 8081", f"127.0.0.1:{to} check port {check}"
+            )
+        assert "10.0.0" not in text
+        config = tmp_path / "haproxy.cfg"
+        config.write_text(text)
+        process = await asyncio.create_subprocess_exec("haproxy", "-q", "-f", str(config))
+        try:
+            url = f"http://127.0.0.1:{port}"
+            statuses = []
+            async with asyncio.timeout(20):
+                while statuses[-6:] != [200] * 6:
+                    with suppress(OSError):
+                        statuses.append((await exchange(url, request("POST", "/v1/events", adorn()))).status)
+                    await asyncio.sleep(0.05)
+        finally:
+            process.terminate()
+            await process.wait()
+    assert set(statuses) <= {200, 503}
