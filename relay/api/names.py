@@ -12,7 +12,7 @@ from relay.api.endpoints import Page, endpoint
 from relay.api.query_params import Filter, NamesQuery
 from relay.api.views import about, list_types
 from relay.base.clock import rfc3339
-from relay.base.ids import dashed
+from relay.base.ids import REPLAY, dashed
 from relay.errors import RelayError
 
 MOST = 100
@@ -51,6 +51,8 @@ class NamesApi:
             found = await self._ids(query.kind, query.prefix)
         elif query.kind == "type":
             found = await self._types(query)
+        elif query.kind == "replay":
+            found = self._replays(query.prefix)
         else:
             found = [each for each in self._names(query) if each[0].startswith(query.prefix)]
         items = [NameView(name, about_) for name, about_ in found[:MOST]]
@@ -83,13 +85,17 @@ class NamesApi:
                     if worker.unregistered_at is None and query.source in (None, worker.source)
                 )
 
+    def _replays(self, typed: str) -> list[tuple[str, str]]:
+        return [
+            (shown, f"{each.state}, {each.done} of {each.total} events")
+            for each in self._context.replays.all()
+            for shown in _as_typed(each.id, REPLAY, typed)
+        ]
+
     async def _ids(self, kind: str, typed: str) -> list[tuple[str, str]]:
         """Return the latest ids that begin with a text, with or without prefix and dashes like the text."""
         queries, prefix = self._context.store.queries, _PREFIXES[kind]
-        short = typed.lower().removeprefix(prefix)
-        is_whole = prefix.startswith(typed) or typed.startswith(prefix)
-        short = "" if prefix.startswith(typed) else short
-        is_plain = "-" not in short and len(short) > len("01234567")
+        short, is_whole, is_plain = _read(typed, prefix)
         rows = await queries.find(_LISTS[kind], limit=RECENT)
         found = [row for row in rows if row["id"].startswith(prefix + dashed(short))]
         if not found and short:
@@ -102,6 +108,20 @@ class NamesApi:
         return [
             (_shown(row["id"], prefix, is_whole=is_whole, is_plain=is_plain), _about(row)) for row in found
         ]
+
+
+def _read(typed: str, prefix: str) -> tuple[str, bool, bool]:
+    """Return the digits that an operator typed, whether with the prefix, and whether without dashes."""
+    is_whole = prefix.startswith(typed) or typed.startswith(prefix)
+    short = "" if prefix.startswith(typed) else typed.lower().removeprefix(prefix)
+    return short, is_whole, "-" not in short and len(short) > len("01234567")
+
+
+def _as_typed(id_: str, prefix: str, typed: str) -> list[str]:
+    """Return the id in the form in which it was begun; nothing if it does not begin with the text."""
+    short, is_whole, is_plain = _read(typed, prefix)
+    fits = id_.startswith(prefix + dashed(short))
+    return [_shown(id_, prefix, is_whole=is_whole, is_plain=is_plain)] if fits else []
 
 
 def _shown(id_: str, prefix: str, *, is_whole: bool, is_plain: bool) -> str:

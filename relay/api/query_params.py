@@ -212,7 +212,7 @@ class NamesQuery(msgspec.Struct, kw_only=True):
     """`GET /api/names`."""
 
     kind: Annotated[
-        Literal["source", "destination", "worker", "job", "event", "delivery", "type"],
+        Literal["source", "destination", "worker", "job", "event", "delivery", "replay", "type"],
         _about("The kind of name."),
     ]
     prefix: Annotated[str, _about("The prefix of the names.")] = ""

@@ -109,7 +109,9 @@ def endpoint(
         @functools.wraps(show)
         def command(*, daemon: "Daemon | Offline", as_json: bool, **arguments: Any) -> None:
             segments = [part.format_map(arguments) for part in path.split("/")]
-            if method != "GET" and isinstance(daemon, Daemon):
+            if method == "DELETE" and isinstance(daemon, Daemon):
+                answer = daemon.delete(*segments)
+            elif method != "GET" and isinstance(daemon, Daemon):
                 answer = daemon.post(*segments, body=body(**arguments) if body else None)
             else:
                 answer = daemon.get(*segments)

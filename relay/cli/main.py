@@ -162,6 +162,7 @@ COMMANDS = {
         "List, inspect, test, pause, resume, disable and enable destinations.",
     ),
     "sources": ("relay.cli.sources:sources", "List, add, inspect, pause and resume sources."),
+    "replays": ("relay.cli.replays:replays", "List, inspect and cancel replays."),
     "refused": ("relay.cli.refused:refused", "List, inspect and retry refused requests."),
     "workers": ("relay.cli.workers:workers", "Inspect workers and send them commands."),
     "stats": ("relay.cli.stats:stats", "Count received events per hour, source and type."),

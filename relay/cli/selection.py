@@ -130,25 +130,25 @@ def follow_replay(daemon: Daemon, replay: Mapping[str, Any], *, as_json: bool, t
     """
     try:
         while replay["ended_at"] is None:
-            show_progress(f"{_done(replay)}, {pace(replay['per_second'], replay['eta_seconds'])}")
+            show_progress(f"{progress_of(replay)}, {pace(replay['per_second'], replay['eta_seconds'])}")
             time.sleep(POLL_EVERY)
             replay = daemon.get("replays", replay["id"])
     except KeyboardInterrupt:
         replay = daemon.delete("replays", replay["id"])
         raise CommandError(
-            f"cancelled after {_done(replay)}", hint=_continuation(replay), code=INTERRUPTED
+            f"cancelled after {progress_of(replay)}", hint=continuation(replay), code=INTERRUPTED
         ) from None
     finally:
         show_progress("")
     if as_json:
         print_json(replay)
     else:
-        click.echo(f"{_done(replay)}: {count(replay['created'], 'delivery')}")
+        click.echo(f"{progress_of(replay)}: {count(replay['created'], 'delivery')}")
         if replay["created"]:
             print_holds(daemon, to)
     if replay["error"] is not None or replay["state"] == "cancelled":
         why = replay["error"] or "cancelled"
-        hint = _continuation(replay) or "start the replay again"
+        hint = continuation(replay) or "start the replay again"
         raise CommandError(f"the replay stopped early: {why}", hint=hint, code=FAILED)
     if replay["skipped"]:
         skipped = count(replay["skipped"], "event")
@@ -156,11 +156,12 @@ def follow_replay(daemon: Daemon, replay: Mapping[str, Any], *, as_json: bool, t
         raise CommandError(f"skipped {skipped}", hint=hint, code=BATCH)
 
 
-def _continuation(replay: Mapping[str, Any]) -> str:
+def continuation(replay: Mapping[str, Any]) -> str:
     """Return how to continue a replay that stopped early, `""` if it created nothing."""
     reached = replay["reached"]
     return f"to continue, run the same command with --since {reached}" if reached else ""
 
 
-def _done(replay: Mapping[str, Any]) -> str:
+def progress_of(replay: Mapping[str, Any]) -> str:
+    """Return how many of a replay's events are done."""
     return f"{replay['done']:,} of {count(replay['count'], 'event')}".replace(",", " ")

@@ -13,7 +13,7 @@ from typing import Literal
 import msgspec
 
 from relay.base.clock import SECOND, Clock, rfc3339
-from relay.base.ids import REPLAY, new_id
+from relay.base.ids import REPLAY, dashed, new_id
 from relay.base.rate import TokenBucket
 from relay.base.units import Rate, render_rate
 from relay.config.problems import shown
@@ -250,22 +250,29 @@ class Replays:
         return [*reversed(self._replays.values())]
 
     def get(self, id_: str) -> Replay:
-        """Return one replay.
+        """Return one replay by its id, of which any unique prefix is enough.
 
         Raises:
             UnknownError: the id is unknown; a restart forgets all replays.
+            RelayError: the id is ambiguous.
         """
-        replay = self._replays.get(id_)
-        if replay is None:
+        digits = id_.lower().removeprefix(REPLAY)
+        found = [each for each in self._replays if digits and each.startswith(REPLAY + dashed(digits))]
+        if not found:
             hint = "a restart ends all replays; the log names the `since` to continue with"
             raise UnknownError(f"unknown replay {shown(id_)}", hint=hint)
-        return replay
+        if len(found) > 1:
+            matches = ", ".join(found)
+            raise RelayError(
+                f"ambiguous replay id {shown(id_)}; matches: {matches}", hint="add more characters"
+            )
+        return self._replays[found[0]]
 
     async def cancel(self, id_: str) -> Replay:
         """Cancel a replay and wait up to `STOP_WITHIN` for its last transaction. Raises as `get` does."""
         replay = self.get(id_)
         replay.cancel()
-        if (task := self._tasks.get(id_)) is not None:
+        if (task := self._tasks.get(replay.id)) is not None:
             await asyncio.wait((task,), timeout=STOP_WITHIN)
         return replay
 

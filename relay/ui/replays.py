@@ -7,7 +7,7 @@ from aiohttp import web
 
 from relay.ui.markup import Content, Markup, tag
 from relay.ui.page import Visit
-from relay.ui.parts import NONE, action, duration, fields, number, state, table, when
+from relay.ui.parts import NONE, action, command, duration, fields, number, state, table, when
 
 SECTION = "replays"
 _STATES = {"running": "pending", "done": "delivered", "failed": "dead", "cancelled": "cancelled"}
@@ -24,6 +24,7 @@ async def list_(visit: Visit) -> web.Response:
             [_row(visit, each) for each in page["items"]],
             empty="No replays since the daemon started.",
         ),
+        command("replays", "list"),
         section="deliveries",
     )
 
@@ -73,5 +74,6 @@ async def show(visit: Visit) -> web.Response:
             ("Began", when(visit, replay["began_at"])),
             ("Ended", when(visit, replay["ended_at"])),
         ),
+        command("replays", "show", id_),
         section="deliveries",
     )  # fmt: skip

@@ -2,6 +2,7 @@
 
 import asyncio
 import fcntl
+import json
 import math
 import os
 import pty
@@ -20,7 +21,7 @@ from click.shell_completion import BashComplete
 from daemons import SOURCES, adorn, destination, running, write_config
 from machines import needs
 from test_workers import register
-from wire import request
+from wire import exchange, request
 
 from relay.cli import completion, main
 
@@ -47,6 +48,8 @@ async def test_names_and_ids_are_completed(relay, monkeypatch):
     delivery = (await relay.operator("GET", "/api/deliveries"))["items"][0]["id"]
     first = next(row["id"] for row in await relay.rows())
     bare, plain = event.removeprefix("evt_"), event.removeprefix("evt_").replace("-", "")
+    nobody = json.dumps({"filter": {"subject": "nobody"}}).encode()
+    replay = (await exchange(relay.addresses.socket, request("POST", "/api/replays", nobody))).json["id"]
     cases = (
         ("destinations show", "", {"crm", "crm2"}),
         ("destinations pause --for 1h", "crm2", {"crm2"}),
@@ -70,6 +73,9 @@ async def test_names_and_ids_are_completed(relay, monkeypatch):
         ("deliveries show", delivery[:-1], {delivery}),
         ("deliveries retry", delivery, {delivery}),
         ("deliveries list --event", event, {event}),
+        ("replays show", "rp", {replay}),
+        ("replays cancel", replay.removeprefix("rpl_")[:-1], {replay.removeprefix("rpl_")}),
+        ("replays show", "rpl_x", set()),
     )
     for words, typed, expected in cases:
         found = await asyncio.to_thread(complete, words, typed)

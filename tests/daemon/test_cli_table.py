@@ -25,7 +25,7 @@ from lanes import CLOCK
 from machines import NOBODY, ROOT, SHARED
 from stores import KINDS, make_store
 from support import until
-from wire import request
+from wire import exchange, request
 
 from relay.cli import main
 from relay.cli.main import EXIT_CODES
@@ -182,6 +182,9 @@ async def relay(folder):
             wrong = request("POST", "/api/v1/events", b"{}", authorization="Bearer test-token")
             assert (await relay.exchange(wrong)).status == 400
             await keep_valid(relay)
+            nobody = json.dumps({"filter": {"subject": "nobody"}}).encode()
+            answer = await exchange(relay.addresses.socket, request("POST", "/api/replays", nobody))
+            assert answer.status == 201
             done = {"destination": "crm", "outcome": "delivered"}
             await until(lambda: relay.counted("relay_deliveries_finished_total", **done) >= 2)
             yield relay
@@ -210,6 +213,7 @@ async def values(relay, folder):
         "delivery": of[first, "crm"],
         "held": of[first, "slow"],
         "refused": (await relay.app.store.refused.page(limit=1))[0][0].id,
+        "replay": (await relay.operator("GET", "/api/replays"))["items"][0]["id"],
         "worker": "worker-1",
         "leaving": "worker-2",
         "config": str(folder / "config.toml"),
@@ -312,7 +316,7 @@ def dead(folder, tmp_path):
     (tmp_path / "token").write_text("token")
     config = tmp_path / "config.toml"
     config.write_text('state_dir = "state"\n[sources.adorn]\nplugin = "adorn"\n')
-    names = ("event", "delivery", "doomed", "held", "refused", "worker", "leaving")
+    names = ("event", "delivery", "doomed", "held", "refused", "replay", "worker", "leaving")
     return dict.fromkeys(names, "01a201eb") | {
         "absent": str(tmp_path / "absent.sock"),
         "token": str(tmp_path / "token"),

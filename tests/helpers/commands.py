@@ -93,6 +93,7 @@ class Kind:
 KINDS = {
     "event": Kind("{event}", "01a201eb"),
     "delivery": Kind("{delivery}", "01a201eb"),
+    "replay": Kind("{replay}", "01a201eb"),
     "refused request": Kind("{refused}", "01a201eb"),
     "destination": Kind("crm", "crn"),
     "source": Kind("adorn", "adron"),
@@ -116,6 +117,7 @@ KINDS = {
 _KIND_OF = {
     ("EVENT",): "event",
     ("DELIVERY",): "delivery",
+    ("REPLAY",): "replay",
     ("REQUEST",): "refused request",
     ("SOURCE",): "source",
     ("WORKER",): "worker",

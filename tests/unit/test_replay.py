@@ -248,6 +248,15 @@ async def test_running_and_remembered_replays_are_limited(shop, monkeypatch):
     await shop.replays.cancel(slow[0].id)
     ended = [await shop.run(Selection(source="nobody")) for _ in range(4)]
     assert shop.replays.all() == [*reversed(ended[1:]), slow[1]]
+    last = ended[-1]
+    for prefix in (last.id, last.id.removeprefix("rpl_"), last.id[:-1], last.id.replace("-", "").upper()):
+        assert shop.replays.get(prefix) is last
+    assert await shop.replays.cancel(last.id[:-1]) is last
+    with pytest.raises(RelayError, match='ambiguous replay id "0"; matches: rpl_0'):
+        shop.replays.get("0")
+    for wrong in ("", "rpl_", "nobody"):
+        with pytest.raises(UnknownError, match="unknown replay"):
+            shop.replays.get(wrong)
     with pytest.raises(UnknownError, match="unknown replay"):
         shop.replays.get(ended[0].id)
 
