@@ -168,7 +168,8 @@ def job(name, every, **more):
     """Return a job."""
     return {
         "name": name, "every": every, "running": False, "runs": 1440, "failures": 0, "started_at": at(-31),
-        "succeeded_at": at(-31), "seconds": 0.0124, "error": None, "next_run_at": at(29), **more,
+        "succeeded_at": at(-31), "seconds": 0.0124, "error": None, "next_run_at": at(29), "node": None,
+        **more,
     }  # fmt: skip
 
 
