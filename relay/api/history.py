@@ -1,4 +1,4 @@
-"""`GET /api/history`: the last hour of sources and destinations."""
+"""`GET /api/history`: the last hour of sources and destinations, of all nodes of a cluster."""
 
 from typing import Annotated, Any
 
@@ -9,7 +9,12 @@ from relay.api.context import Context
 from relay.api.endpoints import endpoint
 from relay.api.query_params import HistoryQuery
 from relay.base.clock import rfc3339
-from relay.jobs.history import Series
+from relay.jobs.history import Hour, Series, merged
+
+SHOW = "show history"
+"""The request of another node."""
+
+PATIENCE = 2.0  # seconds within which the other nodes must answer
 
 _Counts = list[float | None]
 
@@ -44,6 +49,7 @@ class HistoryView(msgspec.Struct):
     step_seconds: Annotated[float, _about("Length of a period.")]
     sources: list[SourceHistory]
     destinations: list[DestinationHistory]
+    silent: Annotated[list[str], _about("Nodes that did not answer in time, so their figures are missing.")]
 
 
 class HistoryApi:
@@ -51,19 +57,34 @@ class HistoryApi:
 
     def __init__(self, context: Context) -> None:
         self._history = context.history
+        self._nodes = context.store.nodes
+        self._nodes.handle(SHOW, self._show_here)
 
     @endpoint(
         "GET", "/api/history", "history", "Show the last hour of each source and destination.",
         query=HistoryQuery, returns=HistoryView,
     )  # fmt: skip
     async def _show(self, _request: web.Request, query: HistoryQuery) -> dict[str, Any]:
-        hour = self._history.hour(query.minutes, query.periods)
+        asked = (query.minutes, query.periods)
+        others = await self._nodes.ask_others(SHOW, asked, PATIENCE)
+        parts, silent = [], list(others.silent)
+        for name, part in others.given:
+            try:
+                parts.append(msgspec.convert(part, Hour))
+            except msgspec.ValidationError:  # of another version
+                silent.append(name)
+        hour = merged([self._history.hour(*asked), *parts])
         return {
             "until": rfc3339(hour.until),
             "step_seconds": hour.step,
             "sources": [{"name": each.name, **each.figures} for each in hour.sources],
             "destinations": [_in_milliseconds(each) for each in hour.destinations],
+            "silent": silent,
         }
+
+    async def _show_here(self, _to: str, asked: tuple[int, int]) -> Hour:
+        """Return the history of this node for another one."""
+        return self._history.hour(*asked)
 
 
 def _in_milliseconds(series: Series) -> dict[str, Any]:

@@ -1,8 +1,12 @@
-"""`GET /api/top`: the figures of `relay top`, once a second, computed only while somebody follows."""
+"""`GET /api/top`: the figures of `relay top`, once a second, computed only while somebody follows.
+
+In a cluster, the node that somebody follows asks the other nodes for their figures, and adds them up.
+"""
 
 import asyncio
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -15,12 +19,20 @@ from relay.api.query_params import NoQuery
 from relay.api.stream import Followers, LostView, frame, stream
 from relay.api.views import ABSENT, Time, about
 from relay.base.clock import SECOND, rfc3339
+from relay.delivery.destination_health import ELSEWHERE
 from relay.delivery.lane import Lane
 from relay.metrics import STATUSES, Reading
+from relay.store import Answers
 
 log = logging.getLogger("relay.api")
 
 EVERY = 1.0  # seconds between two snapshots
+
+SHOW = "show figures"
+"""The request of another node that is followed."""
+
+FOLLOWED = 3.0  # seconds after such a request during which this node computes its figures
+FIRST = 2.5  # seconds within which the other nodes must answer first; later, within `EVERY`
 
 _EVENTS, _ATTEMPTS = "relay_events_received_total", "relay_delivery_attempts_total"
 _FINISHED = "relay_deliveries_finished_total"
@@ -52,24 +64,34 @@ class TopDestination(msgspec.Struct):
     last_error_at: Time | None
 
 
+class TopNode(msgspec.Struct):
+    """Another node of the cluster."""
+
+    name: str
+    answers: Annotated[bool, about("Whether it answers in time; if not, its figures are missing.")]
+    ready: bool | None
+    reasons: tuple[str, ...]
+
+
 class Top(msgspec.Struct):
-    """Figures of the daemon over the last second."""
+    """Figures of the daemon, or of all nodes of a cluster, over the last second."""
 
     at: str
     version: str
     uptime_seconds: int
-    ready: bool
+    ready: Annotated[bool, about("Of the node that answers, as the reasons.")]
     reasons: tuple[str, ...]
     backlog: int
     events_per_second: float
     attempts_per_second: float
     delivered_per_second: float
     failed_per_second: float
-    commit_ms: float | None
+    commit_ms: Annotated[float | None, about("Of the slowest node, as `loop_lag_ms`.")]
     loop_lag_ms: float
     sources: tuple[TopSource, ...]
     destinations: tuple[TopDestination, ...]
     workers: dict[str, int]
+    nodes: Annotated[tuple[TopNode, ...], about("The other nodes of the cluster.")]
 
 
 class TopApi:
@@ -80,6 +102,11 @@ class TopApi:
         self._began = context.clock.steady()
         self._followers: Followers[None] = Followers(room=1)  # a slow client needs only the latest snapshot
         self._ticking: asyncio.Task[None] | None = None
+        self._latest: dict[str, Any] | None = None  # figures of this node, while somebody follows
+        self._computed = asyncio.Event()  # `_latest` is set
+        self._asked_until = 0.0  # loop time until which another node wants the figures
+        self._nodes = context.store.nodes
+        self._nodes.handle(SHOW, self._show_here)
 
     def end(self) -> None:
         """End all streams, because the daemon stops."""
@@ -92,25 +119,57 @@ class TopApi:
         query=NoQuery, returns=Top | LostView, content=EVENT_STREAM,
     )  # fmt: skip
     async def _top(self, request: web.Request, _query: NoQuery) -> web.StreamResponse:
+        self._start()
+        return await stream(request, self._followers, None)
+
+    async def _show_here(self, _to: str, _argument: None) -> dict[str, Any] | None:
+        """Return the figures of this node for another one; None: they could not be computed."""
+        self._asked_until = asyncio.get_running_loop().time() + FOLLOWED
+        self._start()
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._computed.wait(), FIRST)
+        return None if self._latest is None else _without_idle(self._latest)
+
+    def _start(self) -> None:
         if not self._followers.ended and (self._ticking is None or self._ticking.done()):
             self._ticking = asyncio.create_task(self._tick())
-        return await stream(request, self._followers, None)
+
+    @property
+    def _is_followed(self) -> bool:
+        return bool(self._followers) or self._asked_until > asyncio.get_running_loop().time()
 
     async def _tick(self) -> None:
         """Send a snapshot every second while there are followers."""
+        try:
+            await self._send_snapshots()
+        finally:
+            self._latest = None
+            self._computed.clear()
+
+    async def _send_snapshots(self) -> None:
         before = await self._context.metrics.read(_NAMES)
-        await asyncio.sleep(EVERY)
-        while self._followers:
+        others = await self._pause(FIRST)
+        while self._is_followed:
             now = await self._context.metrics.read(_NAMES)
             try:
-                item = frame("top", self._snapshot(before, now))
+                self._latest = self._snapshot(before, now)
+                self._computed.set()
+                item = frame("top", _merged(self._latest, others)) if self._followers else b""
             except Exception:
                 log.exception("cannot compute the figures of `relay top`")
             else:
                 for follower in self._followers:
                     follower.put(item)
             before = now
+            others = await self._pause(EVERY)
+
+    async def _pause(self, patience: float) -> Answers:
+        """Wait until the next snapshot; returns the figures of other nodes if somebody follows this one."""
+        if self._nodes.alone or not self._followers:
             await asyncio.sleep(EVERY)
+            return Answers()
+        others, _ = await asyncio.gather(self._nodes.ask_others(SHOW, None, patience), asyncio.sleep(EVERY))
+        return others
 
     def _snapshot(self, before: Reading, now: Reading) -> dict[str, Any]:
         context, pending = self._context, self._context.store.ledger.pending()
@@ -139,6 +198,7 @@ class TopApi:
             ],
             "destinations": [{**each, **rates.of_destination(each["name"])} for each in destinations],
             "workers": self._workers(),
+            "nodes": [],
         }
 
     def _workers(self) -> dict[str, int]:
@@ -224,3 +284,76 @@ def _destination(lane: Lane, pending: int) -> dict[str, Any]:
 def _last_error(failure: tuple[int, str] | None) -> dict[str, str | None]:
     at, error = failure or (None, None)
     return {"last_error": error, "last_error_at": None if at is None else rfc3339(at)}
+
+
+_RATES = ("events_per_second", "attempts_per_second", "delivered_per_second", "failed_per_second")
+
+
+def _without_idle(snapshot: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a snapshot without the sources and destinations about which this node has nothing to report."""
+
+    def has_news(row: Mapping[str, Any]) -> bool:
+        is_here = row.get("held", ELSEWHERE) not in (ELSEWHERE, ABSENT)
+        return is_here or bool(row.get("in_flight")) or any(row.get(name) for name in _RATES)
+
+    return {
+        **snapshot,
+        "sources": [row for row in snapshot["sources"] if has_news(row)],
+        "destinations": [row for row in snapshot["destinations"] if has_news(row)],
+    }
+
+
+def _merged(mine: dict[str, Any], others: Answers) -> dict[str, Any]:
+    """Return the snapshot of the cluster: that of this node, and those of the others added."""
+    parts = {name: part for name, part in others.given if part is not None}
+    silent = [*others.silent, *(name for name, part in others.given if part is None)]
+    if not parts and not silent:
+        return mine
+    every = [mine, *parts.values()]
+    commits = [part["commit_ms"] for part in every if part["commit_ms"] is not None]
+    return {
+        **mine,
+        **_added(every),
+        "commit_ms": max(commits, default=None),
+        "loop_lag_ms": max(part["loop_lag_ms"] for part in every),
+        "sources": _rows(part["sources"] for part in every),
+        "destinations": _rows(part["destinations"] for part in every),
+        "nodes": [
+            *({"name": name, "answers": True, "ready": part["ready"], "reasons": part["reasons"]}
+              for name, part in parts.items()),
+            *({"name": name, "answers": False, "ready": None, "reasons": []} for name in silent),
+        ],
+    }  # fmt: skip
+
+
+def _added(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """Return the sums of the rates that the rows have."""
+    found: dict[str, float] = {}
+    for row in rows:
+        for name in _RATES:
+            if name in row:
+                found[name] = found.get(name, 0.0) + row[name]
+    return {name: round(value, 1) for name, value in found.items()}
+
+
+def _rows(lists: Iterable[Iterable[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Merge the sources or destinations of nodes by name.
+
+    The state of a destination comes from the node that has its lane; this node's row counts otherwise.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for rows in lists:
+        for row in rows:
+            known = found.get(row["name"])
+            if known is None:
+                found[row["name"]] = row
+                continue
+            merged = {**known, **_added((known, row))}
+            if "in_flight" in row:
+                merged["in_flight"] = known["in_flight"] + row["in_flight"]
+                if known["held"] in (ELSEWHERE, ABSENT) and row["held"] not in (ELSEWHERE, ABSENT):
+                    merged |= {name: row[name] for name in ("held", "circuit")}
+                latest = max(known, row, key=lambda each: each["last_error_at"] or "")
+                merged |= {name: latest[name] for name in ("last_error", "last_error_at")}
+            found[row["name"]] = merged
+    return list(found.values())

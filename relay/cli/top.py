@@ -372,7 +372,23 @@ def _head(view: View, columns: int, *, colour: bool, graphs: bool) -> list[str]:
     commit = "-" if snapshot["commit_ms"] is None else f"{snapshot['commit_ms']:g} ms"
     workers = screen.cell(snapshot["workers"]) or "0"
     last = f"Workers {workers}   Commit {commit}   Loop lag {snapshot['loop_lag_ms']:g} ms"
-    return [*lines_, last]
+    return [*lines_, last, *_nodes(snapshot, colour=colour)]
+
+
+def _nodes(snapshot: Mapping[str, Any], *, colour: bool) -> list[str]:
+    """Return a line about the other nodes of a cluster, without one if there are none."""
+    nodes = snapshot.get("nodes", ())  # an older daemon has no nodes
+    if not nodes:
+        return []
+    problems = []
+    for node in nodes:
+        name = screen.one_line(node["name"])
+        if not node["answers"]:
+            problems.append(f"{name} does not answer, so its figures are missing")
+        elif not node["ready"]:
+            problems.append(f"{name} is not ready: {screen.one_line(', '.join(node['reasons']))}")
+    text = f"Nodes {len(nodes) + 1}"
+    return [f"{text}   {paint('; '.join(problems), 'red' if colour else None)}" if problems else text]
 
 
 def _bars_for(columns: int) -> int:
@@ -483,6 +499,7 @@ def lines(snapshot: dict[str, Any]) -> list[str]:
         f"hookferry {snapshot['version']}, up {render_duration(snapshot['uptime_seconds'])}, {ready}",
         f"backlog: {count(snapshot['backlog'], 'delivery')}; per second: {rates}",
         f"workers: {workers}; commit: {commit}; loop lag: {snapshot['loop_lag_ms']:g} ms",
+        *_nodes(snapshot, colour=colour),
         *_piped("source", _PIPED_SOURCES, snapshot["sources"], colour=colour),
         *_piped("destination", _PIPED_DESTINATIONS, snapshot["destinations"], colour=colour),
     ]

@@ -148,6 +148,53 @@ class History:
         return tuple(Series(name, {figure: values(name, figure) for figure in figures}) for name in names)
 
 
+def merged(hours: Sequence[Hour]) -> Hour:
+    """Return the history of a cluster from those of its nodes, of which the first gives the periods.
+
+    Counts are added; of other figures, the largest counts. Nodes end their slots at different moments, so an
+    event may count in the period beside its own.
+    """
+    first = hours[0]
+    if len(hours) == 1:
+        return first
+    return Hour(
+        until=first.until,
+        step=first.step,
+        sources=_merged([(each.sources, _periods_behind(each, first)) for each in hours]),
+        destinations=_merged([(each.destinations, _periods_behind(each, first)) for each in hours]),
+    )
+
+
+def _periods_behind(hour: Hour, first: Hour) -> int:
+    return round((first.until - hour.until) / (first.step * SECOND))
+
+
+def _merged(lists: Iterable[tuple[Iterable[Series], int]]) -> tuple[Series, ...]:
+    """Merge the series of nodes by name; each list comes with the number of periods that it is behind."""
+    found: dict[str, list[tuple[Series, int]]] = {}
+    for several, behind in lists:
+        for series in several:
+            found.setdefault(series.name, []).append((series, behind))
+
+    def values(figure: str, of: Sequence[tuple[Series, int]]) -> list[float | None]:
+        columns = [_shifted(series.figures[figure], behind) for series, behind in of]
+        return [
+            _joined(figure, [value for value in period if value is not None])
+            for period in zip(*columns, strict=True)
+        ]
+
+    return tuple(
+        Series(name, {figure: values(figure, of) for figure in of[0][0].figures})
+        for name, of in found.items()
+    )
+
+
+def _shifted(values: Sequence[float | None], by: int) -> list[float | None]:
+    """Move values by a number of periods to the past, or to the future if it is negative."""
+    gap: list[float | None] = [None] * min(abs(by), len(values))
+    return [*values[by:], *gap][: len(values)] if by >= 0 else [*gap, *values][: len(values)]
+
+
 def _joined(figure: str, values: Sequence[float]) -> float | None:
     """Return the figure of a period of several slots: a sum, or else the largest value."""
     if not values:

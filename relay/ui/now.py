@@ -33,6 +33,7 @@ async def show(visit: Visit) -> web.Response:
     return visit.page(
         "Now",
         _summary(visit, status, nodes),
+        _silent(history["silent"]),
         _problems(visit, status["problems"], {each["name"]: each for each in destinations}, silent),
         table(
             "Sources",
@@ -74,6 +75,15 @@ def _summary(visit: Visit, status: Item, nodes: Sequence[Item]) -> Markup:
         [" · ", tag("a", f"{len(nodes)} nodes", href=visit.link("nodes"))] if len(nodes) > 1 else None,
         f" · disk full in {days:,.0f} days" if days is not None else None,
         class_="summary",
+    )
+
+
+def _silent(names: Sequence[str]) -> Content:
+    """Return a note about nodes whose figures are missing."""
+    if not names:
+        return None
+    return tag(
+        "p", state("offline", f"No answer from {', '.join(names)}: the figures below lack these nodes.")
     )
 
 

@@ -493,7 +493,7 @@ def top_snapshot(ago):
         "at": at(-ago), "version": "1.4.0", "uptime_seconds": 273_845 - ago, "ready": True, "reasons": [],
         "backlog": 1204 if ago < 90 else 3, "events_per_second": round(wave, 1),
         **{name: round(rate, 1) for name, rate in rates.items()},
-        "commit_ms": 1.76, "loop_lag_ms": 0.4, "workers": {"ONLINE": 12, "OFFLINE": 1},
+        "commit_ms": 1.76, "loop_lag_ms": 0.4, "workers": {"ONLINE": 12, "OFFLINE": 1}, "nodes": [],
         "sources": [
             {"name": name, "paused": name == "whatsapp", "events_per_second": round(wave * share, 1)}
             for name, share in (("adorn", 0.75), ("github-enterprise-production", 0.25), ("whatsapp", 0))

@@ -2,7 +2,8 @@
 
 import pytest
 
-from relay.jobs.history import SLOTS, History, quantile
+from relay.base.clock import SECOND
+from relay.jobs.history import SLOTS, History, Hour, Series, merged, quantile
 from relay.metrics import Metrics
 
 
@@ -118,3 +119,29 @@ async def test_a_run_between_two_slots_adds_none(daemon):
         daemon.metrics.received.labels("shop").inc()
         await daemon.run(seconds)
     assert daemon.figures()["events"] == [None] * 4 + [2, 2]
+
+
+def hour(until, **of_sources):
+    series = tuple(Series(name, {"events": values, "p95": values}) for name, values in of_sources.items())
+    return Hour(until=until * SECOND, step=60.0, sources=series, destinations=())
+
+
+@pytest.mark.parametrize(
+    ("until", "values", "events", "largest"),
+    [
+        (600, [None, 5, 1], [None, 7, 4], [None, 5, 3]),
+        (605, [4, 5, 6], [4, 7, 9], [4, 5, 6]),
+        (540, [9, 5, 1], [5, 3, 3], [5, 2, 3]),  # a minute behind: its latest minute is missing
+        (660, [9, 5, 1], [None, 11, 8], [None, 9, 5]),
+        (0, [9, 5, 1], [None, 2, 3], [None, 2, 3]),
+        (9999, [9, 5, 1], [None, 2, 3], [None, 2, 3]),
+    ],
+)
+def test_histories_of_nodes_are_added_by_time(until, values, events, largest):
+    mine = hour(600, shop=[None, 2, 3], only=[1, 1, 1])
+    found = merged([mine, hour(until, shop=values, other=[None, None, None])])
+    assert [each.name for each in found.sources] == ["shop", "only", "other"]
+    assert found.sources[0].figures == {"events": events, "p95": largest}
+    assert found.sources[1].figures["events"] == [1, 1, 1]
+    assert (found.until, found.step) == (mine.until, mine.step)
+    assert merged([mine]) is mine

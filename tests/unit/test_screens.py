@@ -15,7 +15,7 @@ from relay.api.endpoints import endpoints_of
 from relay.api.tail import TailAttempt, TailEvent
 from relay.api.top import Top
 from relay.base.text import paint
-from relay.cli import screen
+from relay.cli import screen, top
 from relay.cli.screen import Column, cut, table, text, width_of, wrap
 from tests.golden import screens
 
@@ -74,6 +74,24 @@ def test_the_streams_of_the_screens_have_the_types_of_the_api():
         assert json.loads(msgspec.json.encode(msgspec.convert(item, kinds[what]))) == item
     snapshot = screens.top_snapshot(7)
     assert json.loads(msgspec.json.encode(msgspec.convert(snapshot, Top))) == snapshot
+
+
+@pytest.mark.parametrize(
+    ("nodes", "line"),
+    [
+        ([], None),
+        ([("two", True, True, ())], "Nodes 2"),
+        (
+            [("two", False, None, ()), ("three", True, False, ("draining",)), ("four", True, True, ())],
+            "Nodes 4   two does not answer, so its figures are missing; three is not ready: draining",
+        ),
+    ],
+)
+def test_the_screen_of_top_names_nodes_whose_figures_are_missing(nodes, line):
+    names = ("name", "answers", "ready", "reasons")
+    snapshot = screens.top_snapshot(7) | {"nodes": [dict(zip(names, node, strict=True)) for node in nodes]}
+    found = [each for each in top.lines(snapshot) if each.startswith("Nodes")]
+    assert found == ([] if line is None else [line])
 
 
 @pytest.mark.parametrize(
