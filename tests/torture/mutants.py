@@ -193,6 +193,16 @@ MUTANTS = {
         ],
         [SHARED],
     ),
+    "trust-without-end": Mutant(
+        [
+            Change(
+                f"{POSTGRES}/nodes.py",
+                "return asked + int((length - timeout) * SECOND)",
+                "return asked + int((length + 3600) * SECOND)",
+            )
+        ],
+        [NODES],
+    ),
     "trust-from-the-answer": Mutant(
         [
             Change(
