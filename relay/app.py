@@ -64,6 +64,7 @@ DISK_EVERY = 1.0
 RETENTION_EVERY = 10.0  # seconds between passes of retention while the disk is full
 OPEN_EVERY = 1.0  # seconds between attempts to open a store that cannot be opened at the moment
 LEDGER_EVERY = 15.0
+RENEWAL_PATIENCE = 10.0  # seconds without a renewal of leases after which a node counts as cut off
 WRITER_PATIENCE = 30.0  # seconds that one transaction may take before the relay counts as stuck
 
 GC_THRESHOLDS = (20_000, 20, 100)
@@ -192,6 +193,7 @@ class App:
 
             self.api.add_pages(Dashboard(self.api.ask, self.api.logins, clock).routes())
         self.health.watch(self._trouble)
+        self.health.watch(self._cut_off)
         self.health.watch(lambda: "; ".join(self._stuck()) or None)
         self.stuck_lanes = StuckLanes(clock)
         self.watchdog = Watchdog(Notifier(), stuck=self._stuck, status=self._summary)
@@ -442,6 +444,16 @@ class App:
             what = "write" if self.store.opened else "be opened"
             return f"the store cannot {what}: {self.store.failure}"
         return "less free space than min_free_disk" if self.ingest.admission.disk_full else None
+
+    def _cut_off(self) -> str | None:
+        """Return that the database does not answer this node of a cluster, or None.
+
+        Where the network is silent, this is known before writes fail, so a load balancer uses other nodes.
+        """
+        age = self.store.nodes.figures().get("renewal_age", 0.0)
+        if age <= min(RENEWAL_PATIENCE, self.config.cluster.lease) or not self.store.opened:
+            return None
+        return f"the database has not answered the renewal of this node's leases for {age:.0f} s"
 
     def _stuck(self) -> list[str]:
         """Return the work that hangs without an outside cause, so that a restart helps."""

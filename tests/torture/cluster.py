@@ -94,8 +94,10 @@ class Torture:
             self.proxy.passes.clear()
             try:
                 await self.cluster.until_owned(self._others(self.proxied))
+                assert await self._becomes_ready(self.proxied, expected=False)
             finally:
                 self.proxy.passes.set()
+        assert await self._becomes_ready(self.proxied, expected=True)
 
     async def deafen(self) -> None:
         """Let no notifications of other nodes reach a node; it polls the database instead."""
@@ -141,6 +143,13 @@ class Torture:
             finally:
                 self.cluster.signal(frozen, signal.SIGCONT)
         await self.cluster.restart(killed)
+
+    async def _becomes_ready(self, number: int, *, expected: bool) -> bool:
+        """Wait until a node is ready, or is not."""
+        async with asyncio.timeout(30):
+            while await self.cluster.is_ready(number) != expected:  # noqa: ASYNC110 - no event
+                await asyncio.sleep(0.05)
+        return True
 
     def _others(self, victim: int) -> list[int]:
         return [number for number in range(len(self.cluster.nodes)) if number != victim]

@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any, Self
 from urllib.parse import urlsplit
@@ -20,7 +21,7 @@ from urllib.parse import urlsplit
 import asyncpg
 from aiohttp import web
 from daemons import HEAD, SERVE, Daemon, adorn, destination
-from wire import Wire, request
+from wire import Wire, exchange, request
 
 LEASE = 3.0  # seconds
 TIMEOUT = 1.0  # seconds of an attempt; a node stops beginning attempts that long before a lease ends
@@ -33,6 +34,8 @@ KEYS = 4  # order keys that all senders share
 PAUSE = 0.04  # seconds between two events of a sender
 ANSWER = 0.01  # seconds until the receiver answers
 TICK = 0.02  # seconds between two looks at how late the event loop is
+
+READY = request("GET", "/ready")
 
 HISTORY = """
 CREATE TABLE torture_leases (id bigserial, name text, incarnation uuid, epoch bigint, until timestamptz,
@@ -262,8 +265,10 @@ class Cluster:
 
     async def restart(self, number: int) -> None:
         """Start a node again after its process has ended."""
+        self.out.add(number)
         self.nodes[number] = self._make(number)
         await self.run(number)
+        self.out.discard(number)
 
     def signal(self, number: int, name: signal.Signals) -> None:
         """Send a signal to a node."""
@@ -285,6 +290,11 @@ class Cluster:
         finally:
             await connection.close()
 
+    async def is_ready(self, number: int) -> bool:
+        """Return whether a node is ready, as the load balancer asks it."""
+        answer = await exchange(self.nodes[number].config.parent / "state" / "relay.sock", READY)
+        return answer.status == HTTPStatus.OK
+
     async def owners(self) -> dict[str, str]:
         """Return the name of the node that holds each lane."""
         rows = await self.fetch(
@@ -303,6 +313,9 @@ class Cluster:
     async def load(self, *, on: bool) -> None:
         """Begin to send events, or stop and wait for the last answers."""
         self._loading = on
+        for task in self._tasks:
+            if task.done():  # a sender never ends by itself
+                await task
         async with asyncio.timeout(60):
             while not on and self._sending:  # noqa: ASYNC110 - no event
                 await asyncio.sleep(0.01)

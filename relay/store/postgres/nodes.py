@@ -308,6 +308,7 @@ class PostgresNodes:
             for _ in range(COMPARISONS):
                 await self._compare_clocks()
             await self._join()
+            self._renewed_at = self._clock.steady()
         if self._wake_ups is not None:
             self._wake_ups.start()
 
