@@ -492,6 +492,37 @@ def test_a_program_refuses_tables_that_lack_what_it_needs(monkeypatch):
     assert schema.problem_of(7, 6) is not None
 
 
+async def test_a_migration_gives_way_to_a_statement_that_waits_for_it(store, clock, monkeypatch):
+    """Otherwise the server ends one of them, as a deadlock."""
+    newer = "ALTER TABLE events ADD COLUMN newer text; ALTER TABLE owed ADD COLUMN newer text;"
+    await store.close()
+    for module in (schema, store_module):
+        monkeypatch.setattr(module, "MIGRATIONS", (*MIGRATIONS, newer))
+    other = await asyncpg.connect(store.database.address.hosts[0].dsn)
+    connection = await connect(store.database.address, writes=True)
+    try:
+        begun = other.transaction()
+        await begun.start()
+        await other.execute("DELETE FROM owed")  # like a statement that goes on to read another table
+        migrating = asyncio.create_task(store._migrate(connection))
+        waiting = "SELECT count(*) FROM pg_locks WHERE NOT granted AND relation = 'owed'::regclass"
+        async with asyncio.timeout(30):
+            while not await other.fetchval(waiting):  # noqa: ASYNC110 - only the server knows
+                await asyncio.sleep(0.01)
+        await other.execute("SELECT count(*) FROM events")
+        assert not migrating.done()
+        await begun.commit()
+        await asyncio.wait_for(migrating, 30)
+    finally:
+        await other.execute("ALTER TABLE events DROP COLUMN newer; ALTER TABLE owed DROP COLUMN newer")
+        await other.close()
+        await connection.close()
+        await change(store, f"UPDATE meta SET value = '{len(MIGRATIONS)}' WHERE name = 'version'")
+        await change(store, "DELETE FROM meta WHERE name IN ('least', 'program')")
+    monkeypatch.undo()
+    await store.open()
+
+
 async def test_a_migration_that_removes_something_waits_for_nodes_of_older_versions(
     store, clock, monkeypatch
 ):

@@ -2,6 +2,8 @@
 
 import asyncio
 import logging
+import random
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -25,6 +27,7 @@ from relay.store.postgres.connection import (
     Address,
     Connection,
     Database,
+    code_of,
     connect,
     connect_raw,
     is_transient,
@@ -56,8 +59,14 @@ COUNT_EVERY = 1.0
 """Seconds between two readings of the ledger for deliveries that other nodes have created and ended."""
 
 LOCK_PATIENCE = "5s"
-"""Time that a migration waits for a lock. Meanwhile all nodes wait behind it, so it gives up soon, and the
-daemon tries again."""
+"""Time that a migration waits for another one."""
+
+TABLE_PATIENCE = "300ms"
+"""Time that a migration waits for a table. Statements of other nodes wait behind it, or it waits behind them
+while they wait for it: then it must give up, and try again, before the server calls that a deadlock."""
+
+TABLES_FOR = 30.0
+"""Seconds for which a migration tries to lock the tables, before the daemon begins again."""
 
 MIGRATION_TIMEOUT = 3600.0
 """Seconds that a migration may take."""
@@ -248,6 +257,18 @@ class PostgresStore:
 
     async def _migrate(self, connection: Connection) -> None:
         """Create or migrate the tables; nodes of the previous version may use them meanwhile."""
+        deadline = time.monotonic() + TABLES_FOR
+        while True:
+            try:
+                await self._migrate_once(connection)
+            except asyncpg.PostgresError as error:
+                if code_of(error) not in {"55P03", "40P01"} or time.monotonic() > deadline:
+                    raise
+                await asyncio.sleep(random.uniform(0.05, 0.3))  # noqa: S311 - no secret
+            else:
+                return
+
+    async def _migrate_once(self, connection: Connection) -> None:
         async with connection.transaction():
             await connection.execute(f"SET LOCAL lock_timeout = '{LOCK_PATIENCE}'; {LOCK_SQL}")
             await connection.execute(META)
@@ -257,6 +278,11 @@ class PostgresStore:
                 raise StorageError(
                     f"{self.location} has the data of an unfinished move",
                     hint="run the same `relay db move` again: it continues",
+                )
+            if 0 < version < len(MIGRATIONS):
+                tables = sorted(re.findall(r"CREATE TABLE (\w+)", "".join(MIGRATIONS[:version])))
+                await connection.execute(
+                    f"SET LOCAL lock_timeout = '{TABLE_PATIENCE}'; LOCK TABLE {', '.join(tables)}"
                 )
             older: list[str] = []
             for number in range(version + 1, len(MIGRATIONS) + 1):
