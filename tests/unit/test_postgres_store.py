@@ -557,7 +557,8 @@ async def test_a_migration_gives_up_soon_if_a_table_is_locked(store, clock, monk
     """All other statements on the table would wait behind it."""
     for module in (schema, store_module):
         monkeypatch.setattr(module, "MIGRATIONS", (*MIGRATIONS, "ALTER TABLE owed ADD COLUMN newer integer"))
-    monkeypatch.setattr(store_module, "LOCK_PATIENCE", "100ms")
+    monkeypatch.setattr(store_module, "TABLE_PATIENCE", "100ms")
+    monkeypatch.setattr(store_module, "TABLES_FOR", 0.0)
     other = await asyncpg.connect(store.database.address.hosts[0].dsn)
     connection = await connect(store.database.address, writes=True)
     try:
