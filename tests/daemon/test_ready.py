@@ -7,7 +7,7 @@ import re
 import aiohttp
 import pytest
 from daemons import SOURCES, Recorder, adorn, destination, running, write_config
-from stores import close_connections, fail_writes, make_store, only_sqlite
+from stores import KINDS, close_connections, fail_writes, make_store, only_sqlite
 from support import until
 from wire import Wire, exchange, request
 
@@ -28,7 +28,10 @@ def post(session):
 
 async def test_a_running_relay_is_ready(tmp_path):
     async with running(write_config(tmp_path, SOURCES)) as relay:
-        assert await ready(relay) == (200, {"ready": True, "reasons": [], "warnings": []})
+        status, body = await ready(relay)
+        # The tests' PostgreSQL server runs without fsync, which is worth a warning.
+        assert body.pop("warnings") == [] or KINDS[0] == "postgres"
+        assert (status, body) == (200, {"ready": True, "reasons": []})
 
 
 async def test_a_starting_relay_is_not_ready(tmp_path, monkeypatch):
@@ -67,7 +70,8 @@ async def test_a_draining_relay_is_not_ready(tmp_path):
         await until(lambda: relay.app.ingest._budget.used)
         relay.app.stopping.set()
         await until(lambda: relay.app.health.phase == "draining")
-        assert await ready(relay) == (503, {"ready": False, "reasons": ["draining"], "warnings": []})
+        status, body = await ready(relay)
+        assert (status, body["ready"], body["reasons"]) == (503, False, ["draining"])
         await wire.send(whole[-1:])
         assert (await wire.answer()).status == 200
 
