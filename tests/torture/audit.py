@@ -67,6 +67,7 @@ class Toll:
     """What the faults of a cluster cost."""
 
     failover: float | None = None  # see `audit`
+    warned: bool = False  # the relay warned, before the failover, that events may be lost
     acknowledged: int = 0
     lost: dict[str, float] = field(default_factory=dict)  # acknowledged and not stored, with that time
     raced: int = 0  # idempotency keys sent to two nodes at once
@@ -94,6 +95,8 @@ class Toll:
             f"{self.undelivered} deliveries never arrived" * bool(self.undelivered),
             f"{self.unaccounted} deliveries are unaccounted for" * bool(self.unaccounted),
         ]
+        if self.failover is not None and not self.warned:
+            found.append("nothing warned that the standby was asynchronous")
         found += (f"without a lease: {line}" for line in self.late)
         found += (f"too many at once: {line}" for line in self.crowded)
         found += (f"out of order: {line}" for line in self.disordered)

@@ -16,6 +16,10 @@ from pathlib import Path
 import click
 from postgres import Server, start
 
+from relay.base.clock import SystemClock
+from relay.store.postgres import doctor
+from relay.store.postgres.connection import connect, read_url
+from relay.store.postgres.observing import observe
 from torture.audit import MARGIN, Toll, audit, pause
 from torture.nodes import LEASE, Cluster, Setup
 
@@ -46,6 +50,7 @@ async def _fail_over(primary: Server, standby: Server, folder: Path, *, is_synch
         await cluster.until_owned(range(2))
         await cluster.load(on=True)
         await asyncio.sleep(LOAD)  # load before; nothing is waited for
+        toll.warned = await _warns(primary)
         sender = int(primary.run("SELECT pid FROM pg_stat_replication"))
         fault = cluster.begin("failover", 0, 1, out=False)
         os.kill(sender, signal.SIGSTOP)  # the standby gets nothing from now on
@@ -66,6 +71,18 @@ async def _fail_over(primary: Server, standby: Server, folder: Path, *, is_synch
         await cluster.drained()
         await audit(cluster, toll, failover=None if is_synchronous else fault.began)
     return toll
+
+
+async def _warns(primary: Server) -> bool:
+    """Return whether `/ready` and `relay doctor` warn that a failover may lose events."""
+    connection, now = await connect(read_url(primary.url("postgres")), writes=False), SystemClock().wall()
+    try:
+        observed = await observe(connection, now)
+        check = await doctor.replication(doctor.Examined(location="", now=now), connection)
+    finally:
+        await connection.close()
+    is_shown = any("asynchronous" in caution.what for caution in observed.cautions)
+    return is_shown and not check.ok
 
 
 def run(*, is_synchronous: bool) -> Toll:

@@ -17,4 +17,5 @@ async def test_a_failover_loses_only_events_that_an_asynchronous_standby_did_not
     toll = await asyncio.to_thread(run, is_synchronous=is_synchronous)
     assert toll.faults() == []
     assert toll.acknowledged > 20
+    assert toll.warned == (not is_synchronous)
     assert bool(toll.lost) == (not is_synchronous)  # without a loss, the standby had no lag
