@@ -65,7 +65,7 @@ async def test_doctor_finds_an_open_circuit_with_held_deliveries(tmp_path):
         await until(lambda: relay.app.dispatcher.lanes["crm"].held == "circuit open")
         online, offline = await examined(relay, config)
         assert online["held"]["detail"] == "crm: 3 pending (circuit open)"
-        assert online["held"]["hint"] == "relay destinations test crm"
+        assert online["held"]["hint"] == "relay destinations test crm --close-circuit"
         assert offline["held"]["detail"].startswith("crm: 3 pending (failing since ")
 
 
