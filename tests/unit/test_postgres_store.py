@@ -404,7 +404,7 @@ async def test_a_claim_reads_on_where_the_last_one_ended(store, clock):
     store.deliveries.release([d.id for d in store.fresh])
     first = (await store.deliveries.claim("crm", 2, retries=False)).deliveries
     cursor, _ = store.deliveries._cursors["crm", False]
-    assert cursor == clock.steady() - 50 * SECOND
+    assert cursor == clock.steady() - 50 * SECOND - 1
     store.deliveries.release([first[0].id])
     again = (await store.deliveries.claim("crm", 2, retries=False)).deliveries
     assert [d.id for d in again] == [first[0].id, store.fresh[2].id]

@@ -13,7 +13,11 @@ from relay.store.postgres.nodes import PostgresNodes
 from relay.store.postgres.rows import CLAIM_COLUMNS, delivery_of, text
 
 OVERLAP = 5 * SECOND
-"""Microseconds before the cursor that a claim reads again, because another node's commit may come late."""
+"""Microseconds before the cursor that a claim reads again, because a commit may come late: of another node,
+or of the outcome before a retry."""
+
+OVERLAP_EVERY = SECOND
+"""Microseconds between two such claims of first attempts: they walk over all that ended in that time."""
 
 CANCEL = "cancel deliveries"
 """The verb of a node's request to the owner of a lane."""
@@ -59,6 +63,7 @@ class PostgresDeliveries(StoredDeliveries):
             nodes.handle(CANCEL, self._cancel_here)
             nodes.on_late = self._forget_cursors
         self._cursors: dict[tuple[str, bool], tuple[int, int]] = {}  # due time, when the beginning was read
+        self._looked_back: dict[str, int] = {}  # when a claim of first attempts began before the cursor
         self._passed: dict[tuple[str, bool], dict[int, int]] = {}  # due times of claimed ones that claims saw
 
     async def claim(self, destination: str, limit: int, *, retries: bool, together: int = 1) -> Claim:
@@ -130,6 +135,15 @@ class PostgresDeliveries(StoredDeliveries):
         done = await super().cancel(delivery_ids)
         return {"ended": done.ended, "in_flight": done.in_flight}
 
+    def _begin(self, destination: str, cursor: int, now: int, *, retries: bool) -> int:
+        """Return the due time after which a claim reads: the cursor, or earlier for late commits."""
+        if retries:  # an outcome may be stored after the due time of its retry
+            return max(cursor - OVERLAP, 0)
+        if self._nodes is None or now - self._looked_back.get(destination, 0) < OVERLAP_EVERY:
+            return cursor
+        self._looked_back[destination] = now
+        return max(cursor - OVERLAP, 0)
+
     async def _claim(
         self,
         connection: Connection,
@@ -144,10 +158,9 @@ class PostgresDeliveries(StoredDeliveries):
         cursor, began = self._cursors.get((destination, retries), (0, now))
         if now - began >= FROM_BEGINNING:
             cursor, began = 0, now
+        begin = self._begin(destination, cursor, now, retries=retries)
         most = limit + self._claims.of(destination)
-        rows = await connection.fetch(
-            DUE_SQL.format(share=share), destination, now, max(cursor - OVERLAP, 0), most
-        )
+        rows = await connection.fetch(DUE_SQL.format(share=share), destination, now, begin, most)
         for row in rows:
             if len(claimed) == limit:
                 break
@@ -171,10 +184,10 @@ class PostgresDeliveries(StoredDeliveries):
         self._passed[destination, retries] = {id_: due for id_, due in seen.items() if id_ in self._claims}
         is_more = len(claimed) == limit or len(rows) == most
         if not is_more:
-            self._cursors[destination, retries] = (now, began)
+            self._cursors[destination, retries] = (now - 1, began)  # others may become due in this moment
         elif claimed:
             due = next(row["next_attempt_at"] for row in rows if row["id"] == claimed[-1].id)
-            self._cursors[destination, retries] = (max(cursor, due), began)
+            self._cursors[destination, retries] = (max(cursor, due - 1), began)
         if is_more:
             return Claim(tuple(claimed), now)
         return Claim(tuple(claimed), await connection.value(NEXT_SQL.format(share=share), destination, now))
