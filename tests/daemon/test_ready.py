@@ -19,7 +19,10 @@ from relay.plugin_loading.loader import load
 
 async def ready(relay):
     answer = await exchange(relay.addresses.admin, request("GET", "/ready"))
-    return answer.status, answer.json
+    body = answer.json
+    if KINDS[0] == "postgres":  # the server of the tests does not sync
+        body["warnings"] = [text for text in body["warnings"] if "fsync" not in text]
+    return answer.status, body
 
 
 def post(session):
