@@ -26,14 +26,16 @@ FAN_OUT = 3
 
 
 @asynccontextmanager
-async def opened(url: str, folder: Path) -> AsyncIterator[tuple[Store, list[Delivery]]]:
-    """Open a store that collects its new deliveries."""
+async def opened(
+    url: str, folder: Path, *, fan_out: int = FAN_OUT
+) -> AsyncIterator[tuple[Store, list[Delivery]]]:
+    """Open a store that collects its new deliveries, `fan_out` of each event."""
     fresh: list[Delivery] = []
 
     def listen(news: News) -> None:
         fresh.extend(news.deliveries)
 
-    targets = tuple(Target(f"destination-{number}") for number in range(FAN_OUT))
+    targets = tuple(Target(f"destination-{number}") for number in range(fan_out))
     store = make_store(url, folder, CLOCK, route=lambda _event: targets, listeners=[listen])
     await store.open()
     try:
@@ -69,9 +71,9 @@ async def _work(store: Store, fresh: list[Delivery], events: int, callers: int) 
 
     async def call() -> None:
         for _ in waiting:
-            await store.events.append(_acceptance())
+            await store.events.append(acceptance())
             while fresh:
-                task = asyncio.create_task(store.deliveries.settle(_outcome(fresh.pop())))
+                task = asyncio.create_task(store.deliveries.settle(outcome(fresh.pop())))
                 settling.add(task)
                 task.add_done_callback(settling.discard)
 
@@ -80,7 +82,8 @@ async def _work(store: Store, fresh: list[Delivery], events: int, callers: int) 
         await asyncio.gather(*settling)
 
 
-def _acceptance() -> Acceptance:
+def acceptance() -> Acceptance:
+    """Return a new event with an idempotency key."""
     now = CLOCK.wall()
     public_id = new_id(EVENT, now)
     event = StoredEvent(
@@ -99,7 +102,8 @@ def _acceptance() -> Acceptance:
     return Acceptance(source="shop", event=event, key=public_id, path="/in/shop")
 
 
-def _outcome(delivery: Delivery) -> Outcome:
+def outcome(delivery: Delivery) -> Outcome:
+    """Return the success of a delivery."""
     attempt = Attempt(started_at=CLOCK.wall(), duration_ms=1.5, result="ok", status=200, answer=b"ok")
     return Outcome(delivery=delivery, attempt=attempt, state="delivered")
 
