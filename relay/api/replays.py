@@ -1,4 +1,4 @@
-"""Replays: start, list, show and cancel them."""
+"""Replays: start, list, show and cancel them. Each runs on the node of a cluster that started it."""
 
 from typing import Annotated
 
@@ -9,10 +9,17 @@ from relay.api.context import Context
 from relay.api.endpoints import Page, endpoint
 from relay.api.query_params import Filter, read_field
 from relay.api.responses import CountView, respond, selection_of
-from relay.api.views import Time
+from relay.api.views import Time, about
 from relay.base.clock import rfc3339
 from relay.base.units import parse_rate, render_rate
-from relay.jobs.replay import DEFAULT_RATE, Replay, ReplayRequest, Replays, State
+from relay.errors import StorageUnavailableError, UnknownError
+from relay.jobs.replay import DEFAULT_RATE, STOP_WITHIN, Replay, ReplayRequest, Replays, State
+
+LIST, SHOW, CANCEL = "list replays", "show the replay", "cancel the replay"
+"""Requests of other nodes."""
+
+PATIENCE = 2.0  # seconds within which the other nodes must answer
+PATIENCE_TO_CANCEL = STOP_WITHIN + PATIENCE
 
 
 class ReplayBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -44,6 +51,7 @@ class ReplayView(msgspec.Struct):
     began_at: Time
     ended_at: Time | None
     error: str | None
+    node: Annotated[str | None, about("The other node that runs it; null: the node that answers.")] = None
 
 
 class ReplaysApi:
@@ -54,6 +62,9 @@ class ReplaysApi:
         self._clock = context.clock
         self._replays = context.replays
         self._check_names = context.check_names
+        self._nodes = nodes = context.store.nodes
+        for verb, handle in ((LIST, self._list_here), (SHOW, self._show_here), (CANCEL, self._cancel_here)):
+            nodes.handle(verb, handle)
 
     @endpoint(
         "POST", "/api/replays", "startReplay", "Start a replay, or count its events.",
@@ -74,15 +85,53 @@ class ReplaysApi:
         returns=Page[ReplayView],
     )  # fmt: skip
     async def _list(self, _request: web.Request) -> Page[ReplayView]:
-        return Page(tuple(replay_view(replay) for replay in self._replays.all()), None)
+        found = await self._list_here()
+        for node, views in (await self._nodes.ask_others(LIST, None, PATIENCE)).given:
+            found += [msgspec.convert({**view, "node": node}, ReplayView) for view in views]
+        return Page(tuple(sorted(found, key=lambda view: view.began_at, reverse=True)), None)
 
     @endpoint("GET", "/api/replays/{id}", "showReplay", "Show a replay and its progress.", returns=ReplayView)
     async def _show(self, request: web.Request) -> ReplayView:
-        return replay_view(self._replays.get(request.match_info["id"]))
+        id_ = request.match_info["id"]
+        return await self._show_here("", id_) or await self._elsewhere(id_, SHOW, PATIENCE)
 
     @endpoint("DELETE", "/api/replays/{id}", "cancelReplay", "Cancel a replay.", returns=ReplayView)
     async def _cancel(self, request: web.Request) -> ReplayView:
-        return replay_view(await self._replays.cancel(request.match_info["id"]))
+        id_ = request.match_info["id"]
+        return await self._cancel_here("", id_) or await self._elsewhere(id_, CANCEL, PATIENCE_TO_CANCEL)
+
+    async def _elsewhere(self, id_: str, verb: str, patience: float) -> ReplayView:
+        """Let the other nodes show or cancel a replay that this node does not know.
+
+        Raises:
+            UnknownError: no node knows it.
+            StorageUnavailableError: no node knows it, but some do not answer.
+        """
+        answers = await self._nodes.ask_others(verb, id_, patience)
+        for node, view in answers.given:
+            if view is not None:
+                return msgspec.convert({**view, "node": node}, ReplayView)
+        if answers.silent:
+            names = ", ".join(answers.silent)
+            raise StorageUnavailableError(
+                f"cannot {verb} {id_}: it is not on this node, and {names} did not answer", hint="relay nodes"
+            )
+        return replay_view(self._replays.get(id_))  # raises
+
+    async def _list_here(self, _to: str = "", _argument: None = None) -> list[ReplayView]:
+        return [replay_view(replay) for replay in self._replays.all()]
+
+    async def _show_here(self, _to: str, id_: str) -> ReplayView | None:
+        try:
+            return replay_view(self._replays.get(id_))
+        except UnknownError:
+            return None
+
+    async def _cancel_here(self, _to: str, id_: str) -> ReplayView | None:
+        try:
+            return replay_view(await self._replays.cancel(id_))
+        except UnknownError:
+            return None
 
 
 async def begin(replays: Replays, request: ReplayRequest, *, dry_run: bool) -> web.Response:

@@ -41,6 +41,12 @@ class LostView(msgspec.Struct):
     count: int
 
 
+class SilentView(msgspec.Struct):
+    """The nodes of a cluster whose items are missing, because they do not answer; empty: all answer again."""
+
+    nodes: tuple[str, ...]
+
+
 def frame(event: str, data: Any, id_: str | None = None) -> bytes:
     """Return one server-sent event. JSON contains no line breaks, so its data is one line."""
     id_line = "" if id_ is None else f"id: {id_}\n"
@@ -122,12 +128,21 @@ class Followers(Generic[T]):
     @contextmanager
     def joined(self, wanted: T, cut: Callable[[], None]) -> Iterator[Follower[T]]:
         """Add a follower for the duration of the block."""
-        follower = Follower(wanted, self._room, cut)
-        self._all.add(follower)
+        follower = self.add(wanted, cut)
         try:
             yield follower
         finally:
-            self._all.discard(follower)
+            self.discard(follower)
+
+    def add(self, wanted: T, cut: Callable[[], None]) -> Follower[T]:
+        """Add a follower until `discard`."""
+        follower = Follower(wanted, self._room, cut)
+        self._all.add(follower)
+        return follower
+
+    def discard(self, follower: Follower[T]) -> None:
+        """Remove a follower."""
+        self._all.discard(follower)
 
     def end(self) -> None:
         """End all streams and accept no more."""

@@ -1,10 +1,15 @@
 """`GET /api/tail`: events and attempts as they happen, sent to followers after each commit.
 
 With `since`, stored items come first, oldest first. At the seam, an item is neither missing nor sent twice.
+
+In a cluster, the node that a client follows asks the others twice a second for their items. Each of them
+collects items for as long as it is asked.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping
+import itertools
+import logging
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from functools import lru_cache, partial
 from operator import itemgetter
 from typing import Annotated, Any
@@ -15,12 +20,14 @@ from aiohttp import web
 from relay.api.context import Context
 from relay.api.endpoints import EVENT_STREAM, endpoint
 from relay.api.query_params import MOST_ROWS, TailQuery, read_field
-from relay.api.stream import Followers, LostView, frame, stream
+from relay.api.stream import Follower, Followers, LostView, SilentView, frame, stream
 from relay.api.views import MOST_PAYLOAD, Time, about, unknown
 from relay.base.clock import SECOND, moment, rfc3339
 from relay.errors import RelayError
 from relay.model import OPERATOR_SOURCE, DeliveryState, News, Outcome, StoredEvent
 from relay.routing.subscription import Patterns
+
+log = logging.getLogger("relay.api")
 
 ROOM = 1000
 """Items that wait for a slow follower. Beyond that, the oldest are dropped and counted."""
@@ -45,6 +52,13 @@ MOST_PARTS = 10
 
 NARROWEST = 1000
 """Microseconds of history that are read at once if it has many items; a quiet time is read in wider parts."""
+
+COLLECT = "collect items"
+"""The request of another node whose clients follow this one's items."""
+
+COLLECT_EVERY = 0.5  # seconds
+PATIENCE = 2.0  # seconds within which the other nodes must answer
+FOLLOWED = 10.0  # seconds after the latest request of another node for which this one collects items
 
 _TYPES = 4096  # types whose match is remembered; bounded, because senders choose types
 
@@ -137,6 +151,8 @@ class Wanted(msgspec.Struct, frozen=True, kw_only=True):
     failed: bool = False  # only failed attempts
     payload: bool = False  # events with the start of their bodies
     seam: Seam | None = None  # of a follower with a history
+    number: int = 0  # of a follower in a cluster
+    query: Mapping[str, Any] = {}  # the same wishes, for the other nodes
 
     @property
     def events(self) -> bool:
@@ -172,6 +188,28 @@ class Wanted(msgspec.Struct, frozen=True, kw_only=True):
         return self.seam is None or self.seam.takes_live(key, asyncio.get_running_loop().time())
 
 
+class _Remote:
+    """The followers on one other node."""
+
+    def __init__(self) -> None:
+        self.followers: Followers[Wanted] = Followers(ROOM)
+        self.timer: asyncio.TimerHandle | None = None  # ends them
+        self._by_number: dict[str, Follower[Wanted]] = {}
+
+    def keep(self, queries: Mapping[str, TailQuery], wanted: Callable[[TailQuery], Wanted]) -> None:
+        """Add the followers that are new, and remove those that are gone."""
+        for number in self._by_number.keys() - queries:
+            self.followers.discard(self._by_number.pop(number))
+        for number in queries.keys() - self._by_number:
+            self._by_number[number] = self.followers.add(wanted(queries[number]), lambda: None)
+
+    def take(self) -> Iterator[tuple[str, bytes]]:
+        """Yield the waiting frames of each follower that has any."""
+        for number, follower in self._by_number.items():
+            if frames := follower.take():
+                yield number, frames
+
+
 class TailApi:
     """The endpoint `/api/tail`."""
 
@@ -182,19 +220,28 @@ class TailApi:
         self._clock = context.clock
         self._followers: Followers[Wanted] = Followers(ROOM)
         self._listeners = context.listeners
+        self._streams = 0  # requests for a stream in progress
+        self._nodes = context.store.nodes
+        self._nodes.handle(COLLECT, self._collect_here)
+        self._numbers = itertools.count(1)
+        self._asked: dict[int, Wanted] = {}  # followers whose items the other nodes collect, by number
+        self._silent: dict[int, tuple[str, ...]] = {}  # nodes that did not answer, as each follower knows
+        self._collecting: asyncio.Task[None] | None = None
+        self._lock = asyncio.Lock()  # held while the other nodes are asked
+        self._remote: dict[str, _Remote] = {}  # followers on other nodes, by incarnation
 
     def _listen(self, news: News) -> None:
         """Send the events and attempts of one commit to the followers; called only while there are any."""
         for outcome in news.outcomes:  # first, because they may have created some of the events
             item = None
-            for follower in self._followers:
+            for follower in self._every_follower():
                 wanted = follower.wanted
                 if wanted.attempt(outcome) and wanted.takes(_key_of(outcome)):
                     item = item or frame("attempt", _attempt(outcome))
                     follower.put(item)
         for event in news.events:
             items: dict[bool, bytes] = {}  # by whether it has the payload
-            for follower in self._followers:
+            for follower in self._every_follower():
                 wanted = follower.wanted
                 if wanted.event(event) and wanted.takes(event.public_id):
                     if wanted.payload not in items:
@@ -205,38 +252,119 @@ class TailApi:
     def end(self) -> None:
         """End all streams, because the daemon stops."""
         self._followers.end()
+        if self._collecting is not None:
+            self._collecting.cancel()
+        for incarnation in list(self._remote):
+            self._forget(incarnation)
 
     @endpoint(
         "GET", "/api/tail", "tail",
-        "Stream events and attempts as server-sent events `event`, `attempt` and `lost`.",
-        query=TailQuery, returns=TailEvent | TailAttempt | LostView, content=EVENT_STREAM,
+        "Stream events and attempts as server-sent events `event`, `attempt`, `lost` and `silent`.",
+        query=TailQuery, returns=TailEvent | TailAttempt | LostView | SilentView, content=EVENT_STREAM,
     )  # fmt: skip
     async def _tail(self, request: web.Request, query: TailQuery) -> web.StreamResponse:
         now = self._clock.wall()
         since = None if query.since is None else read_field("since", partial(moment, now=now), query.since)
+        self._check(query)
         wanted = self._wanted(query, None if since is None else Seam())
         past = None if since is None else self._past(wanted, query.type, since)
-        if self._listen not in self._listeners:
-            self._listeners.append(self._listen)
+        self._streams += 1
+        self._attend()
         try:
+            if not self._nodes.alone and not self._followers.ended and not self._followers.full:
+                await self._follow_elsewhere(wanted)
             return await stream(request, self._followers, wanted, past)
         finally:
-            if not self._followers:
-                self._listeners.remove(self._listen)
+            self._streams -= 1
+            self._asked.pop(wanted.number, None)
+            self._silent.pop(wanted.number, None)
+            self._attend()
 
-    def _wanted(self, query: TailQuery, seam: Seam | None) -> Wanted:
+    def _every_follower(self) -> Iterator[Follower[Wanted]]:
+        yield from self._followers
+        for remote in self._remote.values():
+            yield from remote.followers
+
+    def _attend(self) -> None:
+        """Listen to commits while there are followers."""
+        wanted = self._streams > 0 or bool(self._remote)
+        if wanted and self._listen not in self._listeners:
+            self._listeners.append(self._listen)
+        elif not wanted and self._listen in self._listeners:
+            self._listeners.remove(self._listen)
+
+    async def _follow_elsewhere(self, wanted: Wanted) -> None:
+        """Let the other nodes collect items for a follower from now on."""
+        self._asked[wanted.number] = wanted
+        await self._collect()
+        if self._collecting is None or self._collecting.done():
+            self._collecting = asyncio.create_task(self._collect_for_ever())
+
+    async def _collect_for_ever(self) -> None:
+        while self._asked:
+            await asyncio.sleep(COLLECT_EVERY)
+            try:
+                await self._collect()
+            except Exception:
+                log.exception("cannot collect the items of other nodes")
+
+    async def _collect(self) -> None:
+        """Ask the other nodes for the items of all followers, and send them.
+
+        A follower that joins during the request gets its items with the next one.
+        """
+        async with self._lock:
+            queries = {str(number): wanted.query for number, wanted in self._asked.items()}
+            asked = {"node": self._nodes.incarnation, "queries": queries}
+            answers = await self._nodes.ask_others(COLLECT, asked, PATIENCE)
+            for follower in self._followers:
+                wanted = follower.wanted
+                if answers.silent != self._silent.get(wanted.number, ()):
+                    self._silent[wanted.number] = answers.silent
+                    follower.put(frame("silent", SilentView(answers.silent)))
+                for _, found in answers.given:
+                    for item in _frames_of(found.get(str(wanted.number), "")):
+                        if wanted.seam is None or (key := _key_in(item)) is None or wanted.takes(key):
+                            follower.put(item)
+
+    async def _collect_here(self, _to: str, asked: Mapping[str, Any]) -> dict[str, str]:
+        """Return the items that this node has collected for the followers of another one, by number."""
+        if self._followers.ended:
+            return {}
+        incarnation, queries = asked["node"], asked["queries"]
+        remote = self._remote.setdefault(incarnation, _Remote())
+        if remote.timer is not None:
+            remote.timer.cancel()
+        remote.timer = asyncio.get_running_loop().call_later(FOLLOWED, self._forget, incarnation)
+        remote.keep(
+            {name: msgspec.convert(query, TailQuery) for name, query in queries.items()}, self._wanted
+        )
+        self._attend()
+        return {name: frames.decode() for name, frames in remote.take()}
+
+    def _forget(self, incarnation: str) -> None:
+        """Stop to collect items for the followers of another node."""
+        if (timer := self._remote.pop(incarnation).timer) is not None:
+            timer.cancel()
+        self._attend()
+
+    def _check(self, query: TailQuery) -> None:
         source, destination = query.source, query.destination
         if source is not None and source not in self._ingest.mounts and source != OPERATOR_SOURCE:
             raise unknown("source", source, self._ingest.mounts)
         if destination is not None and destination not in self._dispatcher.lanes:
             raise unknown("destination", destination, self._dispatcher.lanes)
+
+    def _wanted(self, query: TailQuery, seam: Seam | None = None) -> Wanted:
         return Wanted(
-            source=source,
-            destination=destination,
+            source=query.source,
+            destination=query.destination,
             matches=None if query.type is None else _matcher(query.type),
             failed=query.failed == "1",
             payload=query.payload == "1",
             seam=seam,
+            number=next(self._numbers),
+            query=msgspec.to_builtins(msgspec.structs.replace(query, since=None)),
         )
 
     async def _past(self, wanted: Wanted, pattern: str | None, since: int) -> AsyncIterator[bytes]:
@@ -351,6 +479,20 @@ def _event(event: StoredEvent, *, payload: bool) -> TailEvent:
 def _add_payload(event: TailEvent, body: bytes) -> None:
     event.payload = body[:MOST_PAYLOAD].decode("utf-8", "replace")
     event.payload_truncated = len(body) > MOST_PAYLOAD
+
+
+def _frames_of(text: str) -> list[bytes]:
+    """Return the frames in a text. Only the end of a frame is an empty line."""
+    return [each.encode() + b"\n\n" for each in text.split("\n\n")[:-1]]
+
+
+def _key_in(item: bytes) -> str | None:
+    """Return the key of the event or attempt in a frame; None: it is something else."""
+    head, _, data = item.partition(b"data: ")
+    if head.startswith(b"event: attempt"):
+        attempt = msgspec.json.decode(data)
+        return f"{attempt['delivery_id']} {attempt['started_at']}"
+    return str(msgspec.json.decode(data)["id"]) if head.startswith(b"event: event") else None
 
 
 def _key_of(outcome: Outcome) -> str:

@@ -79,7 +79,7 @@ def tail(
                 _show(what, item, ids, as_json=as_json)
                 if what == "event":
                     gap.latest = item["received_at"]
-                if left is not None and what != "lost":
+                if left is not None and what in ("event", "attempt"):
                     left -= 1
                     if not left:
                         break
@@ -111,6 +111,11 @@ def _show(what: str, item: dict[str, Any], ids: ShortIds, *, as_json: bool) -> N
         return
     if what == "lost":
         click.echo(f"dropped {count(item['count'], 'item')}: the output is slower than the events", err=True)
+        return
+    if what == "silent":
+        names = ", ".join(map(screen.one_line, item["nodes"]))
+        missing = f"no answer from {names}: their events and attempts are missing"
+        click.echo(missing if names else "all nodes answer again", err=True)
         return
     if sys.stdout.isatty():
         print_line(line_for_people(what, item, screen.terminal_width(), ids))

@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+from contextlib import contextmanager
+from unittest.mock import patch
 
 import msgspec
 import pytest
@@ -11,7 +13,7 @@ from stores import KINDS
 from support import until
 from wire import exchange, following, request
 
-from relay.api import history
+from relay.api import history, replays, tail
 from relay.base.clock import SECOND
 from relay.errors import RelayError
 from relay.store.postgres import nodes as postgres_nodes
@@ -57,6 +59,17 @@ def config(folder, url, name, receiver):
     assert (old is not None) == (KINDS[0] == "postgres")
     path.write_text(text.replace(old, new) if old else text.replace("[storage]", f"[storage]\n{new}", 1))
     return path
+
+
+@contextmanager
+def silent(relay):
+    """Let a node answer no requests of others for a while."""
+
+    async def answer(_names, _other):
+        pass
+
+    with patch.object(relay.app.store.nodes._requests, "answer", answer):
+        yield
 
 
 async def lines_of(relay, method, path):
@@ -113,17 +126,91 @@ async def test_any_node_adds_up_the_figures_of_all(nodes, receiver, monkeypatch)
         ]
         assert found["silent"] == []
 
-        second.app.store.nodes._attendant = None  # it answers no more
         monkeypatch.setattr(history, "PATIENCE", 0.2)
-        found = await first.operator("GET", "/api/history?minutes=1&periods=1")
-        assert (found["sources"][0]["events"], found["silent"]) == ([1], ["two"])
-        async with asyncio.timeout(30):
-            while item["nodes"][0]["answers"]:
-                _, item = await reader.next()
-        assert [(each["held"], each["in_flight"]) for each in item["destinations"]] == [
-            (None, 3),
-            ("on another node", 0),
-        ]
-    second.app.store.nodes._attendant = second.app.owner
+        with silent(second):
+            found = await first.operator("GET", "/api/history?minutes=1&periods=1")
+            assert (found["sources"][0]["events"], found["silent"]) == ([1], ["two"])
+            async with asyncio.timeout(30):
+                while item["nodes"][0]["answers"]:
+                    _, item = await reader.next()
+            assert [(each["held"], each["in_flight"]) for each in item["destinations"]] == [
+                (None, 3),
+                ("on another node", 0),
+            ]
     receiver.open.set()
     await until(second.app.api._top._ticking.done)  # nobody looks any more
+
+
+async def send(relay, session):
+    answer = await relay.exchange(request("POST", "/v1/events", adorn(session)))
+    assert answer.status == 200
+    return answer.json["event_id"]
+
+
+async def test_any_node_follows_the_events_and_attempts_of_all(nodes, monkeypatch):
+    monkeypatch.setattr(tail, "COLLECT_EVERY", 0.05)
+    first, second = nodes
+    before = [await send(relay, f"before {number}") for number, relay in enumerate((first, second))]
+    path = "/api/tail?since=1h&payload=1"
+    async with (
+        following(first.addresses.socket, path) as reader,
+        following(first.addresses.socket, "/api/tail?destination=d2") as attempts,
+    ):
+        after = [await send(relay, f"after {number}") for number, relay in enumerate((first, second, second))]
+        events, tried = [], []
+        while len(events) < 5 or len(tried) < 10:
+            name, item = await reader.next()
+            if name == "event":
+                assert json.loads(item["payload"])["session_id"] == item["subject"]
+                events.append(item["id"])
+            else:
+                assert (name, item["result"]) == ("attempt", "ok")
+                tried.append((item["delivery_id"], item["destination"]))
+        assert sorted(events) == sorted(before + after)
+        assert len(set(tried)) == 10
+        assert {name for _, name in tried} == {"d1", "d2"}
+        found = [await attempts.next() for _ in after]
+        assert {(name, item["destination"], item["event_id"]) for name, item in found} == {
+            ("attempt", "d2", id_) for id_ in after
+        }
+
+        monkeypatch.setattr(tail, "PATIENCE", 0.2)
+        with silent(second):
+            assert await attempts.next() == ("silent", {"nodes": ["two"]})
+            assert await reader.next() == ("silent", {"nodes": ["two"]})
+            late = await send(first, "late")
+            finished = {"destination": "d2", "outcome": "delivered"}
+            await until(lambda: second.counted("relay_deliveries_finished_total", **finished) == 6)
+        assert await attempts.next() == ("silent", {"nodes": []})
+        assert (await attempts.next())[1]["event_id"] == late  # it was kept
+    api = second.app.api._tail
+    assert api._remote
+    monkeypatch.setattr(tail, "FOLLOWED", 0.01)
+    await api._collect_here("", {"node": first.app.store.nodes.incarnation, "queries": {}})
+    await until(lambda: not api._remote)
+    assert api._listen not in second.app.listeners
+
+
+async def test_any_node_shows_and_cancels_a_replay(nodes, monkeypatch):
+    first, second = nodes
+    for number in range(3):
+        await send(first, f"s{number}")
+    body = b'{"filter": {"source": "adorn"}, "rate": "1/m"}'
+    answer = await exchange(second.addresses.socket, request("POST", "/api/replays", body))
+    assert answer.status == 201, answer
+    id_ = answer.json["id"]
+    [shown] = (await first.operator("GET", "/api/replays"))["items"]
+    assert (shown["id"], shown["state"], shown["node"], shown["count"]) == (id_, "running", "two", 3)
+    assert (await first.operator("GET", f"/api/replays/{id_}"))["node"] == "two"
+    assert (await second.operator("GET", f"/api/replays/{id_}"))["node"] is None
+    assert (await first.operator("DELETE", f"/api/replays/{id_}"))["state"] == "cancelled"
+    assert (await second.operator("GET", f"/api/replays/{id_}"))["state"] == "cancelled"
+    unknown = request("GET", "/api/replays/rpl_1")
+    assert (await exchange(first.addresses.socket, unknown)).status == 404
+    monkeypatch.setattr(replays, "PATIENCE", 0.2)
+    with silent(second):
+        answer = await exchange(first.addresses.socket, unknown)
+    assert (answer.status, answer.json["error"]["message"]) == (
+        503,
+        "cannot show the replay rpl_1: it is not on this node, and two did not answer",
+    )
