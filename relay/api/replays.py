@@ -11,8 +11,10 @@ from relay.api.query_params import Filter, read_field
 from relay.api.responses import CountView, respond, selection_of
 from relay.api.views import Time, about
 from relay.base.clock import rfc3339
+from relay.base.ids import REPLAY, dashed, new_id
 from relay.base.units import parse_rate, render_rate
-from relay.errors import StorageUnavailableError, UnknownError
+from relay.config.problems import shown
+from relay.errors import RelayError, StorageUnavailableError, UnknownError
 from relay.jobs.replay import DEFAULT_RATE, STOP_WITHIN, Replay, ReplayRequest, Replays, State
 
 LIST, SHOW, CANCEL = "list replays", "show the replay", "cancel the replay"
@@ -85,19 +87,39 @@ class ReplaysApi:
         returns=Page[ReplayView],
     )  # fmt: skip
     async def _list(self, _request: web.Request) -> Page[ReplayView]:
+        return Page(tuple(await self._all()), None)
+
+    async def _all(self) -> list[ReplayView]:
+        """Return the replays of all nodes that answer, newest first."""
         found = await self._list_here()
         for node, views in (await self._nodes.ask_others(LIST, None, PATIENCE)).given:
             found += [msgspec.convert({**view, "node": node}, ReplayView) for view in views]
-        return Page(tuple(sorted(found, key=lambda view: view.began_at, reverse=True)), None)
+        return sorted(found, key=lambda view: view.began_at, reverse=True)
+
+    async def _whole_id(self, id_: str) -> str:
+        """Return the id of a replay; a prefix must be unique on all nodes.
+
+        Raises:
+            RelayError: the id is ambiguous.
+        """
+        digits = id_.lower().removeprefix(REPLAY)
+        if self._nodes.alone or not digits or len(REPLAY + digits) == len(new_id(REPLAY, 0)):
+            return id_
+        found = [each.id for each in await self._all() if each.id.startswith(REPLAY + dashed(digits))]
+        if len(found) > 1:
+            raise RelayError(
+                f"ambiguous replay id {shown(id_)}; matches: {', '.join(found)}", hint="add more characters"
+            )
+        return found[0] if found else id_
 
     @endpoint("GET", "/api/replays/{id}", "showReplay", "Show a replay and its progress.", returns=ReplayView)
     async def _show(self, request: web.Request) -> ReplayView:
-        id_ = request.match_info["id"]
+        id_ = await self._whole_id(request.match_info["id"])
         return await self._show_here("", id_) or await self._elsewhere(id_, SHOW, PATIENCE)
 
     @endpoint("DELETE", "/api/replays/{id}", "cancelReplay", "Cancel a replay.", returns=ReplayView)
     async def _cancel(self, request: web.Request) -> ReplayView:
-        id_ = request.match_info["id"]
+        id_ = await self._whole_id(request.match_info["id"])
         return await self._cancel_here("", id_) or await self._elsewhere(id_, CANCEL, PATIENCE_TO_CANCEL)
 
     async def _elsewhere(self, id_: str, verb: str, patience: float) -> ReplayView:

@@ -30,6 +30,7 @@ _SHAPE = (
     screen.Column("eta_seconds", "left", screen.each(_left), rank=1, right=True),
     screen.text("error", least=16, long="wrap"),
 )  # fmt: skip
+_NODE = screen.text("node", "runs on", least=8, long="middle")
 
 
 @click.group(cls=Group)
@@ -47,7 +48,9 @@ def list_(answer: Any, *, quiet: bool) -> None:
 
     `relay events replay` starts a replay, and so does `relay deliveries retry` with a filter.
     """
-    print_page(answer, COLUMNS, _SHAPE, quiet=quiet)
+    is_cluster = any(replay.get("node") for replay in answer["items"])
+    columns, shape = ((*COLUMNS, "node"), (*_SHAPE, _NODE)) if is_cluster else (COLUMNS, _SHAPE)
+    print_page(answer, columns, shape, quiet=quiet)
 
 
 @replays.command()
@@ -70,6 +73,7 @@ def show(answer: Any, **_: str) -> None:
             Field("Created", screen.cell(answer["created"])),
             Field("Skipped", screen.cell(answer["skipped"])),
             Field("To", answer["to"] or ""),
+            Field("Runs on", answer.get("node") or ""),
             Field("Rate", f"at most {answer['rate']}"),
             Field("Began", screen.full_time(answer["began_at"])),
             Field("Ended", screen.full_time(answer["ended_at"])),

@@ -203,6 +203,12 @@ async def test_any_node_shows_and_cancels_a_replay(nodes, monkeypatch):
     assert (shown["id"], shown["state"], shown["node"], shown["count"]) == (id_, "running", "two", 3)
     assert (await first.operator("GET", f"/api/replays/{id_}"))["node"] == "two"
     assert (await second.operator("GET", f"/api/replays/{id_}"))["node"] is None
+    answer = await exchange(first.addresses.socket, request("POST", "/api/replays", body))
+    same = id_[:8]  # the digits of some years
+    assert answer.json["id"].startswith(same)
+    answer = await exchange(first.addresses.socket, request("DELETE", f"/api/replays/{same}"))
+    assert answer.json["error"]["message"].startswith(f'ambiguous replay id "{same}"; matches: ')
+    assert (await first.operator("GET", f"/api/replays/{id_[:-2]}"))["id"] == id_
     assert (await first.operator("DELETE", f"/api/replays/{id_}"))["state"] == "cancelled"
     assert (await second.operator("GET", f"/api/replays/{id_}"))["state"] == "cancelled"
     unknown = request("GET", "/api/replays/rpl_1")

@@ -173,6 +173,18 @@ def job(name, every, **more):
     }  # fmt: skip
 
 
+def replay(number, **more):
+    """Return a replay; those before the first have ended."""
+    running = number == 0
+    return {
+        "id": id_("rpl_", number), "state": "running" if running else "cancelled", "count": 12_400,
+        "done": 3100, "created": 6050, "skipped": 75, "to": None if running else LONG, "rate": "20/s",
+        "per_second": 19.8, "eta_seconds": 469.7 if running else None, "reached": at(-86_400),
+        "began_at": at(-157 - 4000 * number), "ended_at": None if running else at(-3900 * number),
+        "error": None, "node": None, **more,
+    }  # fmt: skip
+
+
 def refused(number, **more):
     """Return a refused request of a list."""
     source, reason, status, problem = (
@@ -341,6 +353,8 @@ ANSWERS = {
         "body": '{"session_id": 42, "event_type": "session.started"}',
         "headers": [["host", "relay.example.com"], ["authorization", "Bearer ****"]],
     },
+    "replays": page(replay(0, node="eu-2"), replay(1)),
+    "replays/01a2": replay(1),
     "jobs": page(
         job("retention", "1m"),
         job("ledger", "15s", next_run_at=at(14)),
@@ -417,6 +431,8 @@ SCREENS = {
     "workers-show": "workers show whatsapp w",
     "refused-list": "refused list",
     "refused-show": "refused show 01a2",
+    "replays-list": "replays list",
+    "replays-show": "replays show 01a2",
     "jobs-list": "jobs list",
     "nodes": "nodes",
     "stats": "stats",
