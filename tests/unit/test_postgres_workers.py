@@ -448,6 +448,19 @@ async def test_a_refused_unregister_is_one_event(nodes, clock):
 
 
 @needs_postgres
+async def test_rows_that_a_failover_has_taken_back_are_read_again(nodes):
+    first, second = nodes
+    await first.ask(Register(worker_id="w1"))
+    await flushed(*nodes)
+    sql = "UPDATE workers SET record = $1"  # with the version that the node knows
+    record = encode(msgspec.structs.replace(first.row(), status="MAINTENANCE"))
+    await first.store.database.fetch(sql, record)
+    await second.workers.reload(second.store.database.writer.connection)
+    assert second.row().status == "MAINTENANCE"
+    assert second.workers.count("wa", "MAINTENANCE") == 1
+
+
+@needs_postgres
 async def test_a_row_of_a_long_transaction_is_read_after_its_end(nodes):
     first, second = nodes
     await first.ask(Register(worker_id="w1"))

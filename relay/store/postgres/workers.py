@@ -419,6 +419,8 @@ class SharedWorkers(StoredWorkers):
 
     async def reload(self, connection: Connection) -> None:
         """Compare all rows with the database, after it was opened or unreachable."""
+        self._versions.clear()  # a promoted standby may give ids of lost transactions again
+        self._seen.clear()
         await connection.execute(FOREIGN_VERSIONS_SQL)
         await self._refresh(connection.fetch, everything=True)
         self._note_flush(self._clock.steady())
