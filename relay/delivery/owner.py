@@ -184,8 +184,9 @@ class Owner:
 
     async def _renew_for_ever(self) -> None:
         while True:
-            with suppress(TimeoutError):
-                await asyncio.wait_for(self._due.wait(), RENEW_EVERY)
+            with suppress(TimeoutError):  # `wait_for` may lose the cancellation by `stop`
+                async with asyncio.timeout(RENEW_EVERY):
+                    await self._due.wait()
             self._due.clear()
             await self._try_to_renew()
 

@@ -55,6 +55,15 @@ async def make(tmp_path):
 
 
 @needs_postgres
+async def test_a_node_stops_even_if_a_notification_arrives_at_the_same_moment(make):
+    node = make("a", is_deaf=True)
+    await until(lambda: node._probe)
+    node._answered.set()
+    async with asyncio.timeout(10):
+        await node.stop()
+
+
+@needs_postgres
 async def test_the_other_nodes_hear_an_announcement(make):
     first, second = make("a"), make("b")
     await until(lambda: first.arrives and second.arrives)

@@ -134,8 +134,9 @@ class WakeUps:
                 self._due.set()
                 while not lost.is_set():
                     await self._check()
-                    with suppress(TimeoutError):
-                        await asyncio.wait_for(lost.wait(), PROBE_EVERY)
+                    with suppress(TimeoutError):  # `wait_for` may lose the cancellation by `stop`
+                        async with asyncio.timeout(PROBE_EVERY):
+                            await lost.wait()
             except Exception as error:  # noqa: BLE001 - after any error, the node polls
                 log.debug("wake-ups do not arrive: %s", error)
             self.arrives, self.delay = False, POLL
@@ -149,7 +150,8 @@ class WakeUps:
         sent = asyncio.get_running_loop().time()
         await self._notify(WakeUp(self._sender, probe=self._probe))
         try:
-            await asyncio.wait_for(self._answered.wait(), PROBE_TIMEOUT)
+            async with asyncio.timeout(PROBE_TIMEOUT):
+                await self._answered.wait()
         except TimeoutError:
             if self.arrives:
                 log.warning("PostgreSQL's notifications do not arrive; polling every %g s instead", POLL)
