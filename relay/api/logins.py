@@ -184,7 +184,7 @@ class CodeBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_de
 
 
 class CodeView(msgspec.Struct):
-    """A code that begins a login to the dashboard, once."""
+    """A one-time code for a login to the dashboard."""
 
     code: str
     url: Annotated[str, about("Address of the dashboard with the code.")]
@@ -209,7 +209,7 @@ class LoginsApi:
         self._addresses = context.addresses
 
     @endpoint(
-        "POST", "/api/logins", "createLogin", "Create a code that begins a login to the dashboard, once.",
+        "POST", "/api/logins", "createLogin", "Create a one-time code for a login to the dashboard.",
         body=CodeBody, optional_body=True, returns=CodeView,
     )  # fmt: skip
     async def _create(self, request: web.Request, body: CodeBody) -> CodeView:

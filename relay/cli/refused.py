@@ -38,7 +38,8 @@ def list_(daemon: Daemon, *, as_json: bool, quiet: bool, **query: Any) -> None:
     Example: relay refused list --source moddy --since 1h
 
     Requests that are refused with 429 or 503 are not kept, because their senders repeat them. For each
-    source and reason, the relay keeps a limited number of requests per minute; metrics count all of them.
+    source and reason, the relay keeps at most ten requests a second from authenticated senders, and ten a
+    minute from others; metrics count all of them.
     """
     page = gather(daemon, "refused", **query)
     print_page(page, COLUMNS, SHAPE, as_json=as_json, quiet=quiet)

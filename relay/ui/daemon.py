@@ -174,7 +174,7 @@ def _node(visit: Visit, node: Mapping[str, Any]) -> tuple[Content, ...]:
         for lane in node["lanes"]
     ]
     return (
-        [node["name"], " (answers you)" if node["is_self"] else None],
+        [node["name"], " (this node)" if node["is_self"] else None],
         node["version"],
         when(visit, node["started_at"]),
         when(visit, node["seen_at"]),

@@ -89,7 +89,7 @@ def _changes(visit: Visit) -> Iterator[Content]:
     words = options_of("selection", query)
     if chosen is not None:
         label = "Retry all now" if chosen == "pending" else "Send all again"
-        again = "deliveries that were sent again already are left out" if chosen != "pending" else None
+        again = "deliveries that have already been sent again are left out" if chosen != "pending" else None
         yield action(
             visit, label, "deliveries", "retry", *words,
             call="POST deliveries/retry", body={"filter": selected}, counts=True, count=again,

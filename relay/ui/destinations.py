@@ -241,7 +241,8 @@ def _forecast(shown: Mapping[str, Any], config: Mapping[str, Any] | None, past: 
     slots = config["concurrency"]
     seconds = pending * quick[-1] / 1000 / slots
     return (
-        f"{counts} At {slots} at once and {quick[-1]:,.0f} ms each, they take about {duration(seconds)}"
+        f"{counts} With {slots} attempts at once and {quick[-1]:,.0f} ms each, they take about "
+        f"{duration(seconds)}"
         f"{'' if 'rate' not in config else ' or longer: the rate is limited to ' + str(config['rate'])}."
     )
 

@@ -220,4 +220,4 @@ async def test_jobs_configuration_doctor_and_nodes(relay):
     _, found = await page(relay, "/ui/doctor")
     assert "GET doctor" in [each.get("data-ask") for each in found.all("button")]
     _, found = await page(relay, "/ui/nodes")
-    assert "(answers you)" in found.text
+    assert "(this node)" in found.text

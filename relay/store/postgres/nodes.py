@@ -148,9 +148,9 @@ def length_of(lease: float, timeout: float) -> float:
 def trusted_until(asked: int, length: float, timeout: float) -> int:
     """Return the time (steady clock) at which a node stops beginning attempts under a lease.
 
-    It counts from `asked`, before the request was sent, so it comes before the end of the lease by the
-    server's clock, by at least the `timeout` of an attempt. The steady clock may run slow by one part in
-    `SLEW`.
+    `asked` is the time before the request for the lease. So the result is earlier than the lease's end by
+    the server's clock, by at least the `timeout` of an attempt, even if the steady clock runs slow by one
+    part in `SLEW`.
     """
     return asked + int((length - timeout) * SECOND) * (SLEW - 1) // SLEW
 

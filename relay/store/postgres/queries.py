@@ -348,7 +348,7 @@ class PostgresReader:
         return Span(first, last)
 
     async def _odd(self, condition: str, since: int, until: int) -> list[int] | None:
-        """Return row ids of the events of a range of times that fulfil a condition; None: too many."""
+        """Return the row ids of the events in a time range that meet a condition; None: too many."""
         sql = f"""
             SELECT id FROM events WHERE {condition} AND received_at >= $1 AND received_at < $2
              ORDER BY received_at LIMIT {MOST_ODD + 1}

@@ -120,7 +120,7 @@ class PostgresStore:
         cluster: float | None,
         digest: Callable[[], bytes],
     ) -> None:
-        """Take `cluster`, the seconds of a lease if other daemons may use the database at the same time."""
+        """Take `cluster`: the length of a lease in seconds; None: this daemon uses the database alone."""
         self.location = address.location
         self.files: Mapping[str, Path] = {}
         self.stopped_at = 0

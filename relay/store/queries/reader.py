@@ -73,7 +73,7 @@ class Reader(Protocol):
     async def candidate(
         self, path: Path, terms: Sequence[tuple[Any, ...]], end: int, start: int, number: int
     ) -> list[int]:
-        """Return the row id of each term at position `number`, newest first; short terms are left out."""
+        """Return the row id at position `number` of each term, newest first; shorter terms are left out."""
         ...
 
     async def types_between(self, first: str, end: str, most: int) -> list[str]:

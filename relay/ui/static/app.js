@@ -325,7 +325,7 @@ function press(...commands) {
 }
 
 const KEYS = [["/", "go to the search field"], ["j, k", "next and previous row; Enter opens it"],
-  ["r", "retry: the first such button"], ["p", "pause or resume: the first such button"],
+  ["r", "press the first button to retry"], ["p", "press the first button to pause or resume"],
   ...Object.entries(GO).map(([letter, page]) => [`g ${letter}`, page || "now"])];
 
 function help() {
