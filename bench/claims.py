@@ -70,8 +70,9 @@ async def _phase(what: str, store: Store, fresh: list[Delivery], server: Process
     """Claim, end as many deliveries, and accept as many new events, which find no room in the lane."""
     met, began = True, time.perf_counter()
     for part in range(1, PARTS + 1):
-        taken, used = [], []
-        while time.perf_counter() < began + seconds * part / PARTS:
+        taken: list[float] = []
+        used: list[float] = []
+        while not taken or time.perf_counter() < began + seconds * part / PARTS:
             cpu = time.process_time() + server.cpu()
             now = time.perf_counter()
             claim = await store.deliveries.claim(NAME, AT_ONCE, retries=False)

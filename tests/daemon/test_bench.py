@@ -91,6 +91,17 @@ for each in loop.run(cluster.run(plan, nodes=(1,))):
     assert all(float(ratio[1]) > 0 and float(ratio[3]) > 0 for ratio in ratios)
 
 
+@needs_postgres
+def test_claims_are_timed_without_and_with_an_old_snapshot():
+    command = [sys.executable, "-m", "bench.claims", "--pending", "1000", "--seconds", "0.1"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    title, *parts, target = done.stdout.splitlines()
+    assert title == "1,000 pending deliveries, 128 in a claim"
+    assert [part.split(",")[0].strip() for part in parts] == ["no snapshot"] * 5 + ["a held snapshot"] * 5
+    assert target.startswith("target 5 ms for p99: ")
+
+
 def test_sweeps_are_measured_with_their_delay_of_the_event_loop():
     command = [sys.executable, "-m", "bench.heartbeats", "sweeps"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=True)
