@@ -57,7 +57,7 @@ async def make(tmp_path):
 @needs_postgres
 async def test_a_node_stops_even_if_a_notification_arrives_at_the_same_moment(make):
     node = make("a", is_deaf=True)
-    await until(lambda: node._probe)
+    await until(lambda: node._answered._waiters)
     node._answered.set()
     async with asyncio.timeout(10):
         await node.stop()
