@@ -9,11 +9,13 @@ import time
 
 import pytest
 from certificates import Certificates
+from click.testing import CliRunner
 from postgres import USER, Pooler, database_of, name_of, needs_pooler, needs_postgres, server, start
 from stores import accept
 from support import FakeClock, until
 
 from relay.base.clock import SystemClock
+from relay.cli import main
 from relay.config import validators
 from relay.config.secrets import Url
 from relay.errors import RelayError, StorageError, StorageUnavailableError
@@ -89,6 +91,18 @@ def test_an_address_hides_its_password():
     address = read_url(f"postgresql://relay:{PASSWORD}@db1,db2/relay?sslpassword={PASSWORD}")
     assert PASSWORD not in repr(address)
     assert PASSWORD not in address.location
+
+
+@pytest.mark.parametrize(
+    "url", [f"postgresql://relay:{PASSWORD}@db/relay", f"postgresql://db/x?password={PASSWORD}"]
+)
+def test_a_password_among_the_arguments_of_a_command_is_refused(url):
+    """Other users see the arguments of a process."""
+    for arguments in (["db", "move", "sqlite:relay.db", url], ["db", "move", url, "sqlite:relay.db"]):
+        result = CliRunner().invoke(main, arguments)
+        assert result.exit_code == 2
+        assert "the URL contains a password" in result.output
+        assert PASSWORD not in result.output
 
 
 # --- several hosts ------------------------------------------------------------------------------------
