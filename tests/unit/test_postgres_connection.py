@@ -251,7 +251,7 @@ async def test_nodes_behind_a_pooler_share_its_sessions_and_poll(tmp_path):
     folders = [tmp_path / name for name in ("a", "b")]
     for folder in folders:
         folder.mkdir()
-    stores = [opening.make_store(url, folder, clock, node=folder.name, cluster=5.0) for folder in folders]
+    stores = [opening.make_store(url, folder, clock, node=folder.name, cluster=30.0) for folder in folders]
     try:
         for store in stores:
             await store.open()
