@@ -95,7 +95,7 @@ class Trail:
     def _note(self, request: web.Request, status: int | None) -> "asyncio.Task[None] | None":
         """Log a change, and begin to store it."""
         operator, body = request[OPERATOR], request.get(LOGGED_BODY, "")
-        outcome = "aborted" if status is None else str(status)
+        outcome = "client disconnected" if status is None else str(status)
         text, path = f" {body}" if body else "", _path(request)
         extra = fields(request_id=request.get(REQUEST_ID), outcome=outcome)
         log.info("%s: %s %s%s: %s", operator, request.method, path, text, outcome, extra=extra)

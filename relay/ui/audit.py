@@ -40,5 +40,5 @@ def _row(visit: Visit, entry: Mapping[str, Any]) -> tuple[Content, ...]:
         f"{entry['access']} {entry['remote']}".strip(),
         f"{entry['method']} {entry['path']}",
         tag("code", entry["body"]) if entry["body"] else NONE,
-        state("delivered" if is_done else "dead", "aborted" if status is None else str(status)),
+        state("delivered" if is_done else "dead", "client disconnected" if status is None else str(status)),
     )
