@@ -83,7 +83,11 @@ class State:
         await self.dispatcher.start(tuple(own))
 
     async def refresh(self) -> None:
-        """Read again which sources are paused, because an operator may have used another node."""
+        """Read again which sources are paused, because an operator may have used another node.
+
+        The number of live nodes determines this node's share of the rate limits of senders.
+        """
+        self.ingest.admission.nodes = max(1, int(self._store.nodes.figures().get("nodes", 1)))
         paused = await self._store.queries.paused_sources()
         for name, mount in self.ingest.mounts.items():
             mount.paused = name in paused

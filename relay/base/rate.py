@@ -16,15 +16,16 @@ class TokenBucket:
         self._tokens = self._burst
         self._at = now
 
-    def wait(self, now: int) -> float:
-        """Return the seconds until a token is available, 0 if a token is available now."""
-        self._tokens = min(self._burst, self._tokens + (now - self._at) * self._per_micro)
+    def wait(self, now: int, price: int = 1) -> float:
+        """Return the seconds until `price` tokens are available, 0 if they are available now."""
+        burst = max(price, self._burst)
+        self._tokens = min(burst, self._tokens + (now - self._at) * self._per_micro)
         self._at = now
-        return 0.0 if self._tokens >= 1 else (1 - self._tokens) / self._per_micro / SECOND
+        return 0.0 if self._tokens >= price else (price - self._tokens) / self._per_micro / SECOND
 
-    def take(self, now: int) -> float:
-        """Take a token and return 0; if no token is available, return the seconds until the next one."""
-        wait = self.wait(now)
+    def take(self, now: int, price: int = 1) -> float:
+        """Take `price` tokens and return 0; if they are not available, return the seconds until they are."""
+        wait = self.wait(now, price)
         if not wait:
-            self._tokens -= 1
+            self._tokens -= price
         return wait

@@ -34,6 +34,8 @@ class Admission:
     def __init__(self, clock: Clock) -> None:
         self.draining = False
         self.disk_full = False
+        self.nodes = 1
+        """Live nodes of the cluster. Each one takes its share of a rate: a request costs as many tokens."""
         self._clock = clock
         self._buckets: dict[tuple[str, Rate, bytes], TokenBucket] = {}  # by token, for events
         self._fleets: dict[tuple[str, Rate, bytes], TokenBucket] = {}  # by token
@@ -75,7 +77,7 @@ class Admission:
         if change is not None and change.worker_id:
             wait = self._wait_of_worker((*key, change.worker_id), now)
         else:
-            wait = _bucket(self._buckets, key, rate, now).take(now)
+            wait = _bucket(self._buckets, key, rate, now, self.nodes).take(now, self.nodes)
         if wait:
             raise RateLimited(retry_after=max(1, round(wait + 0.5)))
 
@@ -85,13 +87,14 @@ class Admission:
         Too many requests of one worker use up only its own rate; invented ids use up the rate of their token.
         """
         source, rate, token, _ = key
-        own = _bucket(self._workers, key, rate, now)
+        nodes = self.nodes
+        own = _bucket(self._workers, key, rate, now, nodes)
         self._workers.move_to_end(key)
         if len(self._workers) > MOST_BUCKETS:
             self._workers.popitem(last=False)
         together = Rate(count=WORKERS * rate.count, seconds=rate.seconds)
-        fleet = _bucket(self._fleets, (source, rate, token), together, now)
-        return own.wait(now) or fleet.take(now) or own.take(now)
+        fleet = _bucket(self._fleets, (source, rate, token), together, now, nodes)
+        return own.wait(now, nodes) or fleet.take(now, nodes) or own.take(now, nodes)
 
 
 def worker_change_of(mount: Mount, incoming: Incoming) -> WorkerChange | None:
@@ -120,10 +123,10 @@ def check_change(change: object) -> WorkerChange:
     return found
 
 
-def _bucket(buckets: MutableMapping[K, TokenBucket], key: K, rate: Rate, now: int) -> TokenBucket:
+def _bucket(buckets: MutableMapping[K, TokenBucket], key: K, rate: Rate, now: int, price: int) -> TokenBucket:
     bucket = buckets.get(key)
     if bucket is None:
-        bucket = buckets[key] = TokenBucket(rate, now, burst=rate.count)
+        bucket = buckets[key] = TokenBucket(rate, now, burst=max(rate.count, price))
     return bucket
 
 

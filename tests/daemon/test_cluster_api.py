@@ -43,6 +43,7 @@ async def nodes(tmp_path, receiver, monkeypatch):
         both = (first, second)
         await until(lambda: all(relay.app.store.nodes.figures()["nodes"] == 2 for relay in both))
         await until(lambda: second.app.dispatcher.lanes["d2"].is_owned)
+        await until(lambda: all(relay.app.ingest.admission.nodes == 2 for relay in both))
         yield both
     drop_databases()
 
@@ -50,7 +51,7 @@ async def nodes(tmp_path, receiver, monkeypatch):
 def config(folder, url, name, receiver):
     folder.mkdir()
     cluster = f'[cluster]\nenabled = true\nlease = "3s"\nnode = "{name}"\n'
-    source = '[sources.adorn]\nplugin = "adorn"\n'
+    source = '[sources.adorn]\nplugin = "adorn"\nrate_limit = "10/h"\n'
     lanes = [destination(f"d{number}", receiver, 'timeout = "1s"') for number in (1, 2)]
     path = write_config(folder, source, cluster, *lanes)
     text = path.read_text()
@@ -220,3 +221,12 @@ async def test_any_node_shows_and_cancels_a_replay(nodes, monkeypatch):
         503,
         "cannot show the replay rpl_1: it is not on this node, and two did not answer",
     )
+
+
+async def test_the_nodes_share_the_rate_limits_of_senders(nodes):
+    statuses = [
+        (await relay.exchange(request("POST", "/v1/events", adorn(f"{number}")))).status
+        for relay in nodes
+        for number in range(6)
+    ]
+    assert statuses == [200] * 5 + [429] + [200] * 5 + [429]

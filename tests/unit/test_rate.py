@@ -82,3 +82,30 @@ def test_the_reported_wait_is_long_enough(rate, idle):
     taken(bucket, now)
     now += int(bucket.wait(now) * SECOND) + 1
     assert bucket.wait(now) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("rate", "nodes"), [(Rate(30, 60), 3), (Rate(300, 1), 2), (Rate(1, 60), 3), (Rate(7, 60), 4)]
+)
+def test_nodes_that_share_a_rate_allow_no_more_than_the_rate_together(rate, nodes):
+    buckets = [TokenBucket(rate, NOW, burst=max(rate.count, nodes)) for _ in range(nodes)]
+    at_once = sum(_bought(bucket, NOW, nodes) for bucket in buckets)
+    assert at_once == max(nodes, rate.count // nodes * nodes)  # each node allows at least one
+    steps = [NOW + step * rate.seconds * SECOND // 10 for step in range(1, 601)]  # 60 periods
+    later = sum(_bought(bucket, now, nodes) for now in steps for bucket in buckets)
+    assert 0.9 * 60 * rate.count - nodes <= later <= 60 * rate.count + max(nodes, rate.count) - at_once
+
+
+def test_a_bucket_whose_price_rises_allows_requests_again():
+    bucket = TokenBucket(Rate(1, 60), NOW, burst=1)
+    assert bucket.take(NOW) == 0
+    assert bucket.take(NOW, 3) == pytest.approx(180)
+    assert bucket.take(NOW + 180 * SECOND, 3) == 0
+    assert bucket.take(NOW + 240 * SECOND) == 0
+
+
+def _bought(bucket, now, price):
+    count = 0
+    while not bucket.take(now, price):
+        count += 1
+    return count
