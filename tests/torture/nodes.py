@@ -266,7 +266,8 @@ class Cluster:
     async def restart(self, number: int) -> None:
         """Start a node again after its process has ended."""
         self.out.add(number)
-        self.nodes[number] = self._make(number)
+        former, self.nodes[number] = self.nodes[number], self._make(number)
+        self.nodes[number].url = former.url  # until it listens, senders are refused there
         await self.run(number)
         self.out.discard(number)
 
