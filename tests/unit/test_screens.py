@@ -15,8 +15,9 @@ from relay.api.endpoints import endpoints_of
 from relay.api.tail import TailAttempt, TailEvent
 from relay.api.top import Top
 from relay.base.text import paint
-from relay.cli import screen, top
+from relay.cli import screen, tail, top
 from relay.cli.screen import Column, cut, table, text, width_of, wrap
+from relay.ui import now
 from tests.golden import screens
 
 DRAWN = [(name, width) for name in (*screens.SCREENS, *screens.FRAMES) for width in screens.WIDTHS]
@@ -92,6 +93,23 @@ def test_the_screen_of_top_names_nodes_whose_figures_are_missing(nodes, line):
     snapshot = screens.top_snapshot(7) | {"nodes": [dict(zip(names, node, strict=True)) for node in nodes]}
     found = [each for each in top.lines(snapshot) if each.startswith("Nodes")]
     assert found == ([] if line is None else [line])
+
+
+@pytest.mark.parametrize(
+    ("nodes", "line"),
+    [
+        (["two", "three"], "no answer from two, three: their events and attempts are missing\n"),
+        ([], "all nodes answer again\n"),
+    ],
+)
+def test_tail_names_nodes_whose_items_are_missing(capsys, nodes, line):
+    tail._show("silent", {"nodes": nodes}, tail.ShortIds(), as_json=False)
+    assert capsys.readouterr() == ("", line)
+
+
+def test_the_page_now_names_nodes_whose_figures_are_missing():
+    assert now._silent([]) is None
+    assert "No answer from eu-2, &lt;x&gt;: the figures below" in str(now._silent(["eu-2", "<x>"]))
 
 
 @pytest.mark.parametrize(
