@@ -13,7 +13,7 @@ from stores import KINDS
 from support import until
 from wire import exchange, following, request
 
-from relay.api import history, replays, tail
+from relay.api import history, replays, tail, top
 from relay.base.clock import SECOND
 from relay.errors import RelayError
 from relay.store.postgres import nodes as postgres_nodes
@@ -104,6 +104,8 @@ async def test_any_node_lists_and_runs_the_jobs_of_the_cluster(nodes, monkeypatc
 
 
 async def test_any_node_adds_up_the_figures_of_all(nodes, receiver, monkeypatch):
+    monkeypatch.setattr(top, "EVERY", 0.4)
+    monkeypatch.setattr(top, "FOLLOWED", 1.0)
     first, second = nodes
     receiver.open.clear()
     async with following(first.addresses.socket, "/api/top") as reader:
