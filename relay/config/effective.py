@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, get_args
 
@@ -20,6 +21,8 @@ _OURS: dict[type, set[str]] = {  # fields that have no key in config.toml
     SourceConfig: {"name", "settings", "compiled"},
     DestinationConfig: {"name"},
 }
+_JSON = json.JSONEncoder(ensure_ascii=False)
+_TYPES = 256  # of tables, whose keys are remembered
 _SIZES = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "B"))
 
 
@@ -65,13 +68,22 @@ def as_toml(tables: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _table(record: msgspec.Struct) -> dict[str, Any]:
-    ours = _OURS.get(type(record), ())
-    values = {
-        field.encode_name: _value(getattr(record, field.name), _unit(field.type))
-        for field in msgspec.structs.fields(record)
-        if field.name not in ours and _is_shown(field.type)
-    }
+    values = {key: _value(getattr(record, name), unit) for key, name, unit in _keys(type(record))}
     return {name: value for name, value in values.items() if value is not None}
+
+
+@lru_cache(_TYPES)
+def _keys(type_: type[msgspec.Struct]) -> tuple[tuple[str, str, str | None], ...]:
+    """Return the key, name and unit of each field that is listed.
+
+    They are remembered, because finding them takes most of the time, and the daemon must not wait for it.
+    """
+    ours = _OURS.get(type_, ())
+    return tuple(
+        (field.encode_name, field.name, _unit(field.type))
+        for field in msgspec.structs.fields(type_)
+        if field.name not in ours and _is_shown(field.type)
+    )
 
 
 def _is_shown(type_: Any) -> bool:
@@ -81,6 +93,11 @@ def _is_shown(type_: Any) -> bool:
 
 
 def _value(value: Any, unit: str | None) -> Any:
+    is_plain = value is None or type(value) in (str, bool) or (unit is None and type(value) in (int, float))
+    return value if is_plain else _converted(value, unit)  # most are plain
+
+
+def _converted(value: Any, unit: str | None) -> Any:
     shown: Any
     if isinstance(value, Secret | Path):
         shown = str(value)
@@ -96,9 +113,9 @@ def _value(value: Any, unit: str | None) -> Any:
         shown = {key: _value(item, unit) for key, item in value.items()}
     elif isinstance(value, tuple | list):
         shown = [_value(item, unit) for item in value]
-    elif value is not None and unit == "duration":
+    elif unit == "duration":
         shown = render_duration(value)
-    elif value is not None and unit == "size":
+    elif unit == "size":
         shown = next(f"{value // factor} {name}" for factor, name in _SIZES if value % factor == 0)
     else:
         shown = value
@@ -125,4 +142,4 @@ def _written(value: Any) -> str:
         return f"{{ {', '.join(_lines(value))} }}" if value else "{}"
     if isinstance(value, list):
         return f"[{', '.join(map(_written, value))}]"
-    return json.dumps(value, ensure_ascii=False)
+    return _JSON.encode(value)

@@ -87,6 +87,9 @@ async def test_an_hour_is_kept_and_no_more(daemon):
     events = daemon.figures(minutes=60, periods=SLOTS)["events"]
     assert events == [*map(float, range(2, SLOTS + 2))]
     assert daemon.figures(minutes=600, periods=SLOTS)["events"] == events
+    # 7 periods of 52 slots begin before the hour: the first has only 48.
+    periods = daemon.figures(minutes=60, periods=7)["events"]
+    assert periods == [sum(events[:48]), *(sum(events[at : at + 52]) for at in range(48, SLOTS, 52))]
 
 
 async def test_removed_names_are_forgotten_and_new_ones_begin_unknown(daemon):
