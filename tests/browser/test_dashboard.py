@@ -3,6 +3,8 @@
 import asyncio
 import json
 import re
+from contextlib import AsyncExitStack
+from socket import socket
 from urllib.parse import quote
 
 import pytest
@@ -11,7 +13,9 @@ import receivers
 from axe_playwright_python.async_playwright import Axe
 from browsers import chromium, needs_chromium, opened
 from daemons import SOURCES, adorn, destination, running, write_config
+from proxies import proxy_at
 from samples import read_samples
+from support import until
 from wire import exchange, request
 
 from relay.ui.app import SCREENS
@@ -60,6 +64,12 @@ async def ended(relay, **filters):
             if rows and all(row["state"] == "dead" for row in rows):
                 return rows
             await asyncio.sleep(0.01)
+
+
+async def followers(relay, count):
+    """Wait for a number of open streams."""
+    streams = (relay.app.api._top._followers, relay.app.api._tail._followers)
+    await until(lambda: sum(map(len, streams)) == count, 30)
 
 
 async def post(relay, path, body):
@@ -234,6 +244,130 @@ async def test_a_button_changes_exactly_what_its_page_lists(relay, browser, addr
         await page.get_by_text(f"{listed} of {listed}").wait_for()
         await page.get_by_text("done").wait_for()
         watch.check()
+
+
+async def test_a_code_logs_a_browser_in_once_until_it_logs_out(relay, browser):
+    origin = relay.addresses.admin
+    made = await post(relay, "logins", {})
+    async with opened(browser, origin, None) as (page, watch), opened(browser, origin, None) as (thief, _):
+        await page.goto(f"{origin}/ui/events")
+        await page.locator("form[data-login]").wait_for()
+        watch.messages.clear()  # the browser reports each answer 401
+        await page.goto(made["url"])
+        await page.get_by_role("heading", name="Now").wait_for()
+        assert "code" not in page.url
+        await thief.goto(made["url"])
+        await thief.get_by_role("status").get_by_text("Not logged in").wait_for()
+        watch.messages.clear()
+        await page.goto(f"{origin}/ui/destinations/crm")
+        assert await page.locator("button[data-call]").count() > 0
+        watch.check()
+        await page.get_by_role("button", name="Log out").click()
+        await page.locator("form[data-login]").wait_for()
+        assert (await page.goto(f"{origin}/ui/")).status == 401
+
+
+async def test_a_login_with_the_scope_read_sees_no_button_that_changes_anything(relay, browser, addresses):
+    origin = relay.addresses.admin
+    made = await post(relay, "logins", {"scope": "read"})
+    async with opened(browser, origin, None) as (page, watch):
+        await page.goto(made["url"])
+        await page.get_by_role("heading", name="Now").wait_for()
+        watch.messages.clear()
+        for path in addresses:
+            assert (await page.goto(f"{origin}/ui{path}")).status == 200
+            calls = await page.locator("button[data-call]").all_inner_texts()
+            asks = await page.locator("button[data-ask]").evaluate_all("all => all.map(e => e.dataset.ask)")
+            assert (calls, [each for each in asks if not each.startswith("GET ")]) == ([], []), path
+        watch.check()
+
+
+async def test_everything_works_below_the_path_of_a_proxy(relay, browser):
+    made = await post(relay, "logins", {})
+    async with proxy_at("/a/b", relay) as origin, opened(browser, origin, None) as (page, watch):
+        await page.goto(f"{origin}/a/b/ui/#code={made['code']}")
+        await page.get_by_role("heading", name="Now").wait_for()
+        watch.messages.clear()
+        await page.get_by_role("link", name="Events", exact=True).click()
+        await page.wait_for_url(f"{origin}/a/b/ui/events")
+        await followers(relay, 1)
+        await relay.exchange(request("POST", "/v1/events", adorn(session="below")))
+        await page.get_by_text(re.compile("[0-9]+ new: show")).click()
+        await page.get_by_role("cell", name="below").first.wait_for()
+        await page.goto(f"{origin}/a/b/ui/destinations/crm")
+        for verb in ("Pause", "Resume"):
+            await page.get_by_role("button", name=verb).first.click()
+            async with page.expect_response("**/a/b/api/destinations/crm/*") as asked:
+                await page.get_by_role("dialog").get_by_role("button", name=verb).click()
+            assert (await asked.value).status == 200
+            await page.get_by_role("status").get_by_text("done").wait_for()
+        watch.check()
+
+
+HIDE = """(hidden) => {
+  Object.defineProperty(document, "hidden", { value: hidden, configurable: true });
+  document.dispatchEvent(new Event("visibilitychange"));
+}"""
+
+
+async def test_a_hidden_tab_closes_its_streams(relay, browser, monkeypatch):
+    monkeypatch.setattr("relay.api.stream.CHECK_EVERY", 0.05)
+    origin = relay.addresses.admin
+    await followers(relay, 0)
+    async with opened(browser, origin, TOKEN) as (page, watch):
+        for path in ("", "events"):
+            await page.goto(f"{origin}/ui/{path}")
+            await followers(relay, 1)
+            await page.evaluate(HIDE, True)
+            await followers(relay, 0)
+        await page.evaluate(HIDE, False)
+        await followers(relay, 1)
+        watch.check()
+
+
+async def test_open_pages_follow_again_after_a_restart(tmp_path, browser):
+    with socket() as free:
+        free.bind(("127.0.0.1", 0))
+        listen = f"127.0.0.1:{free.getsockname()[1]}"
+    config = write_config(tmp_path, SOURCES, destination("crm", "http://127.0.0.1:9/", "paused = true"))
+    text = config.read_text().replace('[admin]\nlisten = "127.0.0.1:0"', f'[admin]\nlisten = "{listen}"')
+    config.write_text(text)
+    async with AsyncExitStack() as stack:
+        async with running(config) as relay:
+            behind = await stack.enter_async_context(proxy_at("", relay))  # it answers 502 during the restart
+            pages = []
+            for origin in (relay.addresses.admin, behind):
+                code = (await post(relay, "logins", {}))["code"]
+                page, watch = await stack.enter_async_context(opened(browser, origin, None))
+                pages.append((page, watch))
+                await page.goto(f"{origin}/ui/#code={code}")
+                await pending(page, 0)
+                watch.messages.clear()  # the browser reports the answer 401 before the login
+            await followers(relay, 2)
+            await relay.exchange(request("POST", "/v1/events", adorn()))
+            for page, _ in pages:
+                await pending(page, 1)
+        async with running(config) as relay:
+            await followers(relay, 2)
+            await relay.exchange(request("POST", "/v1/events", adorn("again")))
+            for page, watch in pages:
+                await pending(page, 2)
+                assert len(watch.messages) < 10, watch.messages
+                assert watch.foreign == []
+
+
+async def pending(page, count):
+    """Wait until Now shows this number of pending deliveries to the destination `crm`."""
+    await page.locator("[data-live=crm]", has_text=re.compile(f"^{count}$")).first.wait_for()
+
+
+async def test_a_violation_of_the_policy_is_noticed(relay, browser):
+    async with opened(browser, relay.addresses.admin, TOKEN) as (page, watch):
+        await page.goto(f"{relay.addresses.admin}/ui/")
+        watch.check()
+        await page.evaluate("document.body.setAttribute('style', 'color: red')")
+        await page.evaluate("new Promise((resolve) => setTimeout(resolve))")
+        assert any(each.startswith("policy: style-src") for each in watch.messages)
 
 
 async def test_the_pictures_of_the_pages_come_from_the_demo(tmp_path):

@@ -11,6 +11,7 @@ from daemons import Recorder, adorn, destination, running, write_config
 from postgres import database_of, drop_databases, needs_postgres
 from stores import KINDS
 from support import until
+from test_ui_access import Browser, new_code
 from wire import exchange, following, request
 
 from relay.api import history, replays, tail, top
@@ -77,6 +78,20 @@ async def lines_of(relay, method, path):
     """Return the lines of JSON of a long answer."""
     answer = await exchange(relay.addresses.socket, request(method, path))
     return answer.status, [json.loads(line) for line in answer.body.splitlines()]
+
+
+async def test_a_login_at_one_node_is_valid_at_all(nodes):
+    first, second = nodes
+    code = (await new_code(first))["code"]
+    host = "localhost:8081"  # a balancer's
+    browser, thief = Browser(second, host), Browser(first, host)
+    assert (await browser.log_in(code=code)).status == 200
+    assert (await thief.log_in(code=code)).status == 403
+    for end in (200, 401):
+        for relay in nodes:
+            browser.target = relay.addresses.admin
+            assert (await browser.send("GET", "/ui/")).status == end
+        assert (await browser.send("DELETE", "/ui/login")).status == 200
 
 
 async def test_any_node_lists_and_runs_the_jobs_of_the_cluster(nodes, monkeypatch):

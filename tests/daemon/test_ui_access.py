@@ -9,9 +9,9 @@ from contextlib import asynccontextmanager
 from urllib.parse import urljoin
 
 import pytest
-from aiohttp import ClientSession, web
 from commands import Commands, run
 from daemons import SOURCES, destination, running, write_config
+from proxies import proxy_at
 from test_ui import Document
 from wire import exchange, request
 
@@ -407,28 +407,6 @@ async def test_malformed_headers_are_refused_without_an_internal_error(relay, ca
         answer = await browser.send("GET", "/api/status", authorization=authorization)
         assert answer.status == 401
     assert not [each for each in caplog.records if "failed" in each.getMessage() and each.exc_info]
-
-
-@asynccontextmanager
-async def proxy_at(path, relay):
-    """Run a reverse proxy that serves the admin listener below a path, and passes on the Host header."""
-
-    async def forward(request):
-        target = relay.addresses.admin + request.raw_path.removeprefix(path)
-        headers = {name: value for name, value in request.headers.items() if name.lower() != "content-length"}
-        body = await request.read()
-        async with session.request(request.method, target, headers=headers, data=body or None) as answer:
-            kept = {name: value for name, value in answer.headers.items() if name.lower() != "content-length"}
-            return web.Response(status=answer.status, body=await answer.read(), headers=kept)
-
-    app = web.Application()
-    app.router.add_route("*", f"{path}/{{rest:.*}}", forward)
-    runner = web.AppRunner(app, shutdown_timeout=0.1)
-    await runner.setup()
-    await web.TCPSite(runner, "127.0.0.1", 0).start()
-    async with ClientSession(auto_decompress=False) as session:
-        yield "http://{}:{}".format(*runner.addresses[0])
-    await runner.cleanup()
 
 
 async def test_everything_works_below_the_path_of_a_proxy(relay):

@@ -31,6 +31,11 @@ async def chromium() -> AsyncIterator[Browser]:
             await browser.close()
 
 
+POLICY = """document.addEventListener("securitypolicyviolation",
+  (event) => console.error(`policy: ${event.violatedDirective} forbids ${event.blockedURI}`));"""
+"""Makes each violation of a page's policy an error that `Watch` notes."""
+
+
 @dataclass
 class Watch:
     """What a page must never do, as the browser reports it."""
@@ -64,11 +69,13 @@ class Watch:
 
 
 @asynccontextmanager
-async def opened(browser: Browser, origin: str, token: str, **options) -> AsyncIterator[tuple[Page, Watch]]:
-    """Open a new page with this admin token, and watch it; `options` are those of `Browser.new_context`."""
-    context: BrowserContext = await browser.new_context(
-        extra_http_headers={"Authorization": f"Bearer {token}"}, **options
-    )
+async def opened(
+    browser: Browser, origin: str, token: str | None, **options
+) -> AsyncIterator[tuple[Page, Watch]]:
+    """Open a new page with this admin token, or none, and watch it; `options` as of `Browser.new_context`."""
+    headers = {} if token is None else {"Authorization": f"Bearer {token}"}
+    context: BrowserContext = await browser.new_context(extra_http_headers=headers, **options)
+    await context.add_init_script(POLICY)
     page = await context.new_page()
     watch = Watch(origin)
     watch.follow(page)

@@ -243,6 +243,7 @@ function age() {
 
 // A hidden page has no streams: browsers open few connections to one host, and nobody looks.
 let streams = [];
+const REOPEN = 5000; // milliseconds
 
 function show(element, value) {
   const text = value === undefined ? null : value.toLocaleString("en");
@@ -252,6 +253,21 @@ function show(element, value) {
 function follow() {
   for (const each of streams) each.close();
   streams = document.hidden ? [] : [figures(), newItems()].filter(Boolean);
+  for (const each of streams) each.addEventListener("error", () => reopen(each));
+}
+
+// A browser reconnects after a network error. Any other answer ends a stream: the login has expired, or a proxy
+// says that the relay restarts.
+let reopening = 0;
+
+function reopen(stream) {
+  if (stream.readyState !== EventSource.CLOSED || reopening) return;
+  reopening = setTimeout(async () => {
+    reopening = 0;
+    const state = await login("GET").catch(() => ({ logged_in: true }));
+    if (state.logged_in) follow();
+    else again();
+  }, REOPEN);
 }
 
 function figures() {
@@ -278,11 +294,17 @@ function newItems() {
   if (!place) return null;
   let count = Number(place.dataset.count || 0);
   const stream = new EventSource(`${api}tail?${place.dataset.tail}`);
-  stream.addEventListener("event", () => {
-    count += 1;
+  let waiting = 0;
+  const write = () => {
+    waiting = 0;
     place.dataset.count = count;
     place.hidden = false;
     place.firstElementChild.textContent = `${count.toLocaleString("en")} new: show`;
+  };
+  // Changing the page for each of many events would keep the browser busy.
+  stream.addEventListener("event", () => {
+    count += 1;
+    waiting ||= setTimeout(write, 200);
   });
   return stream;
 }
