@@ -82,8 +82,8 @@ async def _connections(
             writer.close()
 
 
-async def latencies(server: Server, is_running: Callable[[], bool]) -> list[float]:
-    """Send events at the rate `PACE` while `is_running()`; return the latency of each response, in seconds.
+async def latencies(server: Server, is_running: Callable[[], bool], pace: float = PACE) -> list[float]:
+    """Send events at a rate while `is_running()`; return the latency of each response, in seconds.
 
     Latency counts from the scheduled time of a request, so it includes the wait for a free connection.
     """
@@ -104,7 +104,7 @@ async def latencies(server: Server, is_running: Callable[[], bool]) -> list[floa
         due = time.perf_counter()
         while is_running():
             group.create_task(one(due))
-            due += 1 / PACE
+            due += 1 / pace
             await asyncio.sleep(due - time.perf_counter())
     return found
 

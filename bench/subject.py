@@ -15,7 +15,7 @@ state_dir = "."
 [server]
 listen = "127.0.0.1:0"
 [admin]
-listen = ""
+listen = "{admin}"
 [storage]
 durability = "full"
 {storage}
@@ -56,22 +56,24 @@ def request(prefix: str = "", type_: str = TYPES[0]) -> bytes:
 REQUEST = request()
 
 
-def write_config(folder: Path, destination: str | None = None, more: str = "", storage: str = "") -> Path:
+def write_config(
+    folder: Path, destination: str | None = None, more: str = "", storage: str = "", admin: str = ""
+) -> Path:
     """Write a config.toml with a destination at that URL, or without one, followed by `more`.
 
-    `storage` are further lines of its table `[storage]`.
+    `storage` are further lines of its table `[storage]`; `admin` is the address of the admin listener.
     """
     config = folder / "config.toml"
-    text = _CONFIG.format(storage=storage, token=TOKEN)
+    text = _CONFIG.format(storage=storage, token=TOKEN, admin=admin)
     config.write_text(text + (_DESTINATION.format(url=destination) if destination else "") + more)
     return config
 
 
 @asynccontextmanager
 async def relay(
-    folder: Path, destination: str | None = None, more: str = "", storage: str = ""
+    folder: Path, destination: str | None = None, more: str = "", *, storage: str = "", admin: str = ""
 ) -> AsyncIterator[Server]:
     """Run `relay serve` in a folder, with the configuration of `write_config`."""
-    config = write_config(folder, destination, more, storage)
+    config = write_config(folder, destination, more, storage=storage, admin=admin)
     async with python(folder / "relay.log", "-c", _SERVE, "serve", "-c", str(config)) as server:
         yield server

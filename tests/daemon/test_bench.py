@@ -13,6 +13,7 @@ from stores import make_store
 from relay.base.clock import SystemClock
 from relay.config.schema import Retention
 from relay.store.retention_policy import Policy
+from relay.ui.app import SCREENS
 
 ROOT = Path(__file__).parents[2]
 SHORT = ("--rounds", "2", "--requests", "20", "--connections", "4")
@@ -132,6 +133,22 @@ def test_scrapes_are_timed_at_rest_and_under_load():
         "at rest", "under load", "without scrapes", "during scrapes",
     ]  # fmt: skip
     assert "target for the medians: 50 ms" in result
+
+
+def test_pages_of_the_dashboard_are_measured_and_small_enough():
+    command = [sys.executable, "-m", "bench.dashboard", "pages", "--events", "300", "--visits", "2"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=True)
+    title, files, heads, *rows, sizes, _markup, _slowest = done.stdout.splitlines()
+    assert title == "pages, with 300 events"
+    assert files.count("(target met)") == 2
+    assert heads.split()[:3] == ["page", "rows", "bytes"]
+    assert [row.split()[0] for row in rows] == list(SCREENS)
+    assert {row.split()[0] for row in rows if row.split()[1] == "50"} >= {
+        "/events",
+        "/deliveries",
+        "/attempts",
+    }
+    assert sizes.count("(target met)") == 2
 
 
 @pytest.fixture
