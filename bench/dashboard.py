@@ -100,7 +100,10 @@ class Figure(msgspec.Struct):
 
 
 class Meter:
-    """Times the screens and the callbacks of the event loop."""
+    """Times the screens and the callbacks of the event loop.
+
+    The time for markup and callbacks is CPU time of the thread, so that other processes do not add to it.
+    """
 
     def __init__(self) -> None:
         self.markup = 0.0
@@ -115,17 +118,17 @@ class Meter:
 
             async def asking(*args: Any, **options: Any) -> Any:
                 nonlocal asked
-                began = time.perf_counter()
+                began = time.thread_time()
                 try:
                     return await ask(*args, **options)
                 finally:
-                    asked += time.perf_counter() - began
+                    asked += time.thread_time() - began
 
             visit.ask = asking
-            began = time.perf_counter()
+            began, cpu = time.perf_counter(), time.thread_time()
             response = await screen(visit)
             self.total = time.perf_counter() - began
-            self.markup = self.total - asked
+            self.markup = time.thread_time() - cpu - asked
             return response
 
         return timed
@@ -134,9 +137,9 @@ class Meter:
         """Return `asyncio.Handle._run`, which notes the longest callback."""
 
         def timed(this: asyncio.Handle) -> None:
-            began = time.perf_counter()
+            began = time.thread_time()
             handle(this)
-            self.block = max(self.block, time.perf_counter() - began)
+            self.block = max(self.block, time.thread_time() - began)
 
         return timed
 

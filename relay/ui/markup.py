@@ -1,11 +1,12 @@
 """HTML in which every text is escaped, because payloads and names come from strangers.
 
-Only `tag` makes `Markup`. All other values become text. Scripts, inline styles and addresses outside of the
-dashboard cannot be written: the pages' Content-Security-Policy would block them, and here they are an error.
+Only `tag` and `maker` make `Markup`. All other values become text. Scripts, inline styles and addresses
+outside of the dashboard cannot be written: the pages' Content-Security-Policy would block them, and here they
+are an error.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 from typing import TypeAlias
 
@@ -74,6 +75,13 @@ def tag(name: str, /, *content: Content, **attributes: Value) -> Markup:
     if name in _VOID:
         return Markup(f"<{name}{written}>")
     return Markup(f"<{name}{written}>{''.join(map(_rendered, content))}</{name}>")
+
+
+def maker(name: str, /, **attributes: Value) -> Callable[[Content], Markup]:
+    """Return a function that makes many elements with the same name and attributes, faster than `tag`."""
+    closing = f"</{name}>"
+    opening = tag(name, **attributes).removesuffix(closing)
+    return lambda content: Markup(f"{opening}{_rendered(content)}{closing}")
 
 
 @lru_cache(_NAMES)

@@ -14,7 +14,7 @@ from relay.base.clock import SECOND
 from relay.base.units import render_size
 from relay.config.schema import Scope
 from relay.routing.condition_text import read_conditions
-from relay.ui.markup import Content, Markup, join, tag
+from relay.ui.markup import Content, Markup, join, maker, tag
 from relay.ui.page import Visit
 
 NONE = "\N{EN DASH}"
@@ -87,14 +87,8 @@ def table(
 
     On narrow screens, each row becomes a block of lines; each line begins with its column's heading.
     """
-    body = [
-        tag(
-            "tr",
-            tag("th", row[0], scope="row"),
-            [tag("td", cell, data_head=head) for head, cell in zip(heads[1:], row[1:], strict=True)],
-        )
-        for row in rows
-    ]
+    makers = [maker("th", scope="row"), *(maker("td", data_head=head) for head in heads[1:])]
+    body = [tag("tr", [make(cell) for make, cell in zip(makers, row, strict=True)]) for row in rows]
     if not body:
         return tag("p", empty, class_="empty")
     head = tag("thead", tag("tr", [tag("th", each, scope="col") for each in heads]))

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from relay.ui.markup import Markup, escape, join, tag
+from relay.ui.markup import Markup, escape, join, maker, tag
 
 HOSTILE = (
     "<script>alert(1)</script>", "<img src=x onerror=alert(1)>", '"><svg onload=alert(1)>', "'onclick='a()'",
@@ -58,6 +58,8 @@ def test_any_text_stays_a_text(content, value):
     assert read.text == shown(content) + shown(content) + "1"
     assert read.others == []
     assert "<" not in escape(content)
+    for inner in (content, [content, 1], tag("i", content), None, 7):
+        assert maker("td", data_x=value)(inner) == tag("td", inner, data_x=value)
 
 
 @given(TEXTS)
