@@ -290,7 +290,7 @@ async def test_everything_works_below_the_path_of_a_proxy(relay, browser):
         watch.messages.clear()
         await page.get_by_role("link", name="Events", exact=True).click()
         await page.wait_for_url(f"{origin}/a/b/ui/events")
-        await followers(relay, 1)
+        await until(lambda: len(relay.app.api._tail._followers) == 1, 30)
         await relay.exchange(request("POST", "/v1/events", adorn(session="below")))
         await page.get_by_text(re.compile("[0-9]+ new: show")).click()
         await page.get_by_role("cell", name="below").first.wait_for()

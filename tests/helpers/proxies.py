@@ -35,5 +35,7 @@ async def proxy_at(path: str, relay) -> AsyncIterator[str]:
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", 0).start()
     async with ClientSession(auto_decompress=False) as session:
-        yield "http://{}:{}".format(*runner.addresses[0])
-        await runner.cleanup()
+        try:
+            yield "http://{}:{}".format(*runner.addresses[0])
+        finally:
+            await runner.cleanup()
