@@ -151,7 +151,8 @@ async def test_hostile_data_run_nothing_and_load_nothing(relay, browser, address
             )
             assert await page.evaluate("document.scripts.length") == 1
         await page.goto(f"{origin}/ui/")
-        await page.goto(f"{origin}/ui/events")
+        async with page.expect_response("**/api/tail*"):  # later events are counted
+            await page.goto(f"{origin}/ui/events")
         await relay.exchange(request("POST", "/v1/events", adorn(session=HOSTILE)))
         await page.get_by_text(re.compile("[0-9]+ new: show")).wait_for()
         watch.check()
