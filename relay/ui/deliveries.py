@@ -14,6 +14,7 @@ from relay.ui.parts import (
     action,
     api_query,
     attempt_result,
+    body_text,
     command,
     command_of_list,
     fields,
@@ -179,18 +180,12 @@ async def _request(visit: Visit, delivery: Mapping[str, Any]) -> Content:
         return tag("p", error.message)
     head = "\n".join((f"{made['method']} {made['url']}", *(f"{k}: {v}" for k, v in made["headers"].items())))
     body = made["body"] if made["body"] is not None else f"(not text; Base64)\n{made['body_base64']}"
-    cut = tag("p", f"The first {_MOST_BODY:,} of {len(body):,} characters.") if body[_MOST_BODY:] else None
     return [
         tag("p", "As an attempt would send it now; secrets and signatures are masked."),
         tag("pre", "\n", head, tabindex=0, aria_label="Head of the request"),
-        tag("pre", "\n", body[:_MOST_BODY], tabindex=0, aria_label="Body of the request"),
-        cut,
+        body_text(body, "Body of the request"),
         tag("p", command("deliveries", "request", delivery["id"], "--curl")),
     ]
-
-
-_MOST_BODY = 16 * 1024
-"""Characters of a request's body that are shown."""
 
 
 async def attempts(visit: Visit) -> web.Response:

@@ -8,7 +8,7 @@ from aiohttp import web
 from relay.ui.destinations import count_link, held, steering
 from relay.ui.markup import Content, Markup, join, tag
 from relay.ui.page import Visit
-from relay.ui.parts import NONE, action, command_line, duration, number, spark, state, table, when
+from relay.ui.parts import NONE, action, command_line, duration, number, spark, state, table, total, when
 from relay.ui.sources import state_of
 
 PERIODS = 30
@@ -163,9 +163,9 @@ def _source(visit: Visit, source: Item, past: Item) -> tuple[Content, ...]:
     return (
         tag("a", name, href=visit.link("sources", name)),
         tag("span", NONE, data_rate=f"sources {name}"),
-        tag("a", _sum(events), href=visit.link("events", source=name, since="1h")),
+        tag("a", total(events), href=visit.link("events", source=name, since="1h")),
         spark(events, f"Events of {name} in the last hour"),
-        tag("a", _sum(refused), href=visit.link("refused", source=name, since="1h")),
+        tag("a", total(refused), href=visit.link("refused", source=name, since="1h")),
         state_of(source),
     )
 
@@ -178,9 +178,9 @@ def _destination(visit: Visit, each: Item, past: Item) -> tuple[Content, ...]:
     return (
         tag("a", name, href=visit.link("destinations", name)),
         tag("span", NONE, data_rate=f"destinations {name}"),
-        tag("a", _sum(attempts), href=visit.link("attempts", destination=name, since="1h")),
+        tag("a", total(attempts), href=visit.link("attempts", destination=name, since="1h")),
         spark(attempts, f"Attempts to {name} in the last hour"),
-        tag("a", _sum(failed), href=visit.link("attempts", destination=name, failed="1", since="1h")),
+        tag("a", total(failed), href=visit.link("attempts", destination=name, failed="1", since="1h")),
         f"{slow[-1]:,.0f} ms" if slow else NONE,
         count_link(visit, name, "pending", each["pending"]),
         held(visit, each),
@@ -198,8 +198,3 @@ def _ledger(visit: Visit, problems: Sequence[Item], destinations: Sequence[Item]
     proof = state("dead", "unaccounted deliveries") if unbalanced else state("delivered", "0 unaccounted")
     books = f"{number(sums['created'])} deliveries created = {' + '.join(parts)}: "
     return tag("p", books, proof, " ", tag("a", "Doctor", href=visit.link("doctor")), class_="note")
-
-
-def _sum(values: Sequence[float | None]) -> str:
-    known = [value for value in values if value is not None]
-    return number(round(sum(known))) if known else NONE

@@ -281,6 +281,22 @@ def pages(visit: Visit, next_cursor: str | None) -> Content:
 _BARS = "▁▂▃▄▅▆▇█"
 
 
+def total(values: Iterable[float | None]) -> str:
+    """Render the sum of the figures of a history, or a dash if it has none."""
+    known = [value for value in values if value is not None]
+    return number(round(sum(known))) if known else NONE
+
+
+MOST_TEXT = 16 * 1024
+"""Characters of a body that are shown."""
+
+
+def body_text(text: str, label: str) -> Content:
+    """Return the beginning of a body; `label` names it for screen readers."""
+    cut = tag("p", f"The first {MOST_TEXT:,} of {len(text):,} characters.") if text[MOST_TEXT:] else None
+    return [tag("pre", "\n", text[:MOST_TEXT], tabindex=0, aria_label=label), cut]
+
+
 def spark(values: Sequence[float | None], title: str) -> Content:
     """Return figures as a row of bars, oldest first; a gap where there is no figure."""
     most = max((value for value in values if value is not None), default=0)

@@ -12,6 +12,7 @@ from relay.ui.parts import (
     NONE,
     action,
     api_query,
+    body_text,
     command,
     command_of_list,
     fields,
@@ -153,10 +154,4 @@ def _advice(shown: Mapping[str, Any]) -> Iterator[Content]:
 def _body(shown: Mapping[str, Any]) -> Iterator[Content]:
     if shown["body"] is not None:
         yield tag("h2", "Body")
-        yield tag("pre", "\n", shown["body"][:_MOST_BODY], tabindex=0, aria_label="Body")
-        if len(shown["body"]) > _MOST_BODY:
-            yield tag("p", f"The first {_MOST_BODY:,} characters.")
-
-
-_MOST_BODY = 16 * 1024
-"""Characters of a body that are shown."""
+        yield body_text(shown["body"], "Body")

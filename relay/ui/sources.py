@@ -8,7 +8,7 @@ from aiohttp import web
 from relay.config.effective import as_toml
 from relay.ui.markup import Content, tag
 from relay.ui.page import Visit
-from relay.ui.parts import NONE, action, command, fields, number, spark, state, table, when
+from relay.ui.parts import NONE, action, command, fields, number, spark, state, table, total, when
 
 SECTION = "sources"
 
@@ -82,7 +82,7 @@ async def show(visit: Visit) -> web.Response:
             "Oldest minute first",
             ("Figure", "Value", "Minutes"),
             [
-                (label, _sum(past.get(key, ())), spark(past.get(key, ()), label))
+                (label, total(past.get(key, ())), spark(past.get(key, ()), label))
                 for key, label in (("events", "Stored events"), ("refused", "Refused requests"))
             ],
         ),
@@ -104,8 +104,3 @@ async def show(visit: Visit) -> web.Response:
         tag("p", command("sources", "show", name)),
         section=SECTION,
     )
-
-
-def _sum(values: Any) -> str:
-    known = [value for value in values if value is not None]
-    return number(round(sum(known))) if known else NONE
