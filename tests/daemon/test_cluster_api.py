@@ -53,7 +53,7 @@ def config(folder, url, name, receiver):
     folder.mkdir()
     cluster = f'[cluster]\nenabled = true\nlease = "3s"\nnode = "{name}"\n'
     source = '[sources.adorn]\nplugin = "adorn"\nrate_limit = "10/h"\n'
-    lanes = [destination(f"d{number}", receiver, 'timeout = "1s"') for number in (1, 2)]
+    lanes = [destination(f"d{number}", receiver, 'timeout = "60s"') for number in (1, 2)]
     path = write_config(folder, source, cluster, *lanes)
     text = path.read_text()
     old = next((line for line in text.splitlines() if line.startswith('url = "postgres')), None)
