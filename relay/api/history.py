@@ -57,6 +57,7 @@ class HistoryApi:
 
     def __init__(self, context: Context) -> None:
         self._history = context.history
+        self._check_names = context.check_names
         self._nodes = context.store.nodes
         self._nodes.handle(SHOW, self._show_here)
 
@@ -65,7 +66,10 @@ class HistoryApi:
         query=HistoryQuery, returns=HistoryView,
     )  # fmt: skip
     async def _show(self, _request: web.Request, query: HistoryQuery) -> dict[str, Any]:
-        asked = (query.minutes, query.periods)
+        await self._check_names(query)
+        names = (query.source, query.destination)
+        # Nodes of earlier versions know no names.
+        asked = (query.minutes, query.periods, *(names if any(names) else ()))
         others = await self._nodes.ask_others(SHOW, asked, PATIENCE)
         parts, silent = [], list(others.silent)
         for name, part in others.given:
@@ -82,7 +86,7 @@ class HistoryApi:
             "silent": silent,
         }
 
-    async def _show_here(self, _to: str, asked: tuple[int, int]) -> Hour:
+    async def _show_here(self, _to: str, asked: tuple[Any, ...]) -> Hour:
         """Return the history of this node for another one."""
         return self._history.hour(*asked)
 

@@ -99,6 +99,12 @@ class HistoryQuery(msgspec.Struct, kw_only=True):
         _about("Number of periods into which the time is divided.", parse=partial(_whole, most=360)),
         msgspec.Meta(ge=1, le=360),
     ] = 60
+    source: Annotated[str, _about("Name of the source; leaves out all others, and destinations.")] | None = (
+        None
+    )
+    destination: (
+        Annotated[str, _about("Name of the destination; leaves out all others, and sources.")] | None
+    ) = None
 
 
 class NoQuery(msgspec.Struct):

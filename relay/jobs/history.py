@@ -23,6 +23,7 @@ SOURCE = ("events", "refused")
 DESTINATION = ("succeeded", "failed", "p50", "p95", "pending")
 """Figures of a slot: attempts by result, their duration in seconds, and deliveries that wait at its end."""
 
+_FIGURES = {"sources": SOURCE, "destinations": DESTINATION}
 _EVENTS, _REFUSED = "relay_events_received_total", "relay_events_rejected_total"
 _ATTEMPTS, _BUCKETS = "relay_delivery_attempts_total", "relay_delivery_attempt_duration_seconds_bucket"
 _NAMES = (_EVENTS, _REFUSED, _ATTEMPTS, _BUCKETS)
@@ -124,19 +125,33 @@ class History:
                 ring = self._rings[key] = Ring()
             ring.set(self._slot, value)
 
-    def hour(self, minutes: int, periods: int) -> Hour:
-        """Return the last `minutes`, divided into at most `periods` periods."""
+    def hour(
+        self, minutes: int, periods: int, source: str | None = None, destination: str | None = None
+    ) -> Hour:
+        """Return the last `minutes`, divided into at most `periods` periods.
+
+        With a name, return only this source or destination, or both.
+        """
         slots = min(max(1, round(minutes * 60 / EVERY)), SLOTS)
         each = -(-slots // periods)
         count = -(-slots // each)
         return Hour(
             until=self._until,
             step=each * EVERY,
-            sources=self._series("sources", SOURCE, each, count),
-            destinations=self._series("destinations", DESTINATION, each, count),
+            sources=self._series("sources", self._wanted("sources", source, destination), each, count),
+            destinations=self._series(
+                "destinations", self._wanted("destinations", destination, source), each, count
+            ),
         )
 
-    def _series(self, kind: str, figures: Sequence[str], each: int, count: int) -> tuple[Series, ...]:
+    def _wanted(self, kind: str, name: str | None, other: str | None) -> Collection[str]:
+        """Return the names of a kind: all of them, unless one of this kind or of the other is wanted."""
+        names = self._names[kind]()
+        if name is None:
+            return () if other is not None else names
+        return (name,) if name in names else ()
+
+    def _series(self, kind: str, names: Collection[str], each: int, count: int) -> tuple[Series, ...]:
         def values(name: str, figure: str) -> list[float | None]:
             ring = self._rings.get((kind, name, figure))
             if ring is None:
@@ -146,7 +161,7 @@ class History:
                 return [_joined(figure, _known(slots[:each]))] * count
             return [_joined(figure, _known(slots[at : at + each])) for at in range(0, len(slots), each)]
 
-        names = self._names[kind]()
+        figures = _FIGURES[kind]
         return tuple(Series(name, {figure: values(name, figure) for figure in figures}) for name in names)
 
 

@@ -49,8 +49,8 @@ async def show(visit: Visit) -> web.Response:
     """Show a source."""
     name = visit.path["name"]
     shown = await visit.ask("showSource", {"name": name})
-    history = (await visit.ask("history"))["sources"]
-    past: Mapping[str, Any] = next((each for each in history if each["name"] == name), {})
+    history = (await visit.ask("history", query={"source": name}))["sources"]
+    past: Mapping[str, Any] = history[0] if history else {}
     latest = shown["latest"]
     if shown["paused"]:
         change = action(

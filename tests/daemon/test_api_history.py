@@ -36,6 +36,12 @@ async def test_the_history_has_each_source_and_destination(relay):
     assert (crm["succeeded"], crm["failed"], crm["pending"]) == ([None, 0], [None, 1], [None, 0])
     assert crm["p50_ms"][0] is None
     assert 25 <= crm["p50_ms"][1] <= crm["p95_ms"][1] <= 50
+    for query, wanted in (("source=adorn", (["adorn"], [])), ("destination=crm", ([], ["crm"]))):
+        _, one = await ask(relay, f"?minutes=1&periods=2&{query}")
+        assert tuple([each["name"] for each in one[kind]] for kind in ("sources", "destinations")) == wanted
+        assert all(each in found[kind] for kind in ("sources", "destinations") for each in one[kind])
+    status, answer = await ask(relay, "?destination=crn")
+    assert (status, 'did you mean "crm"' in answer["error"]["message"]) == (404, True)
 
 
 @pytest.mark.parametrize("query", ["?minutes=61", "?minutes=0", "?periods=361", "?periods=x", "?hours=1"])

@@ -143,6 +143,8 @@ async def test_any_node_adds_up_the_figures_of_all(nodes, receiver, monkeypatch)
             ("d2", [3]),
         ]
         assert found["silent"] == []
+        found = await first.operator("GET", "/api/history?minutes=1&periods=1&source=adorn")
+        assert (found["sources"][0]["events"], found["destinations"]) == ([3], [])
 
         monkeypatch.setattr(history, "PATIENCE", 0.2)
         with silent(second):

@@ -148,3 +148,21 @@ def test_histories_of_nodes_are_added_by_time(until, values, events, largest):
     assert found.sources[1].figures["events"] == [1, 1, 1]
     assert (found.until, found.step) == (mine.until, mine.step)
     assert merged([mine]) is mine
+
+
+@pytest.mark.parametrize(
+    ("names", "sources", "destinations"),
+    [
+        ({}, ["shop", "till"], ["crm", "erp"]),
+        ({"source": "till"}, ["till"], []),
+        ({"destination": "erp"}, [], ["erp"]),
+        ({"source": "shop", "destination": "crm"}, ["shop"], ["crm"]),
+        ({"source": "gone"}, [], []),
+    ],
+)
+async def test_a_name_leaves_out_the_others(daemon, names, sources, destinations):
+    daemon.sources, daemon.destinations = ["shop", "till"], ["crm", "erp"]
+    await daemon.run()
+    found = daemon.history.hour(1, 1, **names)
+    assert [each.name for each in found.sources] == sources
+    assert [each.name for each in found.destinations] == destinations
