@@ -435,7 +435,7 @@ def counted(counts: Counts | None) -> dict[str, int]:
 
 async def backlog_of(stored: StoredData, name: str, totals: Mapping[str, Counts], now: int) -> dict[str, Any]:
     """Return a destination's counts, due deliveries, oldest pending and latest delivery; `now` is steady."""
-    backlog = (await stored.ledger.backlog(now)).get(name)
+    backlog = await stored.ledger.backlog_of(name, now)
     oldest = await stored.queries.find("deliveries", id=backlog.row, limit=1) if backlog else []
     latest = await stored.queries.find("deliveries", destination=name, limit=1)
     return {
@@ -488,8 +488,8 @@ async def show_destination(
     totals, states = await stored.ledger.totals(), await stored.queries.destination_states()
     if name not in known and name not in totals:
         raise unknown("destination", name, known)
-    backlogs = await stored.ledger.backlog(now)
-    shown = await _stored(stored, name, states, known, backlogs.get(name))
+    backlog = await stored.ledger.backlog_of(name, now)
+    shown = await _stored(stored, name, states, known, backlog)
     if name in known:
         shown["events"] = known[name].events
     return {**shown, **await backlog_of(stored, name, totals, now)}

@@ -10,6 +10,9 @@ from typing import Any
 
 from relay.model import Counts
 
+MOST_LATER = 10_000
+"""Deliveries that are not due yet and are counted instead of the due ones; with more, the due ones are."""
+
 
 def counts_of(rows: Iterable[Any]) -> dict[str, Counts]:
     """Build the counts of each destination from rows of an engine."""

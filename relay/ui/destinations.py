@@ -27,7 +27,7 @@ from relay.ui.parts import (
 
 SECTION = "destinations"
 FAILURES = 100
-"""Failed attempts that are read to group them: each may have a response body of 16 KiB."""
+"""Failed attempts that are read to group them."""
 
 _UNTIL_FIXED = ("circuit open", "resting")
 """Holds that a successful test can end."""
@@ -81,11 +81,11 @@ async def show(visit: Visit) -> web.Response:
     name = visit.path["name"]
     shown = await visit.ask("showDestination", {"name": name})
     config = (await visit.ask("showConfig"))["config"]["destinations"].get(name)
-    past: Mapping[str, Any] = next(
-        (each for each in (await visit.ask("history"))["destinations"] if each["name"] == name), {}
-    )
+    history = (await visit.ask("history", query={"destination": name}))["destinations"]
+    past: Mapping[str, Any] = history[0] if history else {}
     failed = await visit.ask(
-        "listAttempts", query={"destination": name, "failed": "1", "since": "1h", "limit": str(FAILURES)}
+        "listAttempts",
+        query={"destination": name, "failed": "1", "since": "1h", "limit": str(FAILURES), "answer": "0"},
     )
     retried = shown["held"] is None and shown["oldest"] is not None and shown["oldest"]["last_error"]
     advice = hold_advice(name, "retried" if retried else shown["held"])

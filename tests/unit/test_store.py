@@ -305,3 +305,26 @@ async def test_after_a_start_deadlines_are_extended(store, clock):
     assert await store.workers.sweep() == ()
     clock.advance(91)
     assert [w.id for w in await store.workers.sweep()] == ["w1"]
+
+
+@pytest.mark.parametrize("most", [10_000, 1])
+async def test_the_backlog_of_one_destination_is_that_of_all(store, clock, monkeypatch, most):
+    for engine in ("sqlite", "postgres"):
+        monkeypatch.setattr(f"relay.store.{engine}.ledger.MOST_LATER", most)
+    fresh = []
+    hooks(store).listener = lambda news: fresh.extend(news.deliveries)
+    hooks(store).route = lambda event: (Target("crm", order_key=event.subject), Target("erp"))
+    for subject in ("a", "a", "b", "c"):  # the second waits behind the first
+        await store.events.append(accept(clock, subject=subject))
+        clock.advance(1)
+    [first, *others] = [each for each in fresh if each.destination == "erp"]
+    later = clock.steady() + 60 * SECOND
+    await store.deliveries.settle(outcome(first))
+    for each in others[:2]:
+        await store.deliveries.settle(outcome(each, "pending", next_attempt_at=later))
+    for now in (clock.steady(), later):
+        found = await store.ledger.backlog(now)
+        assert {name: each.due for name, each in found.items()} == {"crm": 3, "erp": 3 if now == later else 1}
+        for name in ("crm", "erp"):
+            assert await store.ledger.backlog_of(name, now) == found[name]
+    assert await store.ledger.backlog_of("bi", later) is None

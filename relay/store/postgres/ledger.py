@@ -2,7 +2,7 @@
 
 from relay.model import Backlog, Counts
 from relay.store.batch import LEDGER
-from relay.store.ledger import PendingCounts, counts_of
+from relay.store.ledger import MOST_LATER, PendingCounts, counts_of
 from relay.store.postgres.connection import Database
 
 _SUMS = ", ".join(f"sum({column})::bigint AS {column}" for column in LEDGER)
@@ -31,6 +31,29 @@ BACKLOG_SQL = """
              ORDER BY o.id LIMIT 1) AS first
 """
 
+# As `relay.store.sqlite.ledger.BACKLOG_OF_SQL`: reads only the shorter part of a long backlog.
+BACKLOG_OF_SQL = """
+    SELECT l.pending, l.later, first.created_at, first.id
+      FROM (SELECT sum(created - delivered - dead - expired - cancelled)::bigint AS pending,
+                   (SELECT count(*) FROM (
+                        SELECT 1 FROM owed
+                         WHERE destination = $1 AND attempts = 0 AND next_attempt_at > $2 LIMIT $3) AS a)
+                 + (SELECT count(*) FROM (
+                        SELECT 1 FROM owed
+                         WHERE destination = $1 AND attempts > 0 AND next_attempt_at > $2 LIMIT $3) AS b)
+                 + (SELECT count(*) FROM (
+                        SELECT 1 FROM owed
+                         WHERE destination = $1 AND attempts = 0 AND next_attempt_at IS NULL LIMIT $3) AS c)
+                   AS later
+              FROM ledger WHERE destination = $1) AS l
+      CROSS JOIN LATERAL (
+            SELECT id, created_at FROM owed WHERE destination = $1 ORDER BY id LIMIT 1) AS first
+"""
+DUE_SQL = """
+    SELECT (SELECT count(*) FROM owed WHERE destination = $1 AND attempts = 0 AND next_attempt_at <= $2)
+         + (SELECT count(*) FROM owed WHERE destination = $1 AND attempts > 0 AND next_attempt_at <= $2)
+"""
+
 
 class PostgresLedger(PendingCounts):
     """`relay.store.Ledger` over PostgreSQL."""
@@ -51,3 +74,12 @@ class PostgresLedger(PendingCounts):
         """See `LedgerReads.backlog`."""
         rows = await self._database.fetch(BACKLOG_SQL, now)
         return {name: Backlog(due, oldest, row) for name, due, oldest, row in rows}
+
+    async def backlog_of(self, name: str, now: int) -> Backlog | None:
+        """See `LedgerReads.backlog_of`."""
+        for pending, later, oldest, row in await self._database.fetch(BACKLOG_OF_SQL, name, now, MOST_LATER):
+            due = pending - later
+            if later >= MOST_LATER:
+                due = await self._database.value(DUE_SQL, name, now)
+            return Backlog(due, oldest, row)
+        return None

@@ -1,7 +1,7 @@
 """The ledger in SQLite."""
 
 from relay.model import Backlog, Counts
-from relay.store.ledger import PendingCounts, counts_of
+from relay.store.ledger import MOST_LATER, PendingCounts, counts_of
 from relay.store.sqlite.database import Database
 
 # Pending deliveries are counted in two groups, each of which has an index: no other row is read.
@@ -41,6 +41,38 @@ BACKLOG_SQL = """
       FROM backlog AS b JOIN deliveries AS d ON d.id = coalesce(min(b.first, b.retry), b.first, b.retry)
 """
 
+# Nearly all of a long backlog is due, or nearly none: reads only the shorter part.
+BACKLOG_OF_SQL = """
+    WITH backlog AS (
+        SELECT created - delivered - dead - expired - cancelled AS pending,
+               (SELECT count(*) FROM (
+                    SELECT 1 FROM deliveries
+                     WHERE destination = :name AND state = 'pending' AND attempts = 0
+                       AND next_attempt_at > :now LIMIT :most))
+             + (SELECT count(*) FROM (
+                    SELECT 1 FROM deliveries
+                     WHERE destination = :name AND state = 'pending' AND attempts > 0
+                       AND next_attempt_at > :now LIMIT :most))
+             + (SELECT count(*) FROM (
+                    SELECT 1 FROM deliveries
+                     WHERE destination = :name AND state = 'pending' AND attempts = 0
+                       AND next_attempt_at IS NULL LIMIT :most)) AS later,
+               (SELECT min(id) FROM deliveries
+                 WHERE destination = :name AND state = 'pending' AND attempts = 0) AS first,
+               (SELECT min(id) FROM deliveries
+                 WHERE destination = :name AND state = 'pending' AND attempts > 0) AS retry
+          FROM ledger WHERE destination = :name
+    )
+    SELECT b.pending, b.later, d.created_at, d.id
+      FROM backlog AS b JOIN deliveries AS d ON d.id = coalesce(min(b.first, b.retry), b.first, b.retry)
+"""
+DUE_SQL = """
+    SELECT (SELECT count(*) FROM deliveries
+             WHERE destination = :name AND state = 'pending' AND attempts = 0 AND next_attempt_at <= :now)
+         + (SELECT count(*) FROM deliveries
+             WHERE destination = :name AND state = 'pending' AND attempts > 0 AND next_attempt_at <= :now)
+"""
+
 
 class LedgerReader:
     """`relay.store.LedgerReads` over SQLite."""
@@ -60,6 +92,17 @@ class LedgerReader:
         """See `LedgerReads.backlog`."""
         rows = await self._database.counter.execute_fetchall(BACKLOG_SQL, {"now": now})
         return {name: Backlog(due, oldest, row) for name, due, oldest, row in map(tuple, rows)}
+
+    async def backlog_of(self, name: str, now: int) -> Backlog | None:
+        """See `LedgerReads.backlog_of`."""
+        fetch, values = self._database.counter.execute_fetchall, {"name": name, "now": now}
+        for row in await fetch(BACKLOG_OF_SQL, {**values, "most": MOST_LATER}):
+            pending, later, oldest, id_ = row
+            due = pending - later
+            if later >= MOST_LATER:
+                [[due]] = map(tuple, await fetch(DUE_SQL, values))
+            return Backlog(due, oldest, id_)
+        return None
 
 
 class SqliteLedger(PendingCounts, LedgerReader):
