@@ -55,6 +55,7 @@ class Delivery(msgspec.Struct, kw_only=True, gc=False):
     on_dead: str | None = None
     replay_of: int | None = None  # row id of the replayed delivery
     group_key: str | None = None  # see `Grouping`; None: it is sent alone
+    slot: int | None = None  # see `relay.base.shards`; None: its destination is not divided into shards
     followers: "tuple[Delivery, ...]" = ()  # claimed deliveries of its group, sent together with it
 
     @property
@@ -106,6 +107,7 @@ class Target(msgspec.Struct, frozen=True):
     max_pending: int | None = None  # with more pending deliveries, a new one is dead at once
     on_dead: str | None = None  # destination that gets the event of a dead delivery
     grouping: Grouping | None = None  # None: deliveries are sent one by one
+    is_spread: bool = False  # over the shards of the destination
 
 
 class Selection(msgspec.Struct, kw_only=True, frozen=True):

@@ -24,6 +24,7 @@ from typing import Any, Literal, Protocol, TypeVar
 import msgspec
 
 from relay.base.clock import SECOND
+from relay.base.shards import Shards
 from relay.config.schema import WorkerRules
 from relay.errors import StorageError
 from relay.model import (
@@ -199,11 +200,14 @@ class Deliveries(Protocol):
     every claim.
     """
 
-    async def claim(self, destination: str, limit: int, *, retries: bool, together: int = 1) -> Claim:
+    async def claim(
+        self, destination: str, limit: int, *, retries: bool, together: int = 1, shards: Shards | None = None
+    ) -> Claim:
         """Claim up to `limit` unclaimed due deliveries, oldest due time first, without bodies.
 
         First attempts and retries are claimed separately, so that neither can starve the other. Each delivery
         of a group has others of its group as followers, so that up to `together` are sent at once.
+        With `shards`, the claim is limited to these shards; None: the destination is not divided.
         """
         ...
 

@@ -9,6 +9,7 @@ import msgspec
 from relay.base.clock import Clock
 from relay.base.ids import DELIVERY, EVENT, new_id
 from relay.base.json_text import encode
+from relay.base.shards import slot_of
 from relay.config.schema import WorkerRules
 from relay.errors import KeyConflict
 from relay.model import (
@@ -233,6 +234,9 @@ class Batch:
         if target.grouping is not None:
             delivery.group_key = target.grouping.key
             self.groupings[delivery.id] = target.grouping
+        if target.is_spread:
+            keys = (delivery.order_key, delivery.group_key, delivery.latest_key)
+            delivery.slot = slot_of(next((k for k in keys if k is not None), None), delivery.public_id)
         if target.max_pending is not None:
             waiting = self._pending[target.destination] + self._added[target.destination]
             if waiting >= target.max_pending:

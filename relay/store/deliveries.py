@@ -5,6 +5,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Sequence
 
+from relay.base.shards import Shards
 from relay.model import OPERATOR_SOURCE, Claim, DestinationState, GeneratedEvent, Outcome, StoredEvent, Target
 from relay.store import Cancelled
 from relay.store.batch import Batch, HeldDestinations, Repeat
@@ -23,7 +24,9 @@ class StoredDeliveries(ABC):
         self.begin_attempt = claims.begin  # see `Deliveries.begin_attempt`
 
     @abstractmethod
-    async def claim(self, destination: str, limit: int, *, retries: bool, together: int = 1) -> Claim:
+    async def claim(
+        self, destination: str, limit: int, *, retries: bool, together: int = 1, shards: Shards | None = None
+    ) -> Claim:
         """See `Deliveries.claim`."""
 
     def release(self, delivery_ids: Iterable[int]) -> None:

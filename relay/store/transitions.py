@@ -67,7 +67,11 @@ def handle_dead(batch: Batch, dead: Sequence[Outcome]) -> None:
         delivery = outcome.delivery
         if (name := delivery.on_dead) is not None:
             options = None if delivery.event is None else batch.resolve(name, delivery.event)
-            target = Target(name, grouping=None if options is None else options.grouping)
+            target = Target(
+                name,
+                grouping=None if options is None else options.grouping,
+                is_spread=options is not None and options.is_spread,
+            )
             batch.add_delivery(target, delivery.event_id, delivery.size, delivery.event)
         if delivery.event is None or delivery.event.source != OPERATOR_SOURCE:
             batch.add_generated(OPERATOR_SOURCE, _dead_event(outcome))

@@ -74,24 +74,24 @@ DELIVERIES = Part("""
     fresh AS (
         SELECT * FROM unnest($1::bigint[], $2::uuid[], $3::bigint[], $4::text[], $5::int[], $6::bigint[],
                              $7::text[], $8::text[], $9::bigint[], $10::text[], $11::bigint[], $12::text[],
-                             $13::text[], $14::text[])
+                             $13::text[], $14::text[], $15::int[])
                AS f (id, public_id, event_id, destination, size, due, order_key, latest_key, expires_at,
-                     on_dead, replay_of, group_key, state, reason)),
+                     on_dead, replay_of, group_key, state, reason, slot)),
     new_deliveries AS (
         INSERT INTO deliveries (id, public_id, event_id, destination, created_at, order_key, latest_key,
                                 expires_at, on_dead, replay_of, group_key)
-        SELECT id, public_id, event_id, destination, $15::bigint, order_key, latest_key, expires_at, on_dead,
+        SELECT id, public_id, event_id, destination, $16::bigint, order_key, latest_key, expires_at, on_dead,
                replay_of, group_key
           FROM fresh),
     new_owed AS (
         INSERT INTO owed (id, public_id, event_id, destination, created_at, size, next_attempt_at, order_key,
-                          latest_key, expires_at, on_dead, replay_of, group_key)
-        SELECT id, public_id, event_id, destination, $15::bigint, size, due, order_key, latest_key,
-               expires_at, on_dead, replay_of, group_key
+                          latest_key, expires_at, on_dead, replay_of, group_key, slot)
+        SELECT id, public_id, event_id, destination, $16::bigint, size, due, order_key, latest_key,
+               expires_at, on_dead, replay_of, group_key, slot
           FROM fresh WHERE state IS NULL),
     new_ends AS (
         INSERT INTO ends (delivery_id, event_id, destination, state, reason, attempts, finished_at)
-        SELECT id, event_id, destination, state, reason, 0, $15::bigint FROM fresh WHERE state IS NOT NULL)
+        SELECT id, event_id, destination, state, reason, 0, $16::bigint FROM fresh WHERE state IS NOT NULL)
 """)
 
 # An outcome counts only if its delivery is still pending and nobody has recorded another attempt meanwhile.
@@ -467,6 +467,7 @@ async def _add_deliveries(batch: Batch, transaction: Transaction, claims: Claims
                 delivery.id, uuid_of(delivery.public_id), delivery.event_id, delivery.destination,
                 delivery.size, due.get(delivery.id), delivery.order_key, delivery.latest_key,
                 delivery.expires_at, delivery.on_dead, delivery.replay_of, delivery.group_key, state, reason,
+                delivery.slot,
             )
         )  # fmt: skip
     transaction.add(DELIVERIES, *_columns(rows), batch.wall)

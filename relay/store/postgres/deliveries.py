@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 
 from relay.base.clock import SECOND, Clock
+from relay.base.shards import Shards
 from relay.errors import StorageError
 from relay.model import Claim, Delivery, DestinationState, GeneratedEvent
 from relay.store import Cancelled
@@ -11,6 +12,7 @@ from relay.store.deliveries import StoredDeliveries
 from relay.store.postgres.connection import Connection, Database
 from relay.store.postgres.nodes import PostgresNodes
 from relay.store.postgres.rows import CLAIM_COLUMNS, delivery_of, text
+from relay.store.postgres.shards import due_sql, next_sql
 
 OVERLAP = 5 * SECOND
 """Microseconds before the cursor that a claim reads again, because a commit may come late: of another node,
@@ -64,16 +66,22 @@ class PostgresDeliveries(StoredDeliveries):
             nodes.on_late = self._forget_cursors
         self._cursors: dict[tuple[str, bool], tuple[int, int]] = {}  # due time, when the beginning was read
         self._looked_back: dict[str, int] = {}  # when a claim of first attempts began before the cursor
+        self._shards: dict[str, Shards | None] = {}  # of the latest claims
         self._passed: dict[tuple[str, bool], dict[int, int]] = {}  # due times of claimed ones that claims saw
 
-    async def claim(self, destination: str, limit: int, *, retries: bool, together: int = 1) -> Claim:
+    async def claim(
+        self, destination: str, limit: int, *, retries: bool, together: int = 1, shards: Shards | None = None
+    ) -> Claim:
         """See `Deliveries.claim`."""
+        if self._shards.get(destination) != shards:
+            self._shards[destination] = shards
+            self.forget_cursor(destination)
 
         async def claim_due(connection: Connection) -> Claim:
             claimed: list[Delivery] = []
             try:
                 return await self._claim(
-                    connection, destination, limit, claimed, retries=retries, together=together
+                    connection, destination, limit, claimed, shards, retries=retries, together=together
                 )
             except BaseException:  # the caller will not get them
                 self.release(each.id for delivery in claimed for each in delivery.members)
@@ -150,6 +158,7 @@ class PostgresDeliveries(StoredDeliveries):
         destination: str,
         limit: int,
         claimed: list[Delivery],
+        shards: Shards | None,
         *,
         retries: bool,
         together: int,
@@ -160,7 +169,9 @@ class PostgresDeliveries(StoredDeliveries):
             cursor, began = 0, now
         begin = self._begin(destination, cursor, now, retries=retries)
         most = limit + self._claims.of(destination)
-        rows = await connection.fetch(DUE_SQL.format(share=share), destination, now, begin, most)
+        slots = () if shards is None else (shards.slots,)
+        sql = DUE_SQL.format(share=share) if shards is None else due_sql(share, shards)
+        rows = await connection.fetch(sql, destination, now, begin, most, *slots)
         for row in rows:
             if len(claimed) == limit:
                 break
@@ -190,4 +201,5 @@ class PostgresDeliveries(StoredDeliveries):
             self._cursors[destination, retries] = (max(cursor, due - 1), began)
         if is_more:
             return Claim(tuple(claimed), now)
-        return Claim(tuple(claimed), await connection.value(NEXT_SQL.format(share=share), destination, now))
+        sql = NEXT_SQL.format(share=share) if shards is None else next_sql(share, shards)
+        return Claim(tuple(claimed), await connection.value(sql, destination, now, *slots))

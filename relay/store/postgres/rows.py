@@ -26,7 +26,7 @@ _NUL = "\\u0000"
 
 CLAIM_COLUMNS = (
     "id, public_id, event_id, destination, attempts, created_at, size, order_key, latest_key, expires_at,"
-    " on_dead, replay_of, group_key"
+    " on_dead, replay_of, group_key, slot"
 )
 
 
@@ -104,10 +104,10 @@ def delivery_of(row: Sequence[Any]) -> Delivery:
     """Build a delivery, without its event, from a row of `CLAIM_COLUMNS`."""
     (
         id_, uuid, event_id, destination, attempts, created_at, size, order_key, latest_key, expires_at,
-        on_dead, replay_of, group_key,
+        on_dead, replay_of, group_key, slot,
     ) = row  # fmt: skip
     return Delivery(
         id=id_, public_id=f"dlv_{uuid}", event_id=event_id, destination=destination, attempts=attempts,
         created_at=created_at, size=size, order_key=order_key, latest_key=latest_key, expires_at=expires_at,
-        on_dead=on_dead, replay_of=replay_of, group_key=group_key,
+        on_dead=on_dead, replay_of=replay_of, group_key=group_key, slot=slot,
     )  # fmt: skip

@@ -316,7 +316,16 @@ CREATE TABLE unheard (                         -- requests whose replies did not
 ) WITH (parallel_workers = 0);
 """
 
-MIGRATIONS: tuple[str, ...] = (EVENTS + DELIVERIES + WORKERS + OTHERS, SHARED)
+SHARDS = """
+ALTER TABLE owed ADD COLUMN slot smallint;     -- see relay.base.shards; NULL: its destination has no shards
+CREATE INDEX owed_shard_first ON owed (destination, slot, next_attempt_at, id)
+    WHERE attempts = 0 AND slot IS NOT NULL;
+CREATE INDEX owed_shard_retry ON owed (destination, slot, next_attempt_at, id)
+    WHERE attempts > 0 AND slot IS NOT NULL;
+ALTER TABLE nodes ADD COLUMN shards jsonb;     -- numbers of shards in its config, by destination
+"""
+
+MIGRATIONS: tuple[str, ...] = (EVENTS + DELIVERIES + WORKERS + OTHERS, SHARED, SHARDS)
 """Each runs in one transaction; never edit one that has been released, append another.
 
 Nodes of the previous version run while the first node of a new version migrates the tables, and such a node

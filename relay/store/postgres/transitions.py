@@ -158,6 +158,7 @@ def has_options(delivery: Delivery) -> bool:
         or delivery.on_dead is not None
         or delivery.replay_of is not None
         or delivery.group_key is not None
+        or delivery.slot is not None
     )
 
 

@@ -3,6 +3,7 @@
 import aiosqlite
 
 from relay.base.clock import Clock
+from relay.base.shards import Shards
 from relay.model import Claim, Delivery
 from relay.store.claims import Claims
 from relay.store.deliveries import StoredDeliveries
@@ -17,8 +18,11 @@ class SqliteDeliveries(StoredDeliveries):
         super().__init__(database, claims)
         self._clock = clock
 
-    async def claim(self, destination: str, limit: int, *, retries: bool, together: int = 1) -> Claim:
-        """See `Deliveries.claim`."""
+    async def claim(
+        self, destination: str, limit: int, *, retries: bool, together: int = 1, shards: Shards | None = None
+    ) -> Claim:
+        """See `Deliveries.claim`; this daemon owns all shards."""
+        _ = shards
 
         async def claim_due(connection: aiosqlite.Connection) -> Claim:
             now = self._clock.steady()

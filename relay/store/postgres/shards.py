@@ -1,0 +1,66 @@
+"""Statements for the shards of destinations: claims of some slots, and slots for deliveries without one."""
+
+from functools import lru_cache
+
+from relay.base.shards import SLOTS, Shards
+from relay.store.postgres.rows import CLAIM_COLUMNS
+
+SLOT_SQL = f"""
+    (CASE WHEN coalesce(order_key, group_key, latest_key) IS NULL
+          THEN get_byte(uuid_send(public_id), 14) * 256 + get_byte(uuid_send(public_id), 15)
+          ELSE get_byte(sha256(convert_to(coalesce(order_key, group_key, latest_key), 'UTF8')), 0) * 256
+               + get_byte(sha256(convert_to(coalesce(order_key, group_key, latest_key), 'UTF8')), 1)
+      END % {SLOTS})::smallint
+"""
+"""The same as `relay.base.shards.slot_of`."""
+
+ASSIGN_SQL = f"""
+    WITH chosen AS MATERIALIZED (
+         SELECT id FROM owed WHERE destination = $1 AND slot IS NULL AND id > $2
+          ORDER BY id LIMIT $3 FOR UPDATE SKIP LOCKED),
+         given AS (
+         UPDATE owed AS o SET slot = {SLOT_SQL} FROM chosen WHERE o.id = chosen.id)
+    SELECT max(id) FROM chosen
+"""  # noqa: S608 - only constants
+"""Gives slots to the oldest deliveries without one; returns the highest row id, or NULL.
+
+It skips rows that are being changed: waiting for them could cause a deadlock. A later pass finds them."""
+
+
+@lru_cache(maxsize=256)
+def due_sql(share: str, shards: Shards) -> str:
+    """Return the claim of deliveries of some shards; `share` as in `DUE_SQL` of `deliveries.py`.
+
+    The ranges of the index, one per slot, are already in the order of the result, so the server merges them
+    and reads no more rows than it returns. With `slot = ANY(…)`, it would read and sort all due ones; also
+    without a limit for each range, because a generic plan for a small table sorts.
+    """
+    return _merged(
+        f"SELECT {CLAIM_COLUMNS}, next_attempt_at FROM owed WHERE destination = $1 AND attempts {share} 0"  # noqa: S608 - only constants
+        " AND next_attempt_at <= $2 AND next_attempt_at > $3",
+        shards,
+        "$5",
+        "LIMIT $4",
+    )
+
+
+@lru_cache(maxsize=256)
+def next_sql(share: str, shards: Shards) -> str:
+    """Return the statement for the due time of the next delivery of some shards after $2."""
+    return _merged(
+        f"SELECT next_attempt_at, id FROM owed WHERE destination = $1 AND attempts {share} 0"  # noqa: S608 - only constants
+        " AND next_attempt_at > $2",
+        shards,
+        "$3",
+        "LIMIT 1",
+    )
+
+
+def _merged(sql: str, shards: Shards, slots: str, limit: str) -> str:
+    """Repeat a statement for each slot in the parameter `slots`, and merge the results."""
+    order = f"ORDER BY next_attempt_at, id {limit}"
+    if shards.is_all:  # those without a slot are left out; they get one soon
+        return f"{sql} AND slot IS NOT NULL AND {slots}::int[] IS NOT NULL {order}"
+    numbers = range(1, len(shards.slots) + 1)
+    parts = (f"({sql} AND slot = ({slots}::int[])[{number}] {order})" for number in numbers)
+    return f"{' UNION ALL '.join(parts)} {order}"
