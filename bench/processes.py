@@ -50,7 +50,8 @@ async def python(log: Path, *arguments: str) -> AsyncIterator[Server]:
         if process.returncode is None:
             process.terminate()
         try:
-            await asyncio.wait_for(process.wait(), _STOP)
+            async with asyncio.timeout(_STOP):
+                await process.wait()
         except TimeoutError:
             process.kill()
             await process.wait()

@@ -350,7 +350,8 @@ class App:
             announce()
             while not self.stopping.is_set():
                 with suppress(TimeoutError):
-                    await asyncio.wait_for(self.stopping.wait(), OPEN_EVERY)
+                    async with asyncio.timeout(OPEN_EVERY):
+                        await self.stopping.wait()
                     return False
                 try:
                     await self.store.open()
@@ -401,7 +402,8 @@ class App:
         """Unregister the workers whose unregister request was refused during the shutdown."""
         if self.store.failure is None:
             with suppress(StorageError, TimeoutError):
-                await asyncio.wait_for(self.store.workers.sweep(at=0), max(1.0, self._time_left()))
+                async with asyncio.timeout(max(1.0, self._time_left())):
+                    await self.store.workers.sweep(at=0)
 
     async def _stop_dispatcher(self) -> None:
         await self.owner.leave()

@@ -95,7 +95,8 @@ class Follower(Generic[T]):
         """Wait for a frame or the end of the stream, at most for this time."""
         if not self.ended:
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._changed.wait(), seconds)
+                async with asyncio.timeout(seconds):
+                    await self._changed.wait()
 
     def end(self) -> None:
         """End the stream after the waiting frames. A client that does not read them is cut off."""

@@ -127,7 +127,8 @@ class TopApi:
         self._asked_until = asyncio.get_running_loop().time() + FOLLOWED
         self._start()
         with suppress(TimeoutError):
-            await asyncio.wait_for(self._computed.wait(), FIRST)
+            async with asyncio.timeout(FIRST):
+                await self._computed.wait()
         return None if self._latest is None else _without_idle(self._latest)
 
     def _start(self) -> None:

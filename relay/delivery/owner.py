@@ -184,7 +184,7 @@ class Owner:
 
     async def _renew_for_ever(self) -> None:
         while True:
-            with suppress(TimeoutError):  # `wait_for` may lose the cancellation by `stop`
+            with suppress(TimeoutError):
                 async with asyncio.timeout(RENEW_EVERY):
                     await self._due.wait()
             self._due.clear()

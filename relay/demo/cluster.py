@@ -125,7 +125,8 @@ class Node:
         if self.process is not None and self.process.returncode is None:
             self.process.send_signal(number)
             try:
-                await asyncio.wait_for(self.process.wait(), PATIENCE / 4)
+                async with asyncio.timeout(PATIENCE / 4):
+                    await self.process.wait()
             except TimeoutError:
                 self.process.kill()
                 await self.process.wait()

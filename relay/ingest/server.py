@@ -142,7 +142,8 @@ class Server:
         if self.under_way:
             self.idle.clear()
             with suppress(TimeoutError):
-                await asyncio.wait_for(self.idle.wait(), seconds)
+                async with asyncio.timeout(seconds):
+                    await self.idle.wait()
 
     async def close(self, *, grace: float) -> None:
         """Close every connection, after at most `grace` seconds for requests under way."""

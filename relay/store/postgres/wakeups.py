@@ -134,7 +134,7 @@ class WakeUps:
                 self._due.set()
                 while not lost.is_set():
                     await self._check()
-                    with suppress(TimeoutError):  # `wait_for` may lose the cancellation by `stop`
+                    with suppress(TimeoutError):
                         async with asyncio.timeout(PROBE_EVERY):
                             await lost.wait()
             except Exception as error:  # noqa: BLE001 - after any error, the node polls
