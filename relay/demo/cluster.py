@@ -11,9 +11,8 @@ import sys
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractContextManager, AsyncExitStack, ExitStack, asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from threading import Thread
 from typing import Any
 
@@ -22,8 +21,8 @@ import msgspec
 
 from relay import __version__
 from relay.config.secrets import Secret
+from relay.demo.keeper import kept
 from relay.demo.receiver import Received, Receiver
-from relay.demo.server import temporary_server
 from relay.errors import RelayError, StorageError
 from relay.keys import SHARED
 from relay.store import Stop
@@ -71,7 +70,13 @@ allow_private = true
 timeout = "1s"
 retry = {{ schedule = ["0.2s", "0.5s", "1s", "2s", "5s"] }}
 """
-SERVE = ("-c", "from relay.cli import main; main()", "serve", "--force", "-c")
+CODE = """\
+from relay.demo.keeper import end_with_the_demo
+end_with_the_demo()
+from relay.cli import main
+main()
+"""
+SERVE = ("-c", CODE, "serve", "--force", "-c")
 
 
 class _Subject(msgspec.Struct):
@@ -100,10 +105,12 @@ class Arrivals:
 class Node:
     """A daemon as a process of its own."""
 
-    def __init__(self, name: str, folder: Path, url: str, destinations: str) -> None:
+    def __init__(self, name: str, folder: Path, url: str, destinations: str, pipe: int) -> None:
+        """Take the `pipe` that ends with the demo; see `relay.demo.keeper`."""
         self.name = name
         self.public, self.admin = _free_port(), _free_port()
         self.process: asyncio.subprocess.Process | None = None
+        self._pipe = pipe
         self._environment = {**os.environ, ENVIRONMENT: url}
         for inherited in INHERITED:
             self._environment.pop(inherited, None)
@@ -116,7 +123,7 @@ class Node:
     async def start(self) -> None:
         """Start the process; it is ready later."""
         self.process = await asyncio.create_subprocess_exec(
-            sys.executable, *SERVE, str(self.config), env=self._environment, stdin=asyncio.subprocess.DEVNULL,
+            sys.executable, *SERVE, str(self.config), env=self._environment, stdin=self._pipe,
             start_new_session=True,
         )  # fmt: skip
 
@@ -309,14 +316,15 @@ async def run_cluster_demo(count: int, storage: str | None, *, leave: bool) -> i
 
 
 async def _demo(count: int, storage: str | None, *, leave: bool) -> int:
-    with ExitStack() as life:
-        folder = Path(life.enter_context(TemporaryDirectory(prefix="hookferry-demo-")))
-        if storage is None:
-            print("starting a temporary PostgreSQL server", flush=True)
-            url = await _entered(life, temporary_server())
-        else:
-            url = storage
-            await asyncio.to_thread(_refuse_used, url)
+    if storage is None:
+        print("starting a temporary PostgreSQL server", flush=True)
+    else:
+        await asyncio.to_thread(_refuse_used, storage)
+    async with AsyncExitStack() as life:
+        keeper = await life.enter_async_context(kept(with_server=storage is None))
+        for removed in keeper.removed:
+            print(f"removed {removed}, which an earlier demo had left", flush=True)
+        url, folder = storage or keeper.url, Path(keeper.folder)
         key = Secret(SHARED + base64.b64encode(secrets.token_bytes(32)).decode())
         arrivals = Arrivals()
         receiver = Receiver((key,), arrivals.receive)
@@ -327,28 +335,19 @@ async def _demo(count: int, storage: str | None, *, leave: bool) -> int:
             DESTINATION.format(name=name, url=receiver.url, secret=key.reveal()) for name in LANES
         )
         names = [f"node-{number}" for number in range(1, count + 1)]
-        nodes = [Node(name, folder / name, url, tables) for name in names]
-        async with _running(nodes), _session() as session:
-            print(f"hookferry {__version__}: {count} nodes on one PostgreSQL database", flush=True)
-            for node in nodes:
-                print(f"  {node.name}  http://127.0.0.1:{node.public}, admin port {node.admin}", flush=True)
-            demo = ClusterDemo(nodes, arrivals, session)
-            problems = await demo.run()
-            for problem in problems:
-                demo.say(f"PROBLEM: {problem}")
-            if not leave:
-                await demo.wait()
+        nodes = [Node(name, folder / name, url, tables, keeper.pipe) for name in names]
+        session = await life.enter_async_context(_session())
+        await life.enter_async_context(_running(nodes))
+        print(f"hookferry {__version__}: {count} nodes on one PostgreSQL database", flush=True)
+        for node in nodes:
+            print(f"  {node.name}  http://127.0.0.1:{node.public}, admin port {node.admin}", flush=True)
+        demo = ClusterDemo(nodes, arrivals, session)
+        problems = await demo.run()
+        for problem in problems:
+            demo.say(f"PROBLEM: {problem}")
+        if not leave:
+            await demo.wait()
     return int(bool(problems))
-
-
-async def _entered(life: ExitStack, manager: AbstractContextManager[str]) -> str:
-    """Enter a context in a thread; waits for the thread if it is cancelled, so that the context also ends."""
-    entering = asyncio.ensure_future(asyncio.to_thread(life.enter_context, manager))
-    try:
-        return await asyncio.shield(entering)
-    except asyncio.CancelledError:
-        await asyncio.wait([entering])
-        raise
 
 
 @asynccontextmanager

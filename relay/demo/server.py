@@ -5,9 +5,8 @@ import pwd
 import shutil
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from relay.errors import RelayError
 
@@ -33,27 +32,44 @@ def binaries() -> Path:
 
 
 @contextmanager
-def temporary_server() -> Iterator[str]:
-    """Run a server in a folder of its own, which is deleted at the end; yields the URL of its database.
+def temporary_server(folder: Path) -> Iterator[str]:
+    """Run a server in an empty folder; yields the URL of its database.
 
     Raises:
         RelayError: no server is installed, or it does not start.
     """
     programs = binaries()
-    # Not in $TMPDIR: another user may have to enter it, and the path of a socket is short.
-    with TemporaryDirectory(prefix="hookferry-postgres-", dir="/tmp") as name:
-        folder = Path(name)
-        data, log = folder / "data", folder / "log"
-        user = _owner(folder)
-        make: list[str | Path] = ["initdb", "-D", data, "-U", USER, "-A", "trust", "-E", "UTF8", "--no-sync"]
-        _run(programs, [*make, "--locale=C.UTF-8"], user, log)
-        options = " ".join(f"-c {setting}" for setting in (*SETTINGS, f"unix_socket_directories={folder}"))
-        start: list[str | Path] = ["pg_ctl", "start", "-D", data, "-l", log, "-o", options, "-w"]
-        _run(programs, [*start, "-t", f"{START_TIMEOUT:.0f}"], user, log)
-        try:
-            yield f"postgresql://{USER}@/postgres?host={folder}"
-        finally:
-            _run(programs, ["pg_ctl", "stop", "-D", data, "-m", "immediate", "-w"], user, log)
+    data, log = folder / "data", folder / "log"
+    user = _owner(folder)
+    make: list[str | Path] = ["initdb", "-D", data, "-U", USER, "-A", "trust", "-E", "UTF8", "--no-sync"]
+    _run(programs, [*make, "--locale=C.UTF-8"], user, log)
+    options = " ".join(f"-c {setting}" for setting in (*SETTINGS, f"unix_socket_directories={folder}"))
+    start: list[str | Path] = ["pg_ctl", "start", "-D", data, "-l", log, "-o", options, "-w"]
+    _run(programs, [*start, "-t", f"{START_TIMEOUT:.0f}"], user, log)
+    try:
+        yield f"postgresql://{USER}@/postgres?host={folder}"
+    finally:
+        stop_server(folder)
+
+
+def stop_server(folder: Path) -> None:
+    """End the server in a folder at once, if it runs.
+
+    Raises:
+        RelayError: it does not end.
+    """
+    if (folder / "data" / "postmaster.pid").exists():
+        stop: list[str | Path] = ["pg_ctl", "stop", "-D", folder / "data", "-m", "immediate", "-w"]
+        _run(binaries(), stop, USER if os.geteuid() == 0 else None, folder / "log")
+
+
+def owners() -> set[int]:
+    """Return the users that own the folders of this user's demos."""
+    found = {os.geteuid()}
+    if os.geteuid() == 0:
+        with suppress(KeyError):
+            found.add(pwd.getpwnam(USER).pw_uid)
+    return found
 
 
 def _owner(folder: Path) -> str | None:

@@ -3,15 +3,18 @@
 import asyncio
 import io
 import itertools
+import json
 import os
 import re
 import shlex
 import signal
 import socket
+import subprocess
 import sys
 import time
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from urllib.parse import urlsplit
 
 import aiohttp
@@ -22,6 +25,7 @@ from samples import sources
 
 from relay.cli import main
 from relay.config.secrets import Secret
+from relay.demo import keeper
 from relay.demo.cluster import _refuse_used
 from relay.demo.run import choose_listen, write_config
 from relay.demo.server import binaries
@@ -244,8 +248,112 @@ async def test_a_cluster_loses_nothing_when_a_node_is_killed_and_ctrl_c_ends_it(
             assert os.stat(config).st_mode & 0o77 == 0  # noqa: PTH116 - other users must not read it
         process.send_signal(signal.SIGINT)
         assert await asyncio.wait_for(process.wait(), PATIENCE) == 0
-    assert list(tmp_path.glob("hookferry-demo-*")) == []
+    assert list(tmp_path.iterdir()) == []
     assert not _processes_below(tmp_path)
+
+
+KEPT = """
+import asyncio, os, sys, tempfile
+from relay.demo import keeper
+keeper.KEEP = f"from relay.demo import keeper; keeper.SHORT = {tempfile.gettempdir()!r}; keeper.main()"
+NODE = "from relay.demo.keeper import end_with_the_demo; end_with_the_demo(); import time; time.sleep(600)"
+async def demo():
+    async with keeper.kept(with_server=True) as kept:
+        node = await asyncio.create_subprocess_exec(sys.executable, "-c", NODE, "node", stdin=kept.pipe)
+        print(os.getpid(), kept.folder, kept.url, flush=True)
+        await asyncio.sleep(600)
+asyncio.run(demo())
+"""
+KEPT_AS_NOBODY = """
+import os, sys, tempfile
+from relay.demo import keeper
+keeper.SHORT = tempfile.gettempdir()
+if os.geteuid() == 0:
+    os.setgroups([])
+    os.setgid(65534)
+    os.setuid(65534)
+keeper.main()
+"""
+
+
+@pytest.fixture
+def temporary():
+    """A folder for temporary files that the users postgres and nobody may enter, with a short path."""
+    with TemporaryDirectory(prefix="relay-keeper-", dir="/tmp") as name:
+        Path(name).chmod(0o1777)
+        yield Path(name)
+
+
+@needs_postgres
+async def test_the_next_demo_removes_what_a_killed_demo_and_keeper_have_left(temporary, monkeypatch):
+    with _program(temporary, KEPT) as process:
+        line = process.stdout.readline().decode()
+        assert "hookferry-postgres-" in line
+        monkeypatch.setattr("tempfile.tempdir", str(temporary))
+        monkeypatch.setattr(keeper, "SHORT", str(temporary))
+        monkeypatch.setattr(keeper, "UNLOCKED", 0.0)
+        assert keeper.remove_abandoned() == []  # both run
+        [keeping] = [pid for pid, arguments in _children(process.pid) if "keeper.main" in arguments]
+        [node] = [pid for pid, arguments in _children(process.pid) if "keeper.main" not in arguments]
+        [pid_file] = temporary.glob("hookferry-postgres-*/data/postmaster.pid")
+        server_pid = int(pid_file.read_text().split()[0])
+        os.kill(keeping, signal.SIGKILL)
+        os.kill(process.pid, signal.SIGKILL)
+        await _until_gone(node, keeping)
+    assert _runs(server_pid)
+    assert len(keeper.remove_abandoned()) == 2
+    await _until_gone(server_pid)
+    assert list(temporary.iterdir()) == []
+
+
+@needs_postgres
+async def test_a_user_without_rights_gets_a_server_that_ends_with_the_demo(temporary):
+    with _program(temporary, KEPT_AS_NOBODY, "server") as process:
+        first = json.loads(process.stdout.readline())
+        assert first["error"] is None, first
+        [pid_file] = temporary.glob("hookferry-postgres-*/data/postmaster.pid")
+        server_pid = int(pid_file.read_text().split()[0])
+        process.stdin.close()  # as if the demo had been killed
+        assert process.wait(PATIENCE) == 0
+    await _until_gone(server_pid)
+    assert list(temporary.iterdir()) == []
+
+
+@contextmanager
+def _program(folder, code, *arguments):
+    command = [sys.executable, "-c", code, *arguments]
+    environment = {**os.environ, "TMPDIR": str(folder)}
+    process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+        process.stdin.close()
+        process.stdout.close()
+
+
+def _children(pid):
+    """Return the ids and arguments of a process's children."""
+    ids = [
+        int(each)
+        for path in Path(f"/proc/{pid}/task").iterdir()
+        for each in (path / "children").read_text().split()
+    ]
+    return [(each, Path(f"/proc/{each}/cmdline").read_bytes().decode()) for each in ids]
+
+
+async def _until_gone(*pids):
+    async with asyncio.timeout(PATIENCE):
+        while any(_runs(pid) for pid in pids):  # noqa: ASYNC110 - no event
+            await asyncio.sleep(0.02)
+
+
+def _runs(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 @pytest.mark.parametrize(
