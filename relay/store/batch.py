@@ -109,6 +109,8 @@ class Batch:
         self.stats: dict[tuple[int, str, str], tuple[int, int, int]] = {}  # see `count`
         self.repetitions: Counter[str] = Counter()  # requests by the public id of the event they repeat
         self.deliveries: list[Delivery] = []
+        self.limits: dict[str, int] = {}  # `max_pending` of the destinations of new deliveries
+        self.unlimited: set[int] = set()  # new deliveries that are added regardless of it
         self._roster = roster
         self._rules = rules
         self.worker_changes: StoredWorkerChanges | None = None
@@ -137,6 +139,7 @@ class Batch:
         self.made_due: dict[int, str] = {}  # destinations of the deliveries that an operator made due
         self.scope: Scope | None = None  # None: this node ends all deliveries
         self.incarnation: str | None = None  # of this node; None: no other node uses the database
+        self.checked: set[str] = set()  # destinations with a ceiling, see postgres/backlog.py
         self.cancelled_in_flight: set[int] = set()  # cancelled during an attempt, whose outcome decides
 
     @property
@@ -237,12 +240,21 @@ class Batch:
         if target.is_spread:
             keys = (delivery.order_key, delivery.group_key, delivery.latest_key)
             delivery.slot = slot_of(next((k for k in keys if k is not None), None), delivery.public_id)
-        if target.max_pending is not None:
+        if target.max_pending is None:
+            self.unlimited.add(delivery.id)
+        else:
+            self.limits[target.destination] = target.max_pending
             waiting = self._pending[target.destination] + self._added[target.destination]
             if waiting >= target.max_pending:
                 self.ended_early[delivery.id] = ("dead", "backlog_full")
                 return
         self._added[target.destination] += 1
+
+    def new_counts(self) -> Counter[str]:
+        """Return the number of new deliveries by destination."""
+        if not self.ended_early:
+            return self._added
+        return Counter(delivery.destination for delivery in self.deliveries)
 
     def count(self, event: StoredEvent, *, is_duplicate: bool = False) -> None:
         """Count an accepted event, or a request that repeated one, for its hour, source and type."""

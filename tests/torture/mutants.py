@@ -135,6 +135,21 @@ MUTANTS = {
         ],
         [SHARED, STORE],
     ),
+    "backlog-without-lock": Mutant(
+        [Change(f"{POSTGRES}/backlog.py", "        await transaction.fetch(LOCK_SQL)\n", "")], [SHARED]
+    ),
+    "backlog-without-checks": Mutant(
+        [Change(f"{POSTGRES}/backlog.py", "batch.checked = set(batch.limits)", "batch.checked = set()")],
+        [SHARED],
+    ),
+    "backlog-without-taking-back": Mutant(
+        [
+            Change(
+                f"{POSTGRES}/backlog.py", "if rooms[name] < wanted[name] and sums[name][1]]:", "if not name]:"
+            )
+        ],
+        [SHARED],
+    ),
     "attempts-after-the-deadline": Mutant(
         [
             Change(

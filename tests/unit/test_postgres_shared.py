@@ -19,7 +19,7 @@ from relay.store.postgres.rows import micros_of
 
 pytest.importorskip("asyncpg")
 
-from stores import accept
+from stores import accept, watch_statements
 
 CLOCK = SystemClock()
 NAMES = ("crm", "erp")
@@ -396,16 +396,122 @@ async def test_a_wake_up_is_not_part_of_the_commit(nodes):
     assert not writers & set(senders)
 
 
-@needs_postgres
-async def test_the_backlog_limit_counts_deliveries_of_other_nodes(nodes):
-    first, second = nodes
+def limit(nodes, most, **options):
     for node in nodes:
-        node.options["erp"] = {"max_pending": 3}
-    for _ in range(3):
-        await second.send()
-    await until(lambda: first.store.ledger.pending().get("erp") == 3)
+        node.options["erp"] = {"max_pending": most, **options}
+
+
+async def pending(node):
+    return await node.store.database.value("SELECT count(*) FROM owed WHERE destination = 'erp'")
+
+
+async def refused(node):
+    return await node.store.database.value("SELECT count(*) FROM ends WHERE reason = 'backlog_full'")
+
+
+@needs_postgres
+@pytest.mark.parametrize("options", [{}, {"order_key": "k"}], ids=["plain", "ordered"])
+async def test_the_backlog_limit_is_exact_for_nodes_that_race_to_it(nodes, options):
+    """Never more are pending, and none is refused while there is room, also after some have ended."""
+    first, second = nodes
+    limit(nodes, 40, **options)
+    sent = 0
+    for waves in (1, 3, 8, 8, 8):
+        await asyncio.gather(*(node.send() for node in nodes for _ in range(waves)))
+        sent += 2 * waves
+        assert (await pending(first), await refused(first)) == (min(40, sent), max(0, sent - 40))
+    claimed = [each for each in second.fresh if each.destination == "erp"]
+    for delivery in (*claimed, *await second.claim("erp", 40))[:25]:
+        assert await second.settle(delivery)
+    room = 40 - await pending(first)
+    assert room == (1 if options else 25)
+    await asyncio.gather(*(node.send() for node in nodes for _ in range(15)))
+    assert (await pending(first), await refused(first)) == (40, sent - 40 + 30 - room)
+
+
+@needs_postgres
+async def test_deliveries_that_end_in_the_transaction_that_reaches_the_backlog_limit_are_counted(nodes):
+    _, second = nodes
+    limit([second], 10)
+    await asyncio.gather(*(second.send() for _ in range(10)))
+    ended = [each for each in second.fresh if each.destination == "erp"]
+    steps = [step for each in ended for step in (second.settle(each), second.send())]
+    assert all(await asyncio.gather(*steps))
+    assert await pending(second) + await refused(second) == 10
+
+
+@needs_postgres
+async def test_a_node_near_the_backlog_limit_waits_for_the_others(nodes):
+    first, second = nodes
+    limit(nodes, 3)
     await first.send()
-    assert ("erp", "dead", "backlog_full") in await states(first)
+    await second.send()
+    written, allowed = hold_commits(first)
+    held = asyncio.ensure_future(first.send())
+    await asyncio.wait_for(written.wait(), 30)
+    other = asyncio.ensure_future(second.send())
+    await waits_or_ends(second, other)
+    allowed.set()
+    await asyncio.gather(held, other)
+    assert (await pending(first), await refused(first)) == (3, 1)
+
+
+@needs_postgres
+async def test_room_that_a_node_does_not_use_is_taken_back_from_it(nodes):
+    """The other node may be using it at that moment, or believe later that it still has it."""
+    first, second = nodes
+    limit(nodes, 100)
+    await first.send()  # gets room for 24 more
+    written, allowed = hold_commits(first)
+    held = asyncio.ensure_future(first.send())
+    await asyncio.wait_for(written.wait(), 30)
+    others = asyncio.gather(*(second.send() for _ in range(120)))
+    await waits_or_ends(second, others)
+    allowed.set()
+    await asyncio.gather(held, others)
+    assert (await pending(first), await refused(first)) == (100, 22)
+    await first.send()
+    assert (await pending(first), await refused(first)) == (100, 23)
+
+
+@needs_postgres
+async def test_far_from_the_backlog_limit_no_commit_waits_and_each_is_one_statement(nodes):
+    first, second = nodes
+    limit(nodes, 1000)
+    for node in nodes:
+        await node.send()
+    statements = await watch_statements(first.store)
+    written, allowed = hold_commits(second)
+    held = asyncio.ensure_future(second.send())
+    await asyncio.wait_for(written.wait(), 30)
+    await first.send()
+    assert len([text for text in statements if "ledger" in text]) == 1
+    assert not [text for text in statements if "BEGIN" in text]
+    allowed.set()
+    await held
+
+
+@needs_postgres
+async def test_a_lower_backlog_limit_holds_at_once(nodes):
+    first = nodes[0]
+    limit(nodes, 1000)
+    await asyncio.gather(*(node.send() for node in nodes for _ in range(5)))
+    limit(nodes, 12)
+    await asyncio.gather(*(node.send() for node in nodes for _ in range(5)))
+    assert (await pending(first), await refused(first)) == (12, 8)
+    limit(nodes, 15)
+    await asyncio.gather(*(node.send() for node in nodes for _ in range(5)))
+    assert (await pending(first), await refused(first)) == (15, 15)
+
+
+@needs_postgres
+async def test_an_order_key_of_refused_deliveries_is_not_kept(nodes):
+    first, _ = nodes
+    limit([first], 1, order_key="a")
+    await first.send()
+    limit([first], 1, order_key="b")
+    await first.send()
+    assert await first.store.database.value("SELECT count(*) FROM order_keys") == 1
 
 
 @needs_postgres

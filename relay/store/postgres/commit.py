@@ -13,6 +13,7 @@ from relay.store.batch import LEDGER, Batch, count_transitions
 from relay.store.claims import Claims
 from relay.store.dedupe import Key, Keys
 from relay.store.postgres import transitions
+from relay.store.postgres.backlog import SharedLimits
 from relay.store.postgres.connection import Connection
 from relay.store.postgres.deliveries import OVERLAP
 from relay.store.postgres.nodes import PostgresNodes
@@ -144,13 +145,22 @@ _LEDGER_SQL = f"""
         DO UPDATE SET {", ".join(f"{column} = l.{column} + excluded.{column}" for column in LEDGER)})
 """  # noqa: S608 - only constants
 
-COUNTS = Part(_LEDGER_SQL % "")
+# A ceiling that another node has lowered meanwhile makes the statement fail: `created` must not be NULL.
+_CHECKED_SQL = _LEDGER_SQL.replace(
+    "SET created = l.created + excluded.created",
+    """SET created = CASE WHEN excluded.destination <> ALL($8::text[])
+                                 OR l.created + excluded.created <= l.ceiling
+                               THEN l.created + excluded.created END""",
+)
 
 _ENDED_SQL = ", ".join(f"(state = '{column}')::int" for column in LEDGER[1:])
-COUNTS_WITH_ENDS = Part(
-    _LEDGER_SQL % f"UNION ALL SELECT destination, 0, {_ENDED_SQL} FROM gone"  # noqa: S608 - only constants
-)
-"""Also counts the deliveries that the part `ENDS` of the same statement has ended."""
+_ENDED_SQL = f"UNION ALL SELECT destination, 0, {_ENDED_SQL} FROM gone"  # noqa: S608 - only constants
+
+COUNTS, COUNTS_WITH_ENDS = Part(_LEDGER_SQL % ""), Part(_LEDGER_SQL % _ENDED_SQL)
+"""The second also counts the deliveries that the part `ENDS` of the same statement has ended."""
+
+CHECKED = {COUNTS: Part(_CHECKED_SQL % ""), COUNTS_WITH_ENDS: Part(_CHECKED_SQL % _ENDED_SQL)}
+"""The same with a check of ceilings; see `relay.store.postgres.backlog`."""
 
 STATS = Part("""
     hours AS (
@@ -213,11 +223,14 @@ class PostgresCommitter(Committer):
 
     sequences: IdSequences
     nodes: PostgresNodes | None = None  # None: this daemon uses the database alone
+    limits: SharedLimits | None = None  # None: as well
     shared_workers: SharedWorkers | None = None  # None: as well
 
     async def begin(self, transaction: Transaction, jobs: Sequence[Job[Any]]) -> Batch:
         """Return an empty batch whose row ids begin at the current time."""
         if self.nodes is not None:
+            if self.limits is not None and self.nodes.slot != self.sequences.slot:
+                self.limits.forget()
             self.sequences.use(self.nodes.slot)
         self.sequences.lift(self._clock.wall())
         if self.shared_workers is not None:
@@ -240,6 +253,8 @@ class PostgresCommitter(Committer):
         super().forget()
         if self.shared_workers is not None:
             self.shared_workers.note_undone()
+        if self.limits is not None:
+            self.limits.forget()
 
     def _wake_others(self, batch: Batch, nodes: PostgresNodes) -> None:
         """Announce the due deliveries of lanes that other nodes own; this node does not claim them."""
@@ -272,9 +287,8 @@ class PostgresCommitter(Committer):
         transaction.batch = batch
         if self.shared_workers is not None and batch.worker_changes is not None:
             await self.shared_workers.write(batch.worker_changes, transaction)
-        await _write(
-            batch, transaction, self._claims, self.sequences, with_workers=self.shared_workers is None
-        )
+        with_workers = self.shared_workers is None
+        await _write(batch, transaction, self._claims, self.sequences, self.limits, with_workers=with_workers)
 
     async def look_again(self, connection: Connection, transaction: Transaction) -> bool | None:
         """Return whether a batch is stored whose commit got no response; None: the database does not show it.
@@ -321,36 +335,47 @@ async def _counted(connection: Connection, outcomes: Sequence[Outcome]) -> froze
 
 
 async def _write(
-    batch: Batch, transaction: Transaction, claims: Claims, sequences: IdSequences, *, with_workers: bool
+    batch: Batch,
+    transaction: Transaction,
+    claims: Claims,
+    sequences: IdSequences,
+    limits: SharedLimits | None,
+    *,
+    with_workers: bool,
 ) -> None:
     if batch.worker_changes is not None:
         batch.add_all_generated()
     counts = COUNTS
     if batch.outcomes:
-        counts = await _write_outcomes(batch, transaction, claims, sequences)
+        is_near = limits is not None and limits.is_near(batch)
+        counts = await _write_outcomes(batch, transaction, claims, sequences, is_near=is_near)
     if transitions.is_requested(batch):
         await transitions.write_requested(batch, transaction, claims)
     _add_events(batch, transaction, sequences.slot)
     if batch.deliveries:
+        if batch.limits and limits is not None:
+            await limits.decide(batch, transaction, sequences.slot)
         await _add_deliveries(batch, transaction, claims)
     _add_others(batch, transaction, with_workers=with_workers)
     batch.ledger = count_transitions(batch)
     if batch.ledger or counts is COUNTS_WITH_ENDS:
-        rows = batch.ledger.values()
-        transaction.add(
-            counts, sequences.slot, list(batch.ledger), *([row[column] for row in rows] for column in LEDGER)
-        )
+        rows, more = batch.ledger.values(), []
+        if batch.checked:
+            counts, more = CHECKED[counts], [list(batch.checked)]
+        columns = [[row[column] for row in rows] for column in LEDGER]
+        transaction.add(counts, sequences.slot, list(batch.ledger), *columns, *more)
 
 
 async def _write_outcomes(
-    batch: Batch, transaction: Transaction, claims: Claims, sequences: IdSequences
+    batch: Batch, transaction: Transaction, claims: Claims, sequences: IdSequences, *, is_near: bool
 ) -> Part:
-    """Add the outcomes, and write them now if other changes depend on them; returns the ledger's part."""
+    """Add the outcomes, and write them now if other statements follow; returns the ledger's part."""
     if claims.cancelled:
         batch.outcomes = apply_cancellations(batch.outcomes, claims)
     ends = _add_outcomes(batch, transaction, sequences)
     if not (
         transaction.has_begun
+        or is_near
         or batch.ungrouped
         or transitions.is_requested(batch)
         or any(map(_has_consequences, batch.outcomes))

@@ -425,6 +425,11 @@ class PostgresNodes:
             if until > now and name.startswith(LANE)
         ]
 
+    @property
+    def count(self) -> int:
+        """The number of live nodes at the latest renewal, at least 1."""
+        return max(1, len(self._peers))
+
     async def all(self) -> tuple[Node, ...]:
         """See `Nodes.all`."""
         async with self._lock:

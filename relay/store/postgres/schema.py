@@ -325,7 +325,11 @@ CREATE INDEX owed_shard_retry ON owed (destination, slot, next_attempt_at, id)
 ALTER TABLE nodes ADD COLUMN shards jsonb;     -- numbers of shards in its config, by destination
 """
 
-MIGRATIONS: tuple[str, ...] = (EVENTS + DELIVERIES + WORKERS + OTHERS, SHARED, SHARDS)
+CEILINGS = """
+ALTER TABLE ledger ADD COLUMN ceiling bigint;  -- for `created`, see backlog.py; NULL: the node has none
+"""
+
+MIGRATIONS: tuple[str, ...] = (EVENTS + DELIVERIES + WORKERS + OTHERS, SHARED, SHARDS, CEILINGS)
 """Each runs in one transaction; never edit one that has been released, append another.
 
 Nodes of the previous version run while the first node of a new version migrates the tables, and such a node

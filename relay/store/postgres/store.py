@@ -21,6 +21,7 @@ from relay.store.claims import Claims
 from relay.store.ledger import counts_of
 from relay.store.nodes import OneNode
 from relay.store.postgres.audit import PostgresAudit
+from relay.store.postgres.backlog import SharedLimits
 from relay.store.postgres.commit import PostgresCommitter
 from relay.store.postgres.connection import (
     ERRORS,
@@ -170,6 +171,8 @@ class PostgresStore:
             on_status_change=on_status_change,
         )
         self._committer.nodes, self._committer.shared_workers = self._shared, self._shared_workers
+        if self._shared is not None:
+            self._committer.limits = SharedLimits(self._shared, self.ledger)
         self._maintenance: asyncio.Task[None] | None = None
         self.opened = False
         self.failure: str | None = None  # see `Store.failure`; of the latest `open`, then of the writer

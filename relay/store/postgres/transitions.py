@@ -266,6 +266,20 @@ async def _lock(transaction: Transaction, changes: Counter[Key]) -> tuple[list[s
     return names, keys
 
 
+async def lock_keys(batch: Batch, transaction: Transaction) -> None:
+    """Lock the order keys of new deliveries, before other rows that `due_times` must not wait behind."""
+    keys = {(d.destination, d.order_key) for d in batch.deliveries if d.order_key is not None}
+    if keys:
+        await _lock(transaction, Counter(dict.fromkeys(keys, 0)))
+
+
+async def forget_keys(transaction: Transaction, deliveries: Iterable[Delivery]) -> None:
+    """Delete the order keys of deliveries that are not written, unless other deliveries have them."""
+    keys = sorted({(d.destination, text(d.order_key) or "") for d in deliveries if d.order_key is not None})
+    if keys:
+        await transaction.fetch(FORGET_SQL, [name for name, _ in keys], [key for _, key in keys])
+
+
 async def due_times(batch: Batch, transaction: Transaction, claims: Claims) -> dict[int, int]:
     """Return when new deliveries are due; one that waits behind another of its key is missing.
 
