@@ -121,7 +121,9 @@ class DestinationsApi:
         else:
             lane = self._lane(request)
             shown = {**self._fields(lane, self._recent()), "events": lane.config.events}
-        return {**shown, **await backlog_of(self._store, name, totals, self._clock.steady())}
+        checked, now = self._ledger_check.backlog.get(name), self._clock.steady()
+        start = None if checked is None else checked.row
+        return {**shown, **await backlog_of(self._store, name, totals, now, start)}
 
     @endpoint(
         "POST", "/api/destinations/{name}/pause", "pauseDestination",
@@ -169,6 +171,7 @@ class DestinationsApi:
 
     def _fields(self, lane: Lane, recent: Mapping[str, tuple[float | None, float | None]]) -> dict[str, Any]:
         activity, health = self._activity, lane.health
+        backlog = self._ledger_check.backlog.get(lane.name)
         return {
             **_destination(lane),
             **destination_fields(
@@ -176,7 +179,7 @@ class DestinationsApi:
                 state=health.state,
                 circuit="open" if health.circuit.is_open else "closed",
                 held_until=health.held_until if lane.held else None,
-                oldest_pending=self._ledger_check.oldest.get(lane.name),
+                oldest_pending=None if backlog is None else backlog.oldest,
                 last_failure=lane.last_failure,
                 recent=recent.get(lane.name, (None, None)),
                 last_success=activity.last_success(lane.name),
@@ -185,12 +188,13 @@ class DestinationsApi:
         }
 
     def _absent(self, name: str) -> dict[str, Any]:
+        backlog = self._ledger_check.backlog.get(name)
         return {
             "name": name,
             "held": ABSENT,
             **pause_of(),
             "in_flight": self._dispatcher.in_flight(name),
-            **destination_fields(None, oldest_pending=self._ledger_check.oldest.get(name)),
+            **destination_fields(None, oldest_pending=None if backlog is None else backlog.oldest),
         }
 
     def _lane(self, request: web.Request) -> Lane:

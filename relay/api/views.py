@@ -433,9 +433,14 @@ def counted(counts: Counts | None) -> dict[str, int]:
     return msgspec.structs.asdict(counts or Counts())
 
 
-async def backlog_of(stored: StoredData, name: str, totals: Mapping[str, Counts], now: int) -> dict[str, Any]:
-    """Return a destination's counts, due deliveries, oldest pending and latest delivery; `now` is steady."""
-    backlog = await stored.ledger.backlog_of(name, now)
+async def backlog_of(
+    stored: StoredData, name: str, totals: Mapping[str, Counts], now: int, start: int | None = None
+) -> dict[str, Any]:
+    """Return a destination's counts, due deliveries, oldest pending and latest delivery.
+
+    `now` and `start` are those of `relay.store.LedgerReads.backlog_of`.
+    """
+    backlog = await stored.ledger.backlog_of(name, now, start)
     oldest = await stored.queries.find("deliveries", id=backlog.row, limit=1) if backlog else []
     latest = await stored.queries.find("deliveries", destination=name, limit=1)
     return {

@@ -6,6 +6,7 @@ from relay.base.clock import SECOND, Clock
 from relay.delivery.destination_health import ELSEWHERE
 from relay.delivery.dispatcher import Dispatcher
 from relay.metrics import PENDING_STATES, Metrics
+from relay.model import Backlog
 from relay.store import Store
 
 log = logging.getLogger("relay")
@@ -23,7 +24,7 @@ class LedgerCheck:
         self._metrics = metrics
         self._clock = clock
         self.unaccounted: dict[str, int] = {}  # by destination, those that are not 0, at the latest check
-        self.oldest: dict[str, int] = {}  # by destination: creation of the oldest pending one, wall
+        self.backlog: dict[str, Backlog] = {}  # by destination, at the latest check
         self._names: set[str] = set()  # destinations whose gauges this node exports
 
     async def check(self) -> None:
@@ -36,7 +37,7 @@ class LedgerCheck:
             return
         counts = await self._store.ledger.audit()
         backlog = await self._store.ledger.backlog(self._clock.steady())
-        self.oldest = {name: each.oldest for name, each in backlog.items()}
+        self.backlog = backlog
         for name in self._dispatcher.lanes.keys() | counts.keys():
             lane, ledger, waiting = self._dispatcher.lanes.get(name), counts.get(name), backlog.get(name)
             unaccounted = 0 if ledger is None else ledger.unaccounted
@@ -63,7 +64,7 @@ class LedgerCheck:
 
     def _clear(self) -> None:
         """Set the gauges to 0, because another node exports them now."""
-        self.oldest = {}
+        self.backlog = {}
         for name in self._names:
             for state in PENDING_STATES:
                 self._metrics.pending.labels(name, state).set(0)

@@ -437,10 +437,11 @@ class LedgerReads(Protocol):
         """Return the backlog of each destination that has pending deliveries; `now` is steady."""
         ...
 
-    async def backlog_of(self, name: str, now: int) -> Backlog | None:
+    async def backlog_of(self, name: str, now: int, start: int | None = None) -> Backlog | None:
         """Return the backlog of one destination, None if nothing is pending; `now` is steady.
 
-        Unlike `backlog`, it takes about the same time for a long backlog.
+        With `start`, the row of the oldest delivery of an earlier backlog, it takes about the same time for a
+        long backlog as for a short one.
         """
         ...
 

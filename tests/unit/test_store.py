@@ -326,5 +326,12 @@ async def test_the_backlog_of_one_destination_is_that_of_all(store, clock, monke
         found = await store.ledger.backlog(now)
         assert {name: each.due for name, each in found.items()} == {"crm": 3, "erp": 3 if now == later else 1}
         for name in ("crm", "erp"):
-            assert await store.ledger.backlog_of(name, now) == found[name]
+            for start in (None, found[name].row):
+                assert await store.ledger.backlog_of(name, now, start) == found[name]
+    former = found["crm"].row
+    [delivery] = [each for each in fresh if each.id == former]
+    await store.deliveries.settle(outcome(delivery))
+    found = await store.ledger.backlog(later)
+    assert former < found["crm"].row
+    assert await store.ledger.backlog_of("crm", later, former) == found["crm"]
     assert await store.ledger.backlog_of("bi", later) is None

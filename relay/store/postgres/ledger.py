@@ -31,7 +31,7 @@ BACKLOG_SQL = """
              ORDER BY o.id LIMIT 1) AS first
 """
 
-# As `relay.store.sqlite.ledger.BACKLOG_OF_SQL`: reads only the shorter part of a long backlog.
+# As `relay.store.sqlite.ledger.LATER_SQL`: reads only the shorter part of a long backlog.
 BACKLOG_OF_SQL = """
     SELECT l.pending, l.later, first.created_at, first.id
       FROM (SELECT sum(created - delivered - dead - expired - cancelled)::bigint AS pending,
@@ -47,7 +47,7 @@ BACKLOG_OF_SQL = """
                    AS later
               FROM ledger WHERE destination = $1) AS l
       CROSS JOIN LATERAL (
-            SELECT id, created_at FROM owed WHERE destination = $1 ORDER BY id LIMIT 1) AS first
+            SELECT id, created_at FROM owed WHERE destination = $1 AND id >= $4 ORDER BY id LIMIT 1) AS first
 """
 DUE_SQL = """
     SELECT (SELECT count(*) FROM owed WHERE destination = $1 AND attempts = 0 AND next_attempt_at <= $2)
@@ -75,9 +75,10 @@ class PostgresLedger(PendingCounts):
         rows = await self._database.fetch(BACKLOG_SQL, now)
         return {name: Backlog(due, oldest, row) for name, due, oldest, row in rows}
 
-    async def backlog_of(self, name: str, now: int) -> Backlog | None:
+    async def backlog_of(self, name: str, now: int, start: int | None = None) -> Backlog | None:
         """See `LedgerReads.backlog_of`."""
-        for pending, later, oldest, row in await self._database.fetch(BACKLOG_OF_SQL, name, now, MOST_LATER):
+        rows = await self._database.fetch(BACKLOG_OF_SQL, name, now, MOST_LATER, start or 0)
+        for pending, later, oldest, row in rows:
             due = pending - later
             if later >= MOST_LATER:
                 due = await self._database.value(DUE_SQL, name, now)

@@ -42,35 +42,41 @@ BACKLOG_SQL = """
 """
 
 # Nearly all of a long backlog is due, or nearly none: reads only the shorter part.
-BACKLOG_OF_SQL = """
-    WITH backlog AS (
-        SELECT created - delivered - dead - expired - cancelled AS pending,
-               (SELECT count(*) FROM (
-                    SELECT 1 FROM deliveries
-                     WHERE destination = :name AND state = 'pending' AND attempts = 0
-                       AND next_attempt_at > :now LIMIT :most))
-             + (SELECT count(*) FROM (
-                    SELECT 1 FROM deliveries
-                     WHERE destination = :name AND state = 'pending' AND attempts > 0
-                       AND next_attempt_at > :now LIMIT :most))
-             + (SELECT count(*) FROM (
-                    SELECT 1 FROM deliveries
-                     WHERE destination = :name AND state = 'pending' AND attempts = 0
-                       AND next_attempt_at IS NULL LIMIT :most)) AS later,
-               (SELECT min(id) FROM deliveries
-                 WHERE destination = :name AND state = 'pending' AND attempts = 0) AS first,
-               (SELECT min(id) FROM deliveries
-                 WHERE destination = :name AND state = 'pending' AND attempts > 0) AS retry
-          FROM ledger WHERE destination = :name
-    )
-    SELECT b.pending, b.later, d.created_at, d.id
-      FROM backlog AS b JOIN deliveries AS d ON d.id = coalesce(min(b.first, b.retry), b.first, b.retry)
+LATER_SQL = """
+    SELECT created - delivered - dead - expired - cancelled AS pending,
+           (SELECT count(*) FROM (
+                SELECT 1 FROM deliveries
+                 WHERE destination = :name AND state = 'pending' AND attempts = 0
+                   AND next_attempt_at > :now LIMIT :most))
+         + (SELECT count(*) FROM (
+                SELECT 1 FROM deliveries
+                 WHERE destination = :name AND state = 'pending' AND attempts > 0
+                   AND next_attempt_at > :now LIMIT :most))
+         + (SELECT count(*) FROM (
+                SELECT 1 FROM deliveries
+                 WHERE destination = :name AND state = 'pending' AND attempts = 0
+                   AND next_attempt_at IS NULL LIMIT :most)) AS later
+      FROM ledger WHERE destination = :name
 """
 DUE_SQL = """
     SELECT (SELECT count(*) FROM deliveries
              WHERE destination = :name AND state = 'pending' AND attempts = 0 AND next_attempt_at <= :now)
          + (SELECT count(*) FROM deliveries
              WHERE destination = :name AND state = 'pending' AND attempts > 0 AND next_attempt_at <= :now)
+"""
+# The pending deliveries are not in an index by id, so this reads all of them.
+OLDEST_SQL = """
+    SELECT created_at, id FROM deliveries WHERE id = (
+        SELECT min(id) FROM (
+            SELECT min(id) AS id FROM deliveries
+             WHERE destination = :name AND state = 'pending' AND attempts = 0
+            UNION ALL
+            SELECT min(id) FROM deliveries
+             WHERE destination = :name AND state = 'pending' AND attempts > 0))
+"""
+OLDEST_FROM_SQL = """
+    SELECT created_at, id FROM deliveries
+     WHERE destination = :name AND id > 0 AND id >= :start AND state = 'pending' ORDER BY id LIMIT 1
 """
 
 
@@ -93,15 +99,16 @@ class LedgerReader:
         rows = await self._database.counter.execute_fetchall(BACKLOG_SQL, {"now": now})
         return {name: Backlog(due, oldest, row) for name, due, oldest, row in map(tuple, rows)}
 
-    async def backlog_of(self, name: str, now: int) -> Backlog | None:
+    async def backlog_of(self, name: str, now: int, start: int | None = None) -> Backlog | None:
         """See `LedgerReads.backlog_of`."""
         fetch, values = self._database.counter.execute_fetchall, {"name": name, "now": now}
-        for row in await fetch(BACKLOG_OF_SQL, {**values, "most": MOST_LATER}):
-            pending, later, oldest, id_ = row
+        for pending, later in map(tuple, await fetch(LATER_SQL, {**values, "most": MOST_LATER})):
             due = pending - later
             if later >= MOST_LATER:
                 [[due]] = map(tuple, await fetch(DUE_SQL, values))
-            return Backlog(due, oldest, id_)
+            sql = OLDEST_SQL if start is None else OLDEST_FROM_SQL
+            for oldest, row in map(tuple, await fetch(sql, {"name": name, "start": start})):
+                return Backlog(due, oldest, row)
         return None
 
 
