@@ -34,6 +34,7 @@ from relay.api.top import TopApi
 from relay.api.views import about
 from relay.api.workers import WorkersApi
 from relay.config.effective import effective
+from relay.config.schema import Config
 from relay.reload import ReloadBody, Reloaded
 
 
@@ -78,6 +79,7 @@ class DaemonApi:
         self._context = context
         self._began = context.clock.steady()
         self._scrape = Scrape(context.registry)
+        self._shown: tuple[Config, ConfigView] | None = None  # until a reload
 
     @endpoint("GET", "/health", "health", "Check that the process is up.", returns=HealthView, public=True)
     async def _health(self, _request: web.Request) -> HealthView:
@@ -130,7 +132,9 @@ class DaemonApi:
     )  # fmt: skip
     async def _config(self, _request: web.Request) -> ConfigView:
         config = self._context.state.config
-        return ConfigView(str(config.path), effective(config), config.warnings)
+        if self._shown is None or self._shown[0] is not config:
+            self._shown = config, ConfigView(str(config.path), effective(config), config.warnings)
+        return self._shown[1]
 
     @endpoint(
         "GET", "/api/plugins", "listPlugins", "List what the plugins provide.", returns=Page[OfferingView]

@@ -24,6 +24,7 @@ from relay.api.views import (
     unknown,
 )
 from relay.base.clock import SECOND
+from relay.base.turns import Turns
 from relay.base.units import parse_time_span
 from relay.config.document import read
 from relay.config.problems import KeyPath, dotted
@@ -101,8 +102,10 @@ class DestinationsApi:
     )  # fmt: skip
     async def _list(self, _request: web.Request) -> dict[str, Any]:
         totals, lanes = await self._store.ledger.totals(), self._dispatcher.lanes
-        recent = self._recent()
-        items = [{**self._fields(lane, recent), **counted(totals.get(lane.name))} for lane in lanes.values()]
+        recent, turns, items = await self._recent(), Turns(), list[dict[str, Any]]()
+        for lane in tuple(lanes.values()):
+            items.append({**self._fields(lane, recent), **counted(totals.get(lane.name))})
+            await turns.give()
         items += [
             {**self._absent(name), **counted(counts)}
             for name, counts in totals.items()
@@ -120,7 +123,7 @@ class DestinationsApi:
             shown = self._absent(name)
         else:
             lane = self._lane(request)
-            shown = {**self._fields(lane, self._recent()), "events": lane.config.events}
+            shown = {**self._fields(lane, await self._recent(lane.name)), "events": lane.config.events}
         checked, now = self._ledger_check.backlog.get(name), self._clock.steady()
         start = None if checked is None else checked.row
         return {**shown, **await backlog_of(self._store, name, totals, now, start)}
@@ -161,10 +164,10 @@ class DestinationsApi:
     async def _test(self, request: web.Request, body: PingBody) -> dict[str, Any]:
         return await self._pings.send(self._lane(request), close_circuit=body.close_circuit)
 
-    def _recent(self) -> dict[str, tuple[float | None, float | None]]:
-        """Return the attempts of the last minute at each destination, and those that failed."""
+    async def _recent(self, name: str | None = None) -> dict[str, tuple[float | None, float | None]]:
+        """Return the attempts of the last minute at one or each destination, and those that failed."""
         found = {}
-        for each in self._history.hour(minutes=1, periods=1).destinations:
+        for each in (await self._history.hour(minutes=1, periods=1, destination=name)).destinations:
             [succeeded], [failed] = each.figures["succeeded"], each.figures["failed"]
             found[each.name] = None if succeeded is None else succeeded + (failed or 0), failed
         return found

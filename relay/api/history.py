@@ -1,5 +1,6 @@
 """`GET /api/history`: the last hour of sources and destinations, of all nodes of a cluster."""
 
+from collections.abc import Iterable
 from typing import Annotated, Any
 
 import msgspec
@@ -9,6 +10,7 @@ from relay.api.context import Context
 from relay.api.endpoints import endpoint
 from relay.api.query_params import HistoryQuery
 from relay.base.clock import rfc3339
+from relay.base.turns import Turns
 from relay.jobs.history import Hour, Series, merged
 
 SHOW = "show history"
@@ -77,23 +79,27 @@ class HistoryApi:
                 parts.append(msgspec.convert(part, Hour))
             except msgspec.ValidationError:  # of another version
                 silent.append(name)
-        hour = merged([self._history.hour(*asked), *parts])
+        hour = await merged([await self._history.hour(*asked), *parts])
         return {
             "until": rfc3339(hour.until),
             "step_seconds": hour.step,
             "sources": [{"name": each.name, **each.figures} for each in hour.sources],
-            "destinations": [_in_milliseconds(each) for each in hour.destinations],
+            "destinations": await _in_milliseconds(hour.destinations),
             "silent": silent,
         }
 
     async def _show_here(self, _to: str, asked: tuple[Any, ...]) -> Hour:
         """Return the history of this node for another one."""
-        return self._history.hour(*asked)
+        return await self._history.hour(*asked)
 
 
-def _in_milliseconds(series: Series) -> dict[str, Any]:
-    figures: dict[str, Any] = dict(series.figures)
-    for name in ("p50", "p95"):
-        values = figures.pop(name)
-        figures[f"{name}_ms"] = [None if value is None else round(value * 1000, 1) for value in values]
-    return {"name": series.name, **figures}
+async def _in_milliseconds(destinations: Iterable[Series]) -> list[dict[str, Any]]:
+    turns, found = Turns(), list[dict[str, Any]]()
+    for series in destinations:
+        figures: dict[str, Any] = dict(series.figures)
+        for name in ("p50", "p95"):
+            values = figures.pop(name)
+            figures[f"{name}_ms"] = [None if value is None else round(value * 1000, 1) for value in values]
+        found.append({"name": series.name, **figures})
+        await turns.give()
+    return found

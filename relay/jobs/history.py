@@ -6,11 +6,12 @@ without it. Every ten seconds, this job records how much the counters have grown
 
 import math
 from array import array
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 
 import msgspec
 
 from relay.base.clock import SECOND, Clock
+from relay.base.turns import Turns
 from relay.metrics import Metrics, Reading
 
 EVERY = 10.0
@@ -18,6 +19,9 @@ EVERY = 10.0
 
 SLOTS = 360
 """Slots that are kept: one hour."""
+
+MOST_MADE = 8
+"""Answers that are kept until the next slot: several pages and nodes ask for the same one."""
 
 SOURCE = ("events", "refused")
 DESTINATION = ("succeeded", "failed", "p50", "p95", "pending")
@@ -86,6 +90,7 @@ class History:
         self._names = {"sources": sources, "destinations": destinations}
         self._pending = pending
         self._rings: dict[tuple[str, str, str], Ring] = {}  # by kind, name and figure
+        self._made: dict[Hashable, Hour] = {}  # answers until the next slot
         self._before: Reading | None = None
         self._slot = 0  # the last one
         self._ran_at = 0  # its end, steady clock
@@ -100,6 +105,7 @@ class History:
             return
         self._before = now = await self._metrics.read(_NAMES)
         self._ran_at, self._until = steady, self._clock.wall()
+        self._made.clear()
         known = {(kind, name) for kind, names in self._names.items() for name in names()}
         for key in [key for key in self._rings if key[:2] not in known]:
             del self._rings[key]
@@ -125,23 +131,33 @@ class History:
                 ring = self._rings[key] = Ring()
             ring.set(self._slot, value)
 
-    def hour(
+    async def hour(
         self, minutes: int, periods: int, source: str | None = None, destination: str | None = None
     ) -> Hour:
         """Return the last `minutes`, divided into at most `periods` periods.
 
         With a name, return only this source or destination, or both.
         """
+        names = tuple(tuple(each()) for each in self._names.values())  # a reload changes them
+        asked, until = (minutes, periods, source, destination, names), self._until
+        if (made := self._made.get(asked)) is not None:
+            return made
+        made = await self._hour(minutes, periods, source, destination)
+        if until == self._until and len(self._made) < MOST_MADE:
+            self._made[asked] = made
+        return made
+
+    async def _hour(self, minutes: int, periods: int, source: str | None, destination: str | None) -> Hour:
         slots = min(max(1, round(minutes * 60 / EVERY)), SLOTS)
         each = -(-slots // periods)
-        count = -(-slots // each)
+        count, until = -(-slots // each), self._until
+        sources = self._wanted("sources", source, destination)
+        destinations = self._wanted("destinations", destination, source)
         return Hour(
-            until=self._until,
+            until=until,
             step=each * EVERY,
-            sources=self._series("sources", self._wanted("sources", source, destination), each, count),
-            destinations=self._series(
-                "destinations", self._wanted("destinations", destination, source), each, count
-            ),
+            sources=await self._series("sources", sources, each, count),
+            destinations=await self._series("destinations", destinations, each, count),
         )
 
     def _wanted(self, kind: str, name: str | None, other: str | None) -> Collection[str]:
@@ -151,21 +167,25 @@ class History:
             return () if other is not None else names
         return (name,) if name in names else ()
 
-    def _series(self, kind: str, names: Collection[str], each: int, count: int) -> tuple[Series, ...]:
+    async def _series(self, kind: str, names: Collection[str], each: int, count: int) -> tuple[Series, ...]:
+        slot, turns, found = self._slot, Turns(), list[Series]()
+
         def values(name: str, figure: str) -> list[float | None]:
             ring = self._rings.get((kind, name, figure))
             if ring is None:
                 return [None] * count
-            slots = ring.until(self._slot, each * count)
+            slots = ring.until(slot, each * count)
             if slots.tobytes() == slots[:1].tobytes() * len(slots):  # of a destination without traffic
                 return [_joined(figure, _known(slots[:each]))] * count
             return [_joined(figure, _known(slots[at : at + each])) for at in range(0, len(slots), each)]
 
-        figures = _FIGURES[kind]
-        return tuple(Series(name, {figure: values(name, figure) for figure in figures}) for name in names)
+        for name in tuple(names):
+            found.append(Series(name, {figure: values(name, figure) for figure in _FIGURES[kind]}))
+            await turns.give()
+        return tuple(found)
 
 
-def merged(hours: Sequence[Hour]) -> Hour:
+async def merged(hours: Sequence[Hour]) -> Hour:
     """Return the history of a cluster from those of its nodes, of which the first gives the periods.
 
     Counts are added; of other figures, the largest counts. Nodes end their slots at different moments, so an
@@ -177,8 +197,8 @@ def merged(hours: Sequence[Hour]) -> Hour:
     return Hour(
         until=first.until,
         step=first.step,
-        sources=_merged([(each.sources, _periods_behind(each, first)) for each in hours]),
-        destinations=_merged([(each.destinations, _periods_behind(each, first)) for each in hours]),
+        sources=await _merged([(each.sources, _periods_behind(each, first)) for each in hours]),
+        destinations=await _merged([(each.destinations, _periods_behind(each, first)) for each in hours]),
     )
 
 
@@ -186,12 +206,12 @@ def _periods_behind(hour: Hour, first: Hour) -> int:
     return round((first.until - hour.until) / (first.step * SECOND))
 
 
-def _merged(lists: Iterable[tuple[Iterable[Series], int]]) -> tuple[Series, ...]:
+async def _merged(lists: Iterable[tuple[Iterable[Series], int]]) -> tuple[Series, ...]:
     """Merge the series of nodes by name; each list comes with the number of periods that it is behind."""
     found: dict[str, list[tuple[Series, int]]] = {}
     for several, behind in lists:
-        for series in several:
-            found.setdefault(series.name, []).append((series, behind))
+        for each in several:
+            found.setdefault(each.name, []).append((each, behind))
 
     def values(figure: str, of: Sequence[tuple[Series, int]]) -> list[float | None]:
         columns = [_shifted(series.figures[figure], behind) for series, behind in of]
@@ -200,10 +220,11 @@ def _merged(lists: Iterable[tuple[Iterable[Series], int]]) -> tuple[Series, ...]
             for period in zip(*columns, strict=True)
         ]
 
-    return tuple(
-        Series(name, {figure: values(figure, of) for figure in of[0][0].figures})
-        for name, of in found.items()
-    )
+    turns, series = Turns(), list[Series]()
+    for name, of in found.items():
+        series.append(Series(name, {figure: values(figure, of) for figure in of[0][0].figures}))
+        await turns.give()
+    return tuple(series)
 
 
 def _shifted(values: Sequence[float | None], by: int) -> list[float | None]:

@@ -19,10 +19,11 @@ async def list_(visit: Visit) -> web.Response:
     return visit.page(
         "Changes by operators",
         filter_form(visit, "audit"),
-        table(
+        await table(
+            visit,
             "Newest first",
             ("Operator", "Time", "Access", "Request", "Body", "Result"),
-            [_row(visit, each) for each in page["items"]],
+            (_row(visit, each) for each in page["items"]),
             empty="No changes yet.",
         ),
         pages(visit, page["next_cursor"]),

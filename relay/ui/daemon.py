@@ -29,15 +29,17 @@ async def jobs(visit: Visit) -> web.Response:
     backups = (await visit.ask("status"))["backups"]
     return visit.page(
         "Jobs and backups",
-        table(
+        await table(
+            visit,
             "Periodic jobs of this daemon",
             ("Job", "Result", "Every", "Last run", "Took", "Next run", "Change"),
-            [_job(visit, each) for each in found],
+            (_job(visit, each) for each in found),
         ),
         tag("h2", "Backups"),
         fields(*_backups(visit, backups)),
         tag("p", *_changes(visit, database), class_="actions"),
-        table(
+        await table(
+            visit,
             "Files",
             ("File", "Size", "Made"),
             [
@@ -116,6 +118,10 @@ async def config(visit: Visit) -> web.Response:
         visit, "Compare with the file", "reload", "--dry-run", call="POST reload", body={"dry_run": True},
         scope="admin",
     )  # fmt: skip
+    lines = []
+    for line in as_toml(shown["config"]):
+        lines.append(line)
+        await visit.turns.give()
     return visit.page(
         "Configuration",
         tag(
@@ -127,7 +133,7 @@ async def config(visit: Visit) -> web.Response:
         if shown["warnings"]
         else None,
         tag("p", compare, " ", reload, class_="actions"),
-        tag("pre", "\n", "\n".join(as_toml(shown["config"])).strip(), tabindex=0, aria_label="Configuration"),
+        tag("pre", "\n", "\n".join(lines).strip(), tabindex=0, aria_label="Configuration"),
         tag("p", command("config", "show")),
         section="config",
     )
@@ -158,10 +164,11 @@ async def nodes(visit: Visit) -> web.Response:
         tag("p", state("expired", "The nodes have different configurations."), class_="summary")
         if differing
         else None,
-        table(
+        await table(
+            visit,
             "Nodes that share the database",
             ("Node", "Version", "Up", "Seen", "Destinations", "Jobs", "Configuration"),
-            [_node(visit, each) for each in found],
+            (_node(visit, each) for each in found),
         ),
         tag("p", command("nodes")),
         section="nodes",

@@ -36,10 +36,11 @@ async def list_(visit: Visit) -> web.Response:
         "Deliveries",
         filter_form(visit, "deliveries"),
         tag("p", *_changes(visit), class_="actions"),
-        table(
+        await table(
+            visit,
             "Newest first",
             ("Event", "Destination", "State", "Attempts", "Last result", "Created", "Due"),
-            [_row(visit, each) for each in page["items"]],
+            (_row(visit, each) for each in page["items"]),
             empty="No delivery matches on this page; there may be more."
             if page["next_cursor"]
             else "No deliveries.",
@@ -125,7 +126,7 @@ async def show(visit: Visit) -> web.Response:
             *([("Group", shown["group_key"])] if shown["group_key"] is not None else []),
         ),
         tag("h2", "Attempts"),
-        attempts_table(visit, shown["tries"], "Latest first"),
+        await attempts_table(visit, shown["tries"], "Latest first"),
         *_answers(visit, shown["tries"]),
         tag("h2", "Request"),
         await _request(visit, shown),
@@ -152,13 +153,13 @@ def changes_of(visit: Visit, delivery: Mapping[str, Any]) -> Iterator[Content]:
         )  # fmt: skip
 
 
-def attempts_table(visit: Visit, attempts: list[dict[str, Any]], caption: str) -> Markup:
+async def attempts_table(visit: Visit, attempts: list[dict[str, Any]], caption: str) -> Markup:
     """Return a table of attempts of one delivery."""
     rows = [
         (when(visit, each["started_at"]), attempt_result(each), f"{each['duration_ms']:,.1f} ms")
         for each in attempts
     ]
-    return table(caption, ("Started", "Result", "Took"), rows, empty="No attempt yet.")
+    return await table(visit, caption, ("Started", "Result", "Took"), rows, empty="No attempt yet.")
 
 
 def _answers(visit: Visit, attempts: list[dict[str, Any]]) -> Iterator[Content]:
@@ -194,10 +195,11 @@ async def attempts(visit: Visit) -> web.Response:
     return visit.page(
         "Attempts",
         filter_form(visit, "attempts"),
-        table(
+        await table(
+            visit,
             "Newest first",
             ("Event", "Destination", "Result", "Took", "Started"),
-            [
+            (
                 (
                     tag("a", each["type"], href=visit.link(SECTION, each["delivery_id"])),
                     tag("a", each["destination"], href=visit.link("destinations", each["destination"])),
@@ -206,7 +208,7 @@ async def attempts(visit: Visit) -> web.Response:
                     when(visit, each["started_at"]),
                 )
                 for each in page["items"]
-            ],
+            ),
             empty="No attempt matches on this page; there may be more."
             if page["next_cursor"]
             else "No attempts.",

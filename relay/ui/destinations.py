@@ -38,10 +38,11 @@ async def list_(visit: Visit) -> web.Response:
     page = await visit.ask("listDestinations")
     return visit.page(
         "Destinations",
-        table(
+        await table(
+            visit,
             "Deliveries by state",
             ("Destination", "State", "Pending", "Dead", "Delivered", "Last success", "Host"),
-            [_row(visit, each) for each in page["items"]],
+            (_row(visit, each) for each in page["items"]),
             empty="config.toml has no destinations.",
         ),
         tag("p", command("destinations", "list")),
@@ -95,17 +96,18 @@ async def show(visit: Visit) -> web.Response:
         tag("p", *_actions(visit, shown, config), class_="actions"),
         fields(*_facts(visit, shown)),
         tag("h2", "Last hour"),
-        _history(past),
+        await _history(visit, past),
         tag("h2", "Failures of the last hour"),
-        table(
+        await table(
+            visit,
             f"By result, of the newest {FAILURES}" if failed["next_cursor"] else "By result",
             ("Result", "Attempts", "Latest"),
-            list(_failures(visit, name, failed["items"])),
+            _failures(visit, name, failed["items"]),
             empty="No failed attempt.",
         ),
         tag("h2", "Pending deliveries"),
         tag("p", _forecast(shown, config, past)),
-        _oldest(visit, shown),
+        await _oldest(visit, shown),
         _settings(name, config),
         tag("p", command("destinations", "show", name)),
         section=SECTION,
@@ -188,7 +190,7 @@ def _actions(visit: Visit, shown: Mapping[str, Any], config: Mapping[str, Any] |
         )  # fmt: skip
 
 
-def _history(past: Mapping[str, Any]) -> Markup:
+async def _history(visit: Visit, past: Mapping[str, Any]) -> Markup:
     rows = []
     for key, label, unit in (
         ("succeeded", "Successful attempts", ""),
@@ -202,7 +204,7 @@ def _history(past: Mapping[str, Any]) -> Markup:
         else:
             figure = number(round(sum(values))) if values else NONE
         rows.append((label, figure, spark(past.get(key, ()), label)))
-    return table("Oldest minute first", ("Figure", "Value", "Minutes"), rows)
+    return await table(visit, "Oldest minute first", ("Figure", "Value", "Minutes"), rows)
 
 
 def _failures(
@@ -247,7 +249,7 @@ def _forecast(shown: Mapping[str, Any], config: Mapping[str, Any] | None, past: 
     )
 
 
-def _oldest(visit: Visit, shown: Mapping[str, Any]) -> Content:
+async def _oldest(visit: Visit, shown: Mapping[str, Any]) -> Content:
     rows = [
         (
             tag("a", which, href=visit.link("deliveries", each["id"])),
@@ -259,7 +261,9 @@ def _oldest(visit: Visit, shown: Mapping[str, Any]) -> Content:
         for which, each in (("oldest pending", shown["oldest"]), ("latest", shown["latest"]))
         if each
     ]
-    return table("Two deliveries", ("Delivery", "State", "Type", "Created", "Last error"), rows, empty="")
+    return await table(
+        visit, "Two deliveries", ("Delivery", "State", "Type", "Created", "Last error"), rows, empty=""
+    )
 
 
 def _settings(name: str, config: Mapping[str, Any] | None) -> Content:

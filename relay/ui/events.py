@@ -35,10 +35,11 @@ async def list_(visit: Visit) -> web.Response:
         "Events",
         filter_form(visit, "events"),
         _new(visit),
-        table(
+        await table(
+            visit,
             "Newest first",
             ("Type", "Subject", "Received", "Size", "Deliveries"),
-            [_row(visit, each) for each in page["items"]],
+            (_row(visit, each) for each in page["items"]),
             empty="No event matches on this page; there may be more."
             if page["next_cursor"]
             else "No events.",
@@ -90,10 +91,11 @@ async def show(visit: Visit) -> web.Response:
             else ("Repeated", "no"),
         ),
         tag("h2", "Destinations"),
-        table(
+        await table(
+            visit,
             "Each destination of this event",
             ("Destination", "State", "Details", "Change"),
-            list(_fates(visit, event["owed"], explanation["destinations"])),
+            _fates(visit, event["owed"], explanation["destinations"]),
             empty="config.toml has no destinations.",
         ),
         action(

@@ -35,13 +35,15 @@ async def show(visit: Visit) -> web.Response:
         _summary(visit, status, nodes),
         _silent(history["silent"]),
         _problems(visit, status["problems"], {each["name"]: each for each in destinations}, silent),
-        table(
+        await table(
+            visit,
             "Sources",
             ("Source", "Events/s", "Events in 60 min", "By minute", "Refused in 60 min", "State"),
-            [_source(visit, each, past["sources"].get(each["name"], {})) for each in sources],
+            (_source(visit, each, past["sources"].get(each["name"], {})) for each in sources),
             empty="config.toml has no sources.",
         ),
-        table(
+        await table(
+            visit,
             "Destinations",
             (
                 "Destination",
@@ -53,10 +55,10 @@ async def show(visit: Visit) -> web.Response:
                 "Pending",
                 "State",
             ),
-            [
+            (
                 _destination(visit, each, past["destinations"].get(each["name"], {}))
                 for each in sorted(destinations, key=lambda each: each["name"] not in sick)
-            ],
+            ),
             empty="config.toml has no destinations.",
         ),
         _ledger(visit, status["problems"], destinations),

@@ -13,6 +13,7 @@ from relay import __version__
 from relay.api.auth import includes
 from relay.api.operators import OPERATOR, Operator
 from relay.base.clock import Clock
+from relay.base.turns import Turns
 from relay.config.schema import Scope
 from relay.ui.markup import Content, Markup, join, tag
 
@@ -70,6 +71,7 @@ class Visit:
         self.path: Mapping[str, str] = request.match_info
         self.query: Mapping[str, str] = dict(request.query)
         self.now = clock.wall()
+        self.turns = Turns()
         self.operator: Operator | None = request.get(OPERATOR)
         """The sender of the request; None: a page to log in is shown instead."""
         depth = request.raw_path.partition("?")[0].count("/") - 2

@@ -80,19 +80,31 @@ def size(count: int | None) -> str:
     return NONE if count is None else render_size(count)
 
 
-def table(
-    caption: str, heads: Sequence[str], rows: Iterable[Sequence[Content]], *, empty: str = "No entries."
+async def table(
+    visit: Visit,
+    caption: str,
+    heads: Sequence[str],
+    rows: Iterable[Sequence[Content]],
+    *,
+    empty: str = "No entries.",
 ) -> Markup:
     """Return a table, or the text `empty`. The first cell of a row names the row.
 
-    On narrow screens, each row becomes a block of lines; each line begins with its column's heading.
+    On narrow screens, each row becomes a block of lines; each line begins with its column's heading. Other
+    tasks run between the rows: give them as a generator, so that each one is made in its turn.
     """
     makers = [maker("th", scope="row"), *(maker("td", data_head=head) for head in heads[1:])]
-    body = [tag("tr", [make(cell) for make, cell in zip(makers, row, strict=True)]) for row in rows]
+    body: list[Markup] = []
+    for row in rows:
+        body.append(_in_row([make(cell) for make, cell in zip(makers, row, strict=True)]))
+        await visit.turns.give()
     if not body:
         return tag("p", empty, class_="empty")
     head = tag("thead", tag("tr", [tag("th", each, scope="col") for each in heads]))
     return tag("div", tag("table", tag("caption", caption), head, tag("tbody", body)), class_="wide")
+
+
+_in_row = maker("tr")
 
 
 def fields(*pairs: tuple[str, Content]) -> Markup:

@@ -35,17 +35,19 @@ async def list_(visit: Visit) -> web.Response:
     history = await visit.ask("history", query={"periods": "1"})
     return visit.page(
         "Refused requests",
-        table(
+        await table(
+            visit,
             "All refused requests of the last hour",
             ("Source", "Refused", "Kept, on this page"),
-            list(_sources(visit, history["sources"], page["items"])),
+            _sources(visit, history["sources"], page["items"]),
             empty="No request to a source was refused in the last hour.",
         ),
         filter_form(visit, "refused"),
-        table(
+        await table(
+            visit,
             "Kept requests, newest first",
             ("Problem", "Source", "Status", "Request", "Sender", "At", "Retried"),
-            [_row(visit, each) for each in page["items"]],
+            (_row(visit, each) for each in page["items"]),
             empty="No request matches on this page; there may be more."
             if page["next_cursor"]
             else "No refused requests.",

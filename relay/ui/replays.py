@@ -18,10 +18,11 @@ async def list_(visit: Visit) -> web.Response:
     page = await visit.ask("listReplays")
     return visit.page(
         "Replays",
-        table(
+        await table(
+            visit,
             "Since the daemon started",
             ("Replay", "State", "Done", "Of", "To", "Began"),
-            [_row(visit, each) for each in page["items"]],
+            (_row(visit, each) for each in page["items"]),
             empty="No replays since the daemon started.",
         ),
         command("replays", "list"),

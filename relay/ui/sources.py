@@ -18,7 +18,8 @@ async def list_(visit: Visit) -> web.Response:
     page = await visit.ask("listSources")
     return visit.page(
         "Sources",
-        table(
+        await table(
+            visit,
             "As in config.toml",
             ("Source", "State", "Last event", "Plugin", "Path"),
             [
@@ -78,7 +79,8 @@ async def show(visit: Visit) -> web.Response:
             ("Refused", tag("a", "kept requests", href=visit.link("refused", source=name))),
         ),
         tag("h2", "Last hour"),
-        table(
+        await table(
+            visit,
             "Oldest minute first",
             ("Figure", "Value", "Minutes"),
             [
@@ -87,7 +89,8 @@ async def show(visit: Visit) -> web.Response:
             ],
         ),
         tag("h2", "Tokens and secrets"),
-        table(
+        await table(
+            visit,
             "Since the daemon started, or a reload added the name",
             ("Name", "Key", "Uses", "Last used"),
             [

@@ -41,10 +41,11 @@ async def list_(visit: Visit) -> web.Response:
         "Workers",
         filter_form(visit, "workers"),
         tag("p", _spread(workers), class_="summary") if workers else None,
-        table(
+        await table(
+            visit,
             "By source and id",
             ("Worker", "Source", "Status", "Last heartbeat", "Sessions", "Version", "Restarts"),
-            [_row(visit, each) for each in workers],
+            (_row(visit, each) for each in workers),
             empty="No workers.",
         ),
         pages(visit, page["next_cursor"]),
@@ -107,7 +108,8 @@ async def show(visit: Visit) -> web.Response:
         tag("h2", "Heartbeats of the last hour"),
         _beats(visit, shown["metrics"]),
         tag("h2", "Sessions"),
-        table(
+        await table(
+            visit,
             "As the worker reported them",
             ("Session", "Status", "Phone", "Name", "Last activity"),
             [
@@ -123,7 +125,8 @@ async def show(visit: Visit) -> web.Response:
             empty="None reported.",
         ),
         tag("h2", "Commands"),
-        table(
+        await table(
+            visit,
             "Newest first",
             ("Command", "State", "Created", "Sent", "Expires"),
             [

@@ -26,8 +26,8 @@ class Daemon:
         self.clock.advance(seconds)
         await self.history.run()
 
-    def figures(self, kind="sources", **asked):
-        [series] = getattr(self.history.hour(**{"minutes": 1, "periods": 6, **asked}), kind)
+    async def figures(self, kind="sources", **asked):
+        [series] = getattr(await self.history.hour(**{"minutes": 1, "periods": 6, **asked}), kind)
         return series.figures
 
 
@@ -44,7 +44,7 @@ async def test_each_slot_has_the_growth_of_the_counters(daemon):
         daemon.metrics.rejected.labels("shop", "auth").inc(2 * count)
         daemon.metrics.rejected.labels("shop", "invalid").inc(count)
         await daemon.run()
-    assert daemon.figures() == {"events": [None] * 3 + [1, 0, 4], "refused": [None] * 3 + [3, 0, 12]}
+    assert (await daemon.figures()) == {"events": [None] * 3 + [1, 0, 4], "refused": [None] * 3 + [3, 0, 12]}
 
 
 async def test_a_destination_has_attempts_durations_and_pending_deliveries(daemon):
@@ -54,9 +54,9 @@ async def test_a_destination_has_attempts_durations_and_pending_deliveries(daemo
     await daemon.run()
     daemon.pending = {}
     await daemon.run()
-    found = daemon.figures("destinations", periods=2)
+    found = await daemon.figures("destinations", periods=2)
     assert (found["succeeded"], found["failed"], found["pending"]) == ([None, 2], [None, 2], [None, 3])
-    found = daemon.figures("destinations")
+    found = await daemon.figures("destinations")
     assert found["pending"] == [None] * 4 + [3, 0]
     assert found["p50"][-1] is None  # no attempt
     assert 0.1 < found["p50"][-2] < found["p95"][-2] <= 0.25  # the bucket of 0.2 s
@@ -66,10 +66,10 @@ async def test_periods_are_sums_and_the_last_one_ends_at_the_last_slot(daemon):
     for _ in range(12):
         daemon.metrics.received.labels("shop").inc()
         await daemon.run()
-    hour = daemon.history.hour(minutes=2, periods=2)
+    hour = await daemon.history.hour(minutes=2, periods=2)
     assert (hour.step, hour.until) == (60.0, daemon.clock.wall())
     assert hour.sources[0].figures["events"] == [6, 6]
-    assert daemon.history.hour(minutes=2, periods=5).step == 30.0
+    assert (await daemon.history.hour(minutes=2, periods=5)).step == 30.0
 
 
 async def test_the_time_of_a_suspension_is_unknown_not_zero(daemon):
@@ -77,18 +77,18 @@ async def test_the_time_of_a_suspension_is_unknown_not_zero(daemon):
     await daemon.run()
     daemon.metrics.received.labels("shop").inc(5)
     await daemon.run(40)
-    assert daemon.figures()["events"] == [None, 1, None, None, None, 5]
+    assert (await daemon.figures())["events"] == [None, 1, None, None, None, 5]
 
 
 async def test_an_hour_is_kept_and_no_more(daemon):
     for count in range(SLOTS + 2):
         daemon.metrics.received.labels("shop").inc(count)
         await daemon.run()
-    events = daemon.figures(minutes=60, periods=SLOTS)["events"]
+    events = (await daemon.figures(minutes=60, periods=SLOTS))["events"]
     assert events == [*map(float, range(2, SLOTS + 2))]
-    assert daemon.figures(minutes=600, periods=SLOTS)["events"] == events
+    assert (await daemon.figures(minutes=600, periods=SLOTS))["events"] == events
     # 7 periods of 52 slots begin before the hour: the first has only 48.
-    periods = daemon.figures(minutes=60, periods=7)["events"]
+    periods = (await daemon.figures(minutes=60, periods=7))["events"]
     assert periods == [sum(events[:48]), *(sum(events[at : at + 52]) for at in range(48, SLOTS, 52))]
 
 
@@ -98,10 +98,10 @@ async def test_removed_names_are_forgotten_and_new_ones_begin_unknown(daemon):
     daemon.sources = ["bot"]
     daemon.metrics.add_source("bot")
     await daemon.run()
-    assert daemon.figures()["events"] == [None] * 5 + [0]
+    assert (await daemon.figures())["events"] == [None] * 5 + [0]
     daemon.sources = ["shop"]
     await daemon.run()
-    assert daemon.figures()["events"] == [None] * 5 + [0]
+    assert (await daemon.figures())["events"] == [None] * 5 + [0]
 
 
 @pytest.mark.parametrize(
@@ -121,7 +121,7 @@ async def test_a_run_between_two_slots_adds_none(daemon):
     for seconds in (2, 8, 3, 9):  # an operator runs the job as well
         daemon.metrics.received.labels("shop").inc()
         await daemon.run(seconds)
-    assert daemon.figures()["events"] == [None] * 4 + [2, 2]
+    assert (await daemon.figures())["events"] == [None] * 4 + [2, 2]
 
 
 def hour(until, **of_sources):
@@ -140,14 +140,14 @@ def hour(until, **of_sources):
         (9999, [9, 5, 1], [None, 2, 3], [None, 2, 3]),
     ],
 )
-def test_histories_of_nodes_are_added_by_time(until, values, events, largest):
+async def test_histories_of_nodes_are_added_by_time(until, values, events, largest):
     mine = hour(600, shop=[None, 2, 3], only=[1, 1, 1])
-    found = merged([mine, hour(until, shop=values, other=[None, None, None])])
+    found = await merged([mine, hour(until, shop=values, other=[None, None, None])])
     assert [each.name for each in found.sources] == ["shop", "only", "other"]
     assert found.sources[0].figures == {"events": events, "p95": largest}
     assert found.sources[1].figures["events"] == [1, 1, 1]
     assert (found.until, found.step) == (mine.until, mine.step)
-    assert merged([mine]) is mine
+    assert await merged([mine]) is mine
 
 
 @pytest.mark.parametrize(
@@ -163,6 +163,6 @@ def test_histories_of_nodes_are_added_by_time(until, values, events, largest):
 async def test_a_name_leaves_out_the_others(daemon, names, sources, destinations):
     daemon.sources, daemon.destinations = ["shop", "till"], ["crm", "erp"]
     await daemon.run()
-    found = daemon.history.hour(1, 1, **names)
+    found = await daemon.history.hour(1, 1, **names)
     assert [each.name for each in found.sources] == sources
     assert [each.name for each in found.destinations] == destinations
