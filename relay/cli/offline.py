@@ -68,6 +68,8 @@ class Offline:
         if self._file is not None:
             made = backups.made_in(state_of(config) / config.backup.dir)
             found.append(backups.examine(made, config.backup.every, now // SECOND))
+        elif (error := obstacle(config.state_dir)) is not None:  # with a file, the command failed before
+            found.append(Check(name="state_dir", ok=False, detail=error.message, hint=error.hint))
         return [*found, doctor.writable(config, state_of(config))]
 
     async def _backlogs(self) -> list["doctor.DestinationBacklog"]:
