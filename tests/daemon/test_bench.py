@@ -162,7 +162,7 @@ def old_events(tmp_path):
 
 
 async def test_the_retention_benchmark_makes_valid_events_and_deletes_them(old_events):
-    store = make_store(old_events, SystemClock())
+    store = make_store(old_events, SystemClock(), kind="sqlite")
     await store.open()
     assert [check for check in await store.upkeep.examine() if not check.ok] == []
     assert (await store.ledger.audit())["gone"].delivered == 50

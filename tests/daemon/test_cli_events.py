@@ -3,10 +3,12 @@
 import asyncio
 import re
 
+import postgres
 import pytest
 import receivers
 from commands import Commands, run
 from daemons import SOURCES, adorn, destination, running, write_config
+from stores import KINDS
 from support import until
 from wire import request
 
@@ -368,10 +370,17 @@ async def test_the_file_of_a_running_relay_is_read(commands, events, config):
     assert result.out.split() == events[::-1]
 
 
-def test_offline_without_a_file_is_an_error(tmp_path):
+def test_offline_without_data_is_an_error(tmp_path):
     config = write_config(tmp_path, SOURCES)
+    message = f"no database at {tmp_path / 'state' / 'relay.db'}\n"
+    if KINDS[0] == "postgres":
+        config.write_text(
+            re.sub(r'"postgresql:.*"', f'"{postgres.database_of(tmp_path)}"', config.read_text())
+        )
+        message = "the database has no tables yet\n"
     result = run("events", "list", "--offline", "-c", config, code=1)
-    assert result.err.startswith(f"no database at {tmp_path / 'state' / 'relay.db'}\n")
+    postgres.drop_databases()
+    assert result.err.startswith(message)
     result = run("events", "list", "--offline", "--url", "http://h", "--token-file", "f", code=2)
     assert "cannot be used with --url" in result.err
 

@@ -6,7 +6,7 @@ from urllib.parse import quote
 import pytest
 import pytest_asyncio
 from daemons import SOURCES, running, write_config
-from stores import call_writer, end, hooks, opened, send
+from stores import change_rows, end, hooks, opened, send
 from support import FakeClock
 from wire import request
 
@@ -192,8 +192,7 @@ async def test_a_list_loads_only_the_shown_part_of_a_subject(tmp_path):
             await store.deliveries.repeat([(event, Target("erp"))])
             await end(store, event, "dead", "erp")
         long = "s" * 2_000_000
-        await call_writer(store, lambda it: it.execute("UPDATE events SET subject = ?", (long,)))
-        await call_writer(store, lambda it: it.commit())
+        await change_rows(store, "UPDATE events SET subject = ?", (long,))
         row = (await store.queries.find("events", id=event.id))[0]
         assert row["subject"] == "s" * 256
         assert len(row["deliveries"]) < 200
