@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 from browsers import chromium
+from playwright.async_api import Browser
 from wire import exchange, request
 
 IMAGES = Path(__file__).parents[2] / "docs" / "images"
@@ -49,9 +50,9 @@ async def ask(socket: Path, method: str, path: str) -> dict:
     return json.loads((await exchange(socket, request(method, f"/api/{path}"))).body)
 
 
-async def take(folder: Path, names: tuple[str, ...] | None = None) -> None:
+async def take(browser: Browser, folder: Path, names: tuple[str, ...] | None = None) -> None:
     """Write the named pictures, or all, into a folder."""
-    async with demo() as socket, chromium() as browser:
+    async with demo() as socket:
         [event, *_] = (await ask(socket, "GET", "events?type=moddy.*&limit=1"))["items"]
         for look, (width, scheme) in LOOKS.items():
             wanted = [name for name in PICTURES if names is None or f"{name}-{look}" in names]
@@ -69,9 +70,15 @@ async def take(folder: Path, names: tuple[str, ...] | None = None) -> None:
             await context.close()
 
 
+async def main(folder: Path, names: tuple[str, ...] | None) -> None:
+    """Write the named pictures, or all, into a folder, with a new browser."""
+    async with chromium() as browser:
+        await take(browser, folder, names)
+
+
 if __name__ == "__main__":
     if len(sys.argv) > 1:
         Path(sys.argv[1]).mkdir(parents=True, exist_ok=True)
-        asyncio.run(take(Path(sys.argv[1])))
+        asyncio.run(main(Path(sys.argv[1]), None))
     else:
-        asyncio.run(take(IMAGES, KEPT))
+        asyncio.run(main(IMAGES, KEPT))
