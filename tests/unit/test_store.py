@@ -155,6 +155,21 @@ async def test_listeners_get_each_recorded_outcome_once(store, clock):
     assert seen == [failed, delivered]
 
 
+@pytest.mark.parametrize("counts", [True, False])
+async def test_a_retry_that_became_due_before_the_latest_claim_is_claimed(store, clock, counts):
+    """The outcome of an attempt waits for the store, and the lane claims other deliveries meanwhile."""
+    fresh = []
+    hooks(store).listener = lambda news: fresh.extend(news.deliveries)
+    await store.events.append(accept(clock))
+    delivery, due = fresh[0], clock.steady()
+    clock.advance(10)
+    for retries in (True, False):
+        assert (await store.deliveries.claim("crm", 9, retries=retries)).deliveries == ()
+    await store.deliveries.settle(outcome(delivery, "pending", next_attempt_at=due, counts=counts))
+    [again] = (await store.deliveries.claim("crm", 9, retries=counts)).deliveries
+    assert (again.id, again.attempts) == (delivery.id, int(counts))
+
+
 async def test_a_retry_is_due_at_its_time_and_announced_before(store, clock):
     fresh = []
     hooks(store).listener = lambda news: fresh.extend(news.deliveries)

@@ -5,7 +5,7 @@ is ended by an operator or a job. Deliveries end first, because a new delivery m
 one of its order key. Rows that several nodes write are sorted, so that nodes do not deadlock.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from relay.model import DestinationState, Outcome
@@ -225,6 +225,7 @@ class PostgresCommitter(Committer):
     nodes: PostgresNodes | None = None  # None: this daemon uses the database alone
     limits: SharedLimits | None = None  # None: as well
     shared_workers: SharedWorkers | None = None  # None: as well
+    note_retry: Callable[[Outcome], None]  # see `PostgresDeliveries.note_retry`; set when the store is made
 
     async def begin(self, transaction: Transaction, jobs: Sequence[Job[Any]]) -> Batch:
         """Return an empty batch whose row ids begin at the current time."""
@@ -245,6 +246,9 @@ class PostgresCommitter(Committer):
         if self.nodes is not None:
             self._wake_others(batch, self.nodes)
         super().publish(batch)
+        for outcome in batch.outcomes:
+            if outcome.next_attempt_at is not None:
+                self.note_retry(outcome)
         if self.shared_workers is not None and batch.worker_changes is not None:
             self.shared_workers.note_committed(batch.worker_changes)
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from relay.base.clock import SECOND, Clock
 from relay.base.shards import Shards
 from relay.errors import StorageError
-from relay.model import Claim, Delivery, DestinationState, GeneratedEvent
+from relay.model import Claim, Delivery, DestinationState, GeneratedEvent, Outcome
 from relay.store import Cancelled
 from relay.store.claims import Claims
 from relay.store.deliveries import StoredDeliveries
@@ -104,6 +104,17 @@ class PostgresDeliveries(StoredDeliveries):
                     cursor, began = self._cursors[key]
                     self._cursors[key] = (min(cursor, due - 1), began)
         super().release(ids)
+
+    def note_retry(self, outcome: Outcome) -> None:
+        """Let the next claim find a delivery that an outcome made due: claims may have passed this time.
+
+        The time of a retry counts from the end of the attempt, and the outcome is stored later.
+        """
+        delivery = outcome.delivery
+        key = delivery.destination, delivery.attempts + outcome.counts > 0
+        if key in self._cursors and outcome.next_attempt_at is not None:
+            cursor, began = self._cursors[key]
+            self._cursors[key] = (min(cursor, outcome.next_attempt_at - 1), began)
 
     def forget_cursor(self, destination: str) -> None:
         """Let the next claims of a destination begin with its oldest delivery."""

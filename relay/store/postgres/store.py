@@ -171,6 +171,7 @@ class PostgresStore:
             on_status_change=on_status_change,
         )
         self._committer.nodes, self._committer.shared_workers = self._shared, self._shared_workers
+        self._committer.note_retry = self.deliveries.note_retry
         if self._shared is not None:
             self._committer.limits = SharedLimits(self._shared, self.ledger)
         self._maintenance: asyncio.Task[None] | None = None
