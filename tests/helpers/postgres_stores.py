@@ -60,21 +60,20 @@ EMPTY_SQL = "".join(
     )
 )
 
-# A delivery is either pending or has ended, and belongs to an event; nothing else is left.
+# A delivery is either pending or has ended, and belongs to an event; nothing else is left. `NOT IN` reads each
+# partition once; `NOT EXISTS` may look into each of them for every row.
 FAULTS_SQL = """
-    SELECT 'delivery', d.id FROM public.deliveries AS d
-     WHERE (SELECT count(*) FROM public.owed AS o WHERE o.id = d.id)
-         + (SELECT count(*) FROM public.ends AS e WHERE e.delivery_id = d.id) <> 1
-        OR NOT EXISTS (SELECT 1 FROM public.events AS e WHERE e.id = d.event_id)
+    SELECT 'delivery', id FROM public.deliveries
+     WHERE id NOT IN (SELECT id FROM (SELECT id FROM public.owed
+                                       UNION ALL SELECT delivery_id FROM public.ends) AS known
+                       GROUP BY id HAVING count(*) = 1)
+        OR event_id NOT IN (SELECT id FROM public.events)
      UNION ALL
-    SELECT 'pending', o.id FROM public.owed AS o
-     WHERE NOT EXISTS (SELECT 1 FROM public.deliveries AS d WHERE d.id = o.id)
+    SELECT 'pending', id FROM public.owed WHERE id NOT IN (SELECT id FROM public.deliveries)
      UNION ALL
-    SELECT 'end', delivery_id FROM public.ends AS n
-     WHERE NOT EXISTS (SELECT 1 FROM public.deliveries AS d WHERE d.id = n.delivery_id)
+    SELECT 'end', delivery_id FROM public.ends WHERE delivery_id NOT IN (SELECT id FROM public.deliveries)
      UNION ALL
-    SELECT 'attempt', id FROM public.attempts AS a
-     WHERE NOT EXISTS (SELECT 1 FROM public.deliveries AS d WHERE d.id = a.delivery_id)
+    SELECT 'attempt', id FROM public.attempts WHERE delivery_id NOT IN (SELECT id FROM public.deliveries)
 """
 
 CLOCK = SystemClock()
