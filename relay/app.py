@@ -191,7 +191,11 @@ class App:
         if config.admin.ui:
             from relay.ui.app import Dashboard  # noqa: PLC0415 - it may be off
 
-            self.api.add_pages(Dashboard(self.api.ask, self.api.logins, clock).routes())
+            self.api.add_pages(
+                Dashboard(
+                    self.api.ask, self.api.logins, clock, config.cluster.node or socket.gethostname()
+                ).routes()
+            )
         self.health.watch(self._trouble)
         self.health.watch(self._cut_off)
         self.health.watch(lambda: "; ".join(self._stuck()) or None)

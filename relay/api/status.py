@@ -203,7 +203,8 @@ def _problems_of_destination(context: Context, lane: Lane, pending: int) -> Iter
     """Yield the problem of a destination that does not get its deliveries."""
     if not lane.is_owned or lane.config.paused:  # another node reports it; or a pause before going live
         return
-    name, held, since = lane.name, lane.held, lane.health.state.failing_since
+    name, since = lane.name, lane.health.state.failing_since
+    held = lane.held or ("circuit open" if lane.health.circuit.is_open else None)  # a probe is no recovery
     waiting = f"{pending} deliveries wait" if pending != 1 else "1 delivery waits"
 
     def problem(what: str, verb: str) -> StatusProblem:

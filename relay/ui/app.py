@@ -60,11 +60,12 @@ _YEAR = 365 * 86_400
 class Dashboard:
     """The pages at `/ui/`."""
 
-    def __init__(self, ask: Ask, logins: Logins, clock: Clock) -> None:
-        """Take `relay.api.app.Api.ask`, which returns the data of pages."""
+    def __init__(self, ask: Ask, logins: Logins, clock: Clock, node: str) -> None:
+        """Take `relay.api.app.Api.ask`, which returns the data of pages, and the name of this node."""
         self._ask = ask
         self._logins = logins
         self._clock = clock
+        self._node = node
 
     def routes(self) -> list[web.RouteDef]:
         """Return the routes of all pages."""
@@ -78,7 +79,7 @@ class Dashboard:
 
     def _serve(self, screen: Screen) -> Callable[[web.Request], Awaitable[web.Response]]:
         async def answer(request: web.Request) -> web.Response:
-            visit = Visit(request, self._ask, self._clock)
+            visit = Visit(request, self._ask, self._clock, self._node)
             if visit.operator is None:
                 return login.page(visit)
             try:

@@ -7,7 +7,7 @@ from aiohttp import web
 
 from relay.ui.markup import Content, tag
 from relay.ui.page import Visit
-from relay.ui.parts import NONE, command_of_list, filter_form, pages, state, table, when
+from relay.ui.parts import NONE, command_of_list, filter_form, nothing, pages, state, table, when
 
 SECTION = "audit"
 _BAD = 400  # the first status of a failed request
@@ -24,7 +24,7 @@ async def list_(visit: Visit) -> web.Response:
             "Newest first",
             ("Operator", "Time", "Access", "Request", "Body", "Result"),
             (_row(visit, each) for each in page["items"]),
-            empty="No changes yet.",
+            empty=nothing(visit, "change", page["next_cursor"], "No change by an operator yet."),
         ),
         pages(visit, page["next_cursor"]),
         tag("p", command_of_list("audit", "audit", query=visit.query)),

@@ -12,6 +12,7 @@ from relay.ui.parts import (
     NONE,
     action,
     command,
+    exact,
     fields,
     inquiry,
     number,
@@ -34,6 +35,7 @@ async def jobs(visit: Visit) -> web.Response:
             "Periodic jobs of this daemon",
             ("Job", "Result", "Every", "Last run", "Took", "Next run", "Change"),
             (_job(visit, each) for each in found),
+            numbers=("Took",),
         ),
         tag("h2", "Backups"),
         fields(*_backups(visit, backups)),
@@ -86,7 +88,7 @@ def _backups(visit: Visit, backups: Mapping[str, Any] | None) -> Iterator[tuple[
         yield "Schedule", "off: [backup] every is not set"
         return
     yield "Schedule", f"every {backups['interval']}"
-    yield "Last success", when(visit, backups["last_success"])
+    yield "Last success", exact(visit, backups["last_success"])
     if backups["error"]:
         yield "Last error", state("dead", backups["error"])
     elif backups["overdue"]:

@@ -17,8 +17,10 @@ from relay.ui.parts import (
     body_text,
     command,
     command_of_list,
+    exact,
     fields,
     filter_form,
+    nothing,
     options_of,
     pages,
     state,
@@ -41,9 +43,14 @@ async def list_(visit: Visit) -> web.Response:
             "Newest first",
             ("Event", "Destination", "State", "Attempts", "Last result", "Created", "Due"),
             (_row(visit, each) for each in page["items"]),
-            empty="No delivery matches on this page; there may be more."
-            if page["next_cursor"]
-            else "No deliveries.",
+            numbers=("Attempts",),
+            empty=nothing(
+                visit,
+                "delivery",
+                page["next_cursor"],
+                "No delivery yet. To see where an event goes: ",
+                command("explain", "--help"),
+            ),
         ),
         pages(visit, page["next_cursor"]),
         tag("p", command_of_list("deliveries", "deliveries", "list", query=visit.query)),
@@ -110,7 +117,6 @@ async def show(visit: Visit) -> web.Response:
     ended = END_REASONS.get(shown["reason"] or "", shown["reason"])
     return visit.page(
         f"{shown['type']} to {shown['destination']}",
-        tag("p", state(shown["state"], f"{shown['state']}: {ended}" if ended else None), class_="summary"),
         tag("p", *changes_of(visit, shown), class_="actions"),
         fields(
             ("Delivery", tag("code", shown["id"], data_copy=shown["id"])),
@@ -119,10 +125,10 @@ async def show(visit: Visit) -> web.Response:
                 "Destination",
                 tag("a", shown["destination"], href=visit.link("destinations", shown["destination"])),
             ),
-            ("Created", when(visit, shown["created_at"])),
-            ("Ended", when(visit, shown["finished_at"])),
-            ("Due", when(visit, shown["next_attempt_at"])),
-            ("Repeats", _delivery_link(visit, shown["replay_of"])),
+            ("Created", exact(visit, shown["created_at"])),
+            *([("Ended", exact(visit, shown["finished_at"]))] if shown["finished_at"] else []),
+            *([("Due", exact(visit, shown["next_attempt_at"]))] if shown["next_attempt_at"] else []),
+            *([("Repeats", _delivery_link(visit, shown["replay_of"]))] if shown["replay_of"] else []),
             *([("Group", shown["group_key"])] if shown["group_key"] is not None else []),
         ),
         tag("h2", "Attempts"),
@@ -132,11 +138,15 @@ async def show(visit: Visit) -> web.Response:
         await _request(visit, shown),
         tag("p", command("deliveries", "show", shown["id"])),
         section=SECTION,
+        heading=[
+            f"{shown['type']} to {shown['destination']}: ",
+            state(shown["state"], f"{shown['state']}, {ended}" if ended else None),
+        ],
     )
 
 
-def _delivery_link(visit: Visit, id_: str | None) -> Content:
-    return NONE if id_ is None else tag("a", id_, href=visit.link(SECTION, id_))
+def _delivery_link(visit: Visit, id_: str) -> Content:
+    return tag("a", id_, href=visit.link(SECTION, id_))
 
 
 def changes_of(visit: Visit, delivery: Mapping[str, Any]) -> Iterator[Content]:
@@ -156,10 +166,11 @@ def changes_of(visit: Visit, delivery: Mapping[str, Any]) -> Iterator[Content]:
 async def attempts_table(visit: Visit, attempts: list[dict[str, Any]], caption: str) -> Markup:
     """Return a table of attempts of one delivery."""
     rows = [
-        (when(visit, each["started_at"]), attempt_result(each), f"{each['duration_ms']:,.1f} ms")
+        (exact(visit, each["started_at"]), attempt_result(each), f"{each['duration_ms']:,.1f} ms")
         for each in attempts
     ]
-    return await table(visit, caption, ("Started", "Result", "Took"), rows, empty="No attempt yet.")
+    heads = ("Started", "Result", "Took")
+    return await table(visit, caption, heads, rows, numbers=("Took",), empty="No attempt yet.")
 
 
 def _answers(visit: Visit, attempts: list[dict[str, Any]]) -> Iterator[Content]:
@@ -171,7 +182,8 @@ def _answers(visit: Visit, attempts: list[dict[str, Any]]) -> Iterator[Content]:
     for text, each in list(latest.items())[:3]:
         cut = ", cut off" if each["truncated"] else ""
         summary = tag("summary", f"Response {each['status']}{cut}, ", when(visit, each["started_at"]))
-        yield tag("details", summary, tag("pre", "\n", text, tabindex=0, aria_label="Response"))
+        body = tag("pre", "\n", text, tabindex=0, aria_label="Response")
+        yield tag("details", summary, body, open=each is attempts[0] and each["result"] != "ok")
 
 
 async def _request(visit: Visit, delivery: Mapping[str, Any]) -> Content:
@@ -209,9 +221,14 @@ async def attempts(visit: Visit) -> web.Response:
                 )
                 for each in page["items"]
             ),
-            empty="No attempt matches on this page; there may be more."
-            if page["next_cursor"]
-            else "No attempts.",
+            numbers=("Took",),
+            empty=nothing(
+                visit,
+                "attempt",
+                page["next_cursor"],
+                "No attempt yet. To test a destination: ",
+                command("destinations", "test", "NAME"),
+            ),
         ),
         pages(visit, page["next_cursor"]),
         tag("p", command_of_list("attempts", "attempts", "list", query=visit.query)),

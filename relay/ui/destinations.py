@@ -14,8 +14,10 @@ from relay.ui.parts import (
     NONE,
     action,
     attempt_result,
+    charts,
     command,
     duration,
+    exact,
     fields,
     number,
     prose,
@@ -28,6 +30,11 @@ from relay.ui.parts import (
 SECTION = "destinations"
 FAILURES = 100
 """Failed attempts that are read to group them."""
+
+NO_DESTINATIONS: Content = [
+    "config.toml has no destinations. Add a table ", tag("code", "[destinations.NAME]"), ", then run ",
+    command("reload"),
+]  # fmt: skip
 
 _UNTIL_FIXED = ("circuit open", "resting")
 """Holds that a successful test can end."""
@@ -43,7 +50,8 @@ async def list_(visit: Visit) -> web.Response:
             "Deliveries by state",
             ("Destination", "State", "Pending", "Dead", "Delivered", "Last success", "Host"),
             (_row(visit, each) for each in page["items"]),
-            empty="config.toml has no destinations.",
+            numbers=("Pending", "Dead", "Delivered"),
+            empty=NO_DESTINATIONS,
         ),
         tag("p", command("destinations", "list")),
         section=SECTION,
@@ -66,8 +74,11 @@ def _row(visit: Visit, each: Mapping[str, Any]) -> tuple[Content, ...]:
 def held(visit: Visit, each: Mapping[str, Any]) -> Content:
     """Return whether deliveries are sent, and if not, why and until when."""
     reason, until = each["held"], each.get("paused_until")
-    word = "delivered" if reason is None else "expired" if reason.startswith("paused") else "dead"
-    text = held_text(reason)
+    is_probing = reason is None and each.get("circuit") == "open"
+    word = "dead" if is_probing else "delivered" if reason is None else "dead"
+    if reason is not None and reason.startswith("paused"):
+        word = "expired"
+    text = "circuit open, probing" if is_probing else held_text(reason)
     return [state(word, text), [", ends ", when(visit, until)] if until else None]
 
 
@@ -88,29 +99,35 @@ async def show(visit: Visit) -> web.Response:
         "listAttempts",
         query={"destination": name, "failed": "1", "since": "1h", "limit": str(FAILURES), "answer": "0"},
     )
-    retried = shown["held"] is None and shown["oldest"] is not None and shown["oldest"]["last_error"]
-    advice = hold_advice(name, "retried" if retried else shown["held"])
+    reason = shown["held"]
+    if reason is None and shown["circuit"] == "open":
+        reason = "circuit open"
+    elif reason is None and shown["oldest"] is not None and shown["oldest"]["last_error"]:
+        reason = "retried"
+    advice = hold_advice(name, reason)
     return visit.page(
         name,
-        tag("p", held(visit, shown), [" · ", prose(advice)] if advice else None, class_="summary"),
+        tag("p", prose(f"{advice[0].upper()}{advice[1:]}"), class_="summary") if advice else None,
         tag("p", *_actions(visit, shown, config), class_="actions"),
         fields(*_facts(visit, shown)),
         tag("h2", "Last hour"),
-        await _history(visit, past),
+        _history(past),
         tag("h2", "Failures of the last hour"),
         await table(
             visit,
             f"By result, of the newest {FAILURES}" if failed["next_cursor"] else "By result",
             ("Result", "Attempts", "Latest"),
             _failures(visit, name, failed["items"]),
-            empty="No failed attempt.",
+            numbers=("Attempts",),
+            empty=state("delivered", "No failed attempt."),
         ),
-        tag("h2", "Pending deliveries"),
-        tag("p", _forecast(shown, config, past)),
+        tag("h2", "Deliveries"),
+        tag("p", _forecast(shown, config, past)) if shown["pending"] else None,
         await _oldest(visit, shown),
         _settings(name, config),
         tag("p", command("destinations", "show", name)),
         section=SECTION,
+        heading=[name, ": ", held(visit, shown)],
     )
 
 
@@ -120,15 +137,15 @@ def _facts(visit: Visit, shown: Mapping[str, Any]) -> Iterator[tuple[str, Conten
     if shown.get("node"):
         yield "Node", shown["node"]
     yield "Events", ", ".join(shown.get("events") or ()) or NONE
-    yield "Last success", when(visit, shown["last_success"])
+    yield "Last success", exact(visit, shown["last_success"])
     if shown.get("failing_since"):
-        yield "Failing since", when(visit, shown["failing_since"])
+        yield "Failing since", exact(visit, shown["failing_since"])
     if shown.get("disabled_at"):
-        yield "Disabled", when(visit, shown["disabled_at"])
+        yield "Disabled", exact(visit, shown["disabled_at"])
     if shown.get("held_until") and not shown["paused_until"]:
-        yield "Next attempt", when(visit, shown["held_until"])
+        yield "Next attempt", exact(visit, shown["held_until"])
     if shown["certificate_expires"]:
-        yield "Certificate", ["expires ", when(visit, shown["certificate_expires"])]
+        yield "Certificate", ["expires ", exact(visit, shown["certificate_expires"])]
     counts = [
         [count_link(visit, name, word, shown[word]), f" {word}"]
         for word in ("pending", "delivered", "dead", "expired", "cancelled")
@@ -190,21 +207,21 @@ def _actions(visit: Visit, shown: Mapping[str, Any], config: Mapping[str, Any] |
         )  # fmt: skip
 
 
-async def _history(visit: Visit, past: Mapping[str, Any]) -> Markup:
-    rows = []
+def _history(past: Mapping[str, Any]) -> Markup:
+    parts = []
     for key, label, unit in (
         ("succeeded", "Successful attempts", ""),
         ("failed", "Failed attempts", ""),
-        ("p95_ms", "95 % took at most", " ms"),
+        ("p95_ms", "95 % of attempts took", " ms"),
         ("pending", "Pending", ""),
     ):
         values = [value for value in past.get(key, ()) if value is not None]
         if unit or key == "pending":
-            figure = f"{values[-1]:,.0f}{unit} now, at most {max(values):,.0f}{unit}" if values else NONE
+            figure = f"{values[-1]:,.0f}{unit}, at most {max(values):,.0f}{unit}" if values else NONE
         else:
             figure = number(round(sum(values))) if values else NONE
-        rows.append((label, figure, spark(past.get(key, ()), label)))
-    return await table(visit, "Oldest minute first", ("Figure", "Value", "Minutes"), rows)
+        parts.append((label, figure, spark(past.get(key, ()), label)))
+    return charts(*parts)
 
 
 def _failures(
@@ -234,8 +251,6 @@ def _failures(
 def _forecast(shown: Mapping[str, Any], config: Mapping[str, Any] | None, past: Mapping[str, Any]) -> str:
     """Return how long the backlog takes, from the duration of the latest attempts and the limits."""
     pending = shown["pending"]
-    if not pending:
-        return "None."
     counts = f"{pending:,} pending, {shown['due']:,} due, {shown['in_flight'] or 0:,} in flight."
     quick = [value for value in past.get("p50_ms", ()) if value is not None]
     if config is None or not quick:
@@ -243,8 +258,8 @@ def _forecast(shown: Mapping[str, Any], config: Mapping[str, Any] | None, past: 
     slots = config["concurrency"]
     seconds = pending * quick[-1] / 1000 / slots
     return (
-        f"{counts} With {slots} attempts at once and {quick[-1]:,.0f} ms each, they take about "
-        f"{duration(seconds)}"
+        f"{counts} With {slots} attempts at once and {quick[-1]:,.0f} ms each, they take "
+        f"{f'about {duration(seconds)}' if seconds >= 1 else 'less than 1 s'}"
         f"{'' if 'rate' not in config else ' or longer: the rate is limited to ' + str(config['rate'])}."
     )
 
@@ -252,9 +267,9 @@ def _forecast(shown: Mapping[str, Any], config: Mapping[str, Any] | None, past: 
 async def _oldest(visit: Visit, shown: Mapping[str, Any]) -> Content:
     rows = [
         (
-            tag("a", which, href=visit.link("deliveries", each["id"])),
+            tag("a", each["type"], href=visit.link("deliveries", each["id"])),
+            which,
             state(each["state"]),
-            each["type"],
             when(visit, each["created_at"]),
             each["last_error"] or NONE,
         )
@@ -262,7 +277,11 @@ async def _oldest(visit: Visit, shown: Mapping[str, Any]) -> Content:
         if each
     ]
     return await table(
-        visit, "Two deliveries", ("Delivery", "State", "Type", "Created", "Last error"), rows, empty=""
+        visit,
+        "Oldest pending and latest delivery",
+        ("Delivery", "Which", "State", "Created", "Last error"),
+        rows,
+        empty=["No delivery yet. See which events it gets: ", command("destinations", "show", shown["name"])],
     )
 
 

@@ -7,6 +7,7 @@ from urllib.parse import urlencode
 from aiohttp import web
 
 from relay.ui.deliveries import changes_of
+from relay.ui.destinations import NO_DESTINATIONS
 from relay.ui.markup import Content, tag
 from relay.ui.page import Visit
 from relay.ui.parts import (
@@ -15,8 +16,10 @@ from relay.ui.parts import (
     api_query,
     command,
     command_of_list,
+    exact,
     fields,
     filter_form,
+    nothing,
     pages,
     query_link,
     size,
@@ -38,11 +41,16 @@ async def list_(visit: Visit) -> web.Response:
         await table(
             visit,
             "Newest first",
-            ("Type", "Subject", "Received", "Size", "Deliveries"),
+            ("Type", "Subject", "Received", "Deliveries", "Size"),
             (_row(visit, each) for each in page["items"]),
-            empty="No event matches on this page; there may be more."
-            if page["next_cursor"]
-            else "No events.",
+            numbers=("Size",),
+            empty=nothing(
+                visit,
+                "event",
+                page["next_cursor"],
+                "No event yet. To send a sample: ",
+                command("send", "SOURCE", "--list"),
+            ),
         ),
         pages(visit, page["next_cursor"]),
         tag("p", command_of_list("events", "events", "list", query=visit.query)),
@@ -67,8 +75,8 @@ def _row(visit: Visit, event: Mapping[str, Any]) -> tuple[Content, ...]:
         tag("a", event["type"], href=visit.link("events", event["id"])),
         event["subject"] or NONE,
         when(visit, event["received_at"]),
-        size(event["size"]),
         states or "none",
+        size(event["size"]),
     )
 
 
@@ -84,11 +92,13 @@ async def show(visit: Visit) -> web.Response:
             ("Event", tag("code", event["id"], data_copy=event["id"])),
             ("Subject", event["subject"] or NONE),
             ("Source", tag("a", event["source"], href=visit.link(SECTION, source=event["source"]))),
-            ("Received", when(visit, event["received_at"])),
+            ("Received", exact(visit, event["received_at"])),
             ("Body", f"{size(event['size'])}, {event['content_type'] or 'no content type'}"),
-            ("Repeated", "by its sender; the relay answered with this event's id")
-            if event["duplicate"]
-            else ("Repeated", "no"),
+            *(
+                [("Repeated", "by its sender; the relay answered with this event's id")]
+                if event["duplicate"]
+                else []
+            ),
         ),
         tag("h2", "Destinations"),
         await table(
@@ -96,7 +106,7 @@ async def show(visit: Visit) -> web.Response:
             "Each destination of this event",
             ("Destination", "State", "Details", "Change"),
             _fates(visit, event["owed"], explanation["destinations"]),
-            empty="config.toml has no destinations.",
+            empty=NO_DESTINATIONS,
         ),
         action(
             visit, "Send all again", "deliveries", "retry", *ids,
@@ -126,7 +136,8 @@ def _fates(
         if match["name"] not in sent:
             word = "not sent" if match["matches"] else "no match"
             name = tag("a", match["name"], href=visit.link("destinations", match["name"]))
-            yield name, state("", word), [tag("div", line) for line in match["lines"]], None
+            lines = [tag("div", line.removeprefix("no: ")) for line in match["lines"]]
+            yield name, state("", word), lines, None
 
 
 def _details(visit: Visit, delivery: Mapping[str, Any]) -> Content:

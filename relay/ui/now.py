@@ -5,11 +5,23 @@ from typing import Any
 
 from aiohttp import web
 
-from relay.ui.destinations import count_link, held, steering
+from relay.ui.destinations import NO_DESTINATIONS, count_link, held, steering
 from relay.ui.markup import Content, Markup, join, tag
 from relay.ui.page import Visit
-from relay.ui.parts import NONE, action, command_line, duration, number, spark, state, table, total, when
-from relay.ui.sources import state_of
+from relay.ui.parts import (
+    NONE,
+    action,
+    command,
+    command_line,
+    duration,
+    number,
+    spark,
+    state,
+    table,
+    total,
+    when,
+)
+from relay.ui.sources import NO_SOURCES, state_of
 
 PERIODS = 30
 """Bars of a history of an hour."""
@@ -30,40 +42,60 @@ async def show(visit: Visit) -> web.Response:
     nodes = (await visit.ask("listNodes"))["items"]
     past = {kind: {each["name"]: each for each in history[kind]} for kind in ("sources", "destinations")}
     sick = {each["name"] for each in status["problems"] if each["kind"] == "destination"}
+    by_name = {each["name"]: each for each in destinations}
+    problems = [
+        *(_problem(visit, each, by_name) for each in status["problems"]),
+        *_silent_workers(visit, silent),
+    ]
+    count = len(problems)
+    words = f"{count} {'problem' if count == 1 else 'problems'}"
+    verdict = state("dead", words) if problems else state("delivered", "no problems")
     return visit.page(
         "Now",
         _summary(visit, status, nodes),
+        _changed(),
         _silent(history["silent"]),
-        _problems(visit, status["problems"], {each["name"]: each for each in destinations}, silent),
+        tag("ul", problems, class_="problems", aria_label="Problems") if problems else None,
+        _first_event(sources),
+        tag("h2", "Sources"),
         await table(
             visit,
-            "Sources",
-            ("Source", "Events/s", "Events in 60 min", "By minute", "Refused in 60 min", "State"),
+            "Sources with their last hour",
+            ("Source", "State", "Events/s", "Events", "Refused", "Last 60 min"),
             (_source(visit, each, past["sources"].get(each["name"], {})) for each in sources),
-            empty="config.toml has no sources.",
+            numbers=("Events/s", "Events", "Refused"),
+            empty=NO_SOURCES,
         ),
+        tag("h2", "Destinations"),
         await table(
             visit,
-            "Destinations",
-            (
-                "Destination",
-                "Attempts/s",
-                "Attempts in 60 min",
-                "By minute",
-                "Failed",
-                "p95",
-                "Pending",
-                "State",
-            ),
+            "Destinations with their last hour",
+            ("Destination", "State", "Pending", "Attempts/s", "Attempts", "Failed", "p95", "Last 60 min"),
             (
                 _destination(visit, each, past["destinations"].get(each["name"], {}))
                 for each in sorted(destinations, key=lambda each: each["name"] not in sick)
             ),
-            empty="config.toml has no destinations.",
+            numbers=("Pending", "Attempts/s", "Attempts", "Failed", "p95"),
+            empty=NO_DESTINATIONS,
         ),
         _ledger(visit, status["problems"], destinations),
         section="",
+        problems=count,
+        heading=["Now: ", verdict],
     )
+
+
+def _changed() -> Markup:
+    """Return where the script says that the page is out of date, if it must not reload a page in use."""
+    link = tag("a", "The state has changed: show", href="")
+    return tag("p", link, class_="new", hidden=True, data_changed=True)
+
+
+def _first_event(sources: Sequence[Item]) -> Content:
+    """Return the next step of an operator whose relay has not received any event yet."""
+    if not sources or any(each["last_event"] for each in sources):
+        return None
+    return tag("p", "No event has arrived yet. Send a sample: ", command("send", sources[0]["name"]))
 
 
 def _summary(visit: Visit, status: Item, nodes: Sequence[Item]) -> Markup:
@@ -89,24 +121,15 @@ def _silent(names: Sequence[str]) -> Content:
     )
 
 
-def _problems(
-    visit: Visit, problems: Sequence[Item], destinations: Mapping[str, Item], silent: Item
-) -> Markup:
-    """Return the problems, the most severe first, each with its cause and the next command."""
-    items = [*(_problem(visit, each, destinations) for each in problems), *_silent_workers(visit, silent)]
-    if not items:
-        return tag("p", state("delivered", "No problems."), class_="calm")
-    heading = tag("h2", f"Problems ({len(items)})", id="problems")
-    return tag("section", heading, tag("ul", items, class_="problems"), aria_labelledby="problems")
-
-
 def _problem(visit: Visit, problem: Item, destinations: Mapping[str, Item]) -> Markup:
+    """Return a problem with its cause and the next command."""
     name, kind = problem["name"], problem["kind"]
     shown = destinations.get(name) if kind == "destination" else None
     details = list(_details(visit, shown)) if shown else []
+    is_mild = kind == "source" or (shown is not None and (shown["held"] or "").startswith("paused"))
     return tag(
         "li",
-        state("expired" if kind == "source" else "dead", problem["what"]),
+        state("expired" if is_mild else "dead", problem["what"]),
         tag("div", [[each, " · " if each is not details[-1] else None] for each in details], class_="note")
         if details
         else None,
@@ -118,6 +141,7 @@ def _problem(visit: Visit, problem: Item, destinations: Mapping[str, Item]) -> M
             command_line(problem["next"]),
             class_="actions",
         ),
+        class_="mild" if is_mild else None,
     )
 
 
@@ -153,7 +177,9 @@ def _silent_workers(visit: Visit, silent: Item) -> Iterator[Markup]:
             state("expired", f"the worker {name} of {source} is silent"),
             tag("div", "last heartbeat ", when(visit, each["last_heartbeat"]), f" · {sessions} sessions",
                 class_="note"),
-            tag("div", tag("a", "Why", href=visit.link("workers", source, name)), class_="actions"),
+            tag("div", tag("a", "Why", href=visit.link("workers", source, name)),
+                command("workers", "show", source, name), class_="actions"),
+            class_="mild",
         )  # fmt: skip
     if silent["next_cursor"] is not None:
         more = tag("a", "All silent workers", href=visit.link("workers", status="OFFLINE"))
@@ -164,11 +190,11 @@ def _source(visit: Visit, source: Item, past: Item) -> tuple[Content, ...]:
     name, events, refused = source["name"], past.get("events", ()), past.get("refused", ())
     return (
         tag("a", name, href=visit.link("sources", name)),
+        state_of(source),
         tag("span", NONE, data_rate=f"sources {name}"),
         tag("a", total(events), href=visit.link("events", source=name, since="1h")),
-        spark(events, f"Events of {name} in the last hour"),
         tag("a", total(refused), href=visit.link("refused", source=name, since="1h")),
-        state_of(source),
+        spark(events, f"Events of {name} in the last hour"),
     )
 
 
@@ -179,13 +205,13 @@ def _destination(visit: Visit, each: Item, past: Item) -> tuple[Content, ...]:
                 for a, b in zip(good, failed, strict=True)]  # fmt: skip
     return (
         tag("a", name, href=visit.link("destinations", name)),
+        held(visit, each),
+        count_link(visit, name, "pending", each["pending"]),
         tag("span", NONE, data_rate=f"destinations {name}"),
         tag("a", total(attempts), href=visit.link("attempts", destination=name, since="1h")),
-        spark(attempts, f"Attempts to {name} in the last hour"),
         tag("a", total(failed), href=visit.link("attempts", destination=name, failed="1", since="1h")),
         f"{slow[-1]:,.0f} ms" if slow else NONE,
-        count_link(visit, name, "pending", each["pending"]),
-        held(visit, each),
+        spark(good, f"Attempts to {name} in the last hour, failed ones above", failed),
     )
 
 

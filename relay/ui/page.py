@@ -66,8 +66,10 @@ STATIC = {each.name: each for each in (STYLE, SCRIPT, ICON)}
 class Visit:
     """A request for a page."""
 
-    def __init__(self, request: web.Request, ask: Ask, clock: Clock) -> None:
+    def __init__(self, request: web.Request, ask: Ask, clock: Clock, node: str) -> None:
+        """Take the `node` that makes the page: operators have pages of several daemons open."""
         self.ask = ask
+        self.node = node
         self.path: Mapping[str, str] = request.match_info
         self.query: Mapping[str, str] = dict(request.query)
         self.now = clock.wall()
@@ -88,20 +90,46 @@ class Visit:
         address = self.root + "/".join(quote(each, safe="") for each in path)
         return f"{address}?{urlencode(given, errors='replace')}" if given else address
 
-    def page(self, title: str, *content: Content, section: str = "", status: int = 200) -> web.Response:
-        """Return a whole page; `section` is its path in the navigation."""
+    def page(
+        self,
+        title: str,
+        *content: Content,
+        section: str = "",
+        status: int = 200,
+        problems: int = 0,
+        heading: Content = None,
+    ) -> web.Response:
+        """Return a whole page.
+
+        Args:
+            title: of the browser's tab, and above the page.
+            content: below the title.
+            section: its path in the navigation.
+            status: of the response.
+            problems: their number, with which the title of the browser's tab begins.
+            heading: what stands above the page in place of the title.
+        """
         body = tag(
             "body",
             tag("a", "Skip to content", class_="skip", href="#main"),
-            tag("header", self._navigation(section), _search(), self._whoami()) if self.operator else None,
-            tag("main", tag("h1", title), *content, id="main", tabindex=-1),
+            self._header(section) if self.operator else None,
+            tag("main", tag("h1", heading or title), *content, id="main", tabindex=-1),
             tag("p", id="status", role="status", aria_live="polite"),
-            tag("footer", f"hookferry {__version__}"),
+            tag("footer", tag("span", f"hookferry {__version__}"), _zone()),
             data_root=self.root,
             data_api=f"{self.root}../api/",
         )
-        html = join(Markup("<!doctype html>"), tag("html", _head(self.root, title), body, lang="en"))
+        tab = f"({problems}) {title}" if problems else title
+        if self.operator:
+            tab += f" · {self.node}"
+        html = join(Markup("<!doctype html>"), tag("html", _head(self.root, tab), body, lang="en"))
         return web.Response(status=status, body=html.encode(), content_type="text/html", charset="utf-8")
+
+    def _header(self, section: str) -> Markup:
+        """Return the daemon's name, the search and the pages. On a phone, the pages are a line to scroll."""
+        name = tag("a", "hookferry · ", tag("b", self.node), href=self.link(), class_="brand")
+        bar = tag("div", self._navigation(section), self._whoami(), class_="bar")
+        return tag("header", tag("div", name, _search(), class_="top"), bar)
 
     def _navigation(self, section: str) -> Markup:
         items = [
@@ -137,10 +165,15 @@ def _head(root: str, title: str) -> Markup:
     )
 
 
+def _zone() -> Markup:
+    """Return the button with which the script shows times in UTC or in the browser's time zone."""
+    return tag("button", "Times in UTC", type="button", class_="scripted", data_zone=True)
+
+
 def _search() -> Markup:
     """Return the search field; the script opens the page that it finds."""
     field = tag(
-        "input", type="search", name="find", placeholder="Find an id, subject or type",
+        "input", type="search", name="find", placeholder="Find id, subject or type",
         aria_label="Find an id, subject or type", aria_keyshortcuts="/", autocomplete="off",
     )  # fmt: skip
     return tag("form", field, role="search", data_find=True)

@@ -2,8 +2,9 @@
 
 import re
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from datetime import datetime
+from itertools import zip_longest
 from typing import Any
 from urllib.parse import urlencode
 
@@ -39,6 +40,14 @@ def when(visit: Visit, time: str | None) -> Content:
     passed = visit.now / SECOND - datetime.fromisoformat(time).timestamp()
     words = f"in {duration(-passed)}" if passed < 0 else f"{duration(passed)} ago"
     return tag("time", words, datetime=time, title=f"{time[:19].replace('T', ' ')} UTC")
+
+
+def exact(visit: Visit, time: str | None) -> Content:
+    """Return a time in full and its age; the script can show it in the browser's time zone."""
+    if time is None:
+        return NONE
+    full = tag("time", f"{time[:-1].replace('T', ' ')} UTC", datetime=time, data_exact=True)
+    return [full, " ", tag("span", when(visit, time), class_="note")]
 
 
 def duration(seconds: float) -> str:
@@ -86,25 +95,55 @@ async def table(
     heads: Sequence[str],
     rows: Iterable[Sequence[Content]],
     *,
-    empty: str = "No entries.",
+    numbers: Collection[str] = (),
+    empty: Content = "No entries.",
 ) -> Markup:
     """Return a table, or the text `empty`. The first cell of a row names the row.
 
-    On narrow screens, each row becomes a block of lines; each line begins with its column's heading. Other
-    tasks run between the rows: give them as a generator, so that each one is made in its turn.
+    On narrow screens, each row becomes a block of lines; each value follows its column's heading, and missing
+    values are left out. Other tasks run between the rows: give them as a generator, so that each one is made
+    in its turn.
+
+    Args:
+        visit: the request for the page.
+        caption: of the table.
+        heads: of the columns.
+        rows: cells in the order of the columns.
+        numbers: columns that are aligned to the right.
+        empty: shown if there are no rows.
     """
-    makers = [maker("th", scope="row"), *(maker("td", data_head=head) for head in heads[1:])]
+    kinds = ["n" if head in numbers else None for head in heads]
+    makers = [
+        maker("th", scope="row"),
+        *(maker("td", data_head=head, class_=kind) for head, kind in zip(heads[1:], kinds[1:], strict=True)),
+    ]
     body: list[Markup] = []
     for row in rows:
-        body.append(_in_row([make(cell) for make, cell in zip(makers, row, strict=True)]))
+        cells = [_NOTHING if cell == NONE else make(cell) for make, cell in zip(makers, row, strict=True)]
+        body.append(_in_row(cells))
         await visit.turns.give()
     if not body:
         return tag("p", empty, class_="empty")
-    head = tag("thead", tag("tr", [tag("th", each, scope="col") for each in heads]))
+    titles = [tag("th", head, scope="col", class_=kind) for head, kind in zip(heads, kinds, strict=True)]
+    head = tag("thead", tag("tr", titles))
     return tag("div", tag("table", tag("caption", caption), head, tag("tbody", body)), class_="wide")
 
 
 _in_row = maker("tr")
+_NOTHING = tag("td", NONE, class_="none")
+"""The cell of a value that is missing."""
+
+
+def nothing(visit: Visit, noun: str, more: str | None, *first: Content) -> Content:
+    """Return what stands in place of an empty list of this noun.
+
+    `more` is the cursor of the next page. `first` is shown if the list has no filter, so it has no entries.
+    """
+    if more:
+        return f"No {noun} matches on this page; there may be more."
+    if any(value for name, value in visit.query.items() if name not in ("cursor", "limit")):
+        return [f"No {noun} matches. ", tag("a", "Remove the filters", href="?")]
+    return first
 
 
 def fields(*pairs: tuple[str, Content]) -> Markup:
@@ -290,9 +329,6 @@ def pages(visit: Visit, next_cursor: str | None) -> Content:
     return tag("nav", links, class_="pages", aria_label="Pages of the list") if any(links) else None
 
 
-_BARS = "▁▂▃▄▅▆▇█"
-
-
 def total(values: Iterable[float | None]) -> str:
     """Render the sum of the figures of a history, or a dash if it has none."""
     known = [value for value in values if value is not None]
@@ -309,10 +345,39 @@ def body_text(text: str, label: str) -> Content:
     return [tag("pre", "\n", text[:MOST_TEXT], tabindex=0, aria_label=label), cut]
 
 
-def spark(values: Sequence[float | None], title: str) -> Content:
-    """Return figures as a row of bars, oldest first; a gap where there is no figure."""
-    most = max((value for value in values if value is not None), default=0)
-    if not most:
+def spark(values: Sequence[float | None], title: str, failed: Sequence[float | None] = ()) -> Content:
+    """Return figures as a row of bars, oldest first; a gap where there is no figure.
+
+    Each number of `failed` is the upper part of a bar, in another colour.
+    """
+    bars = [(value or 0, lost or 0) for value, lost in zip_longest(values, failed)]
+    known = [at for at, pair in enumerate(zip_longest(values, failed)) if pair != (None, None)]
+    if not known:
         return None
-    bars = "".join(" " if value is None else _BARS[min(7, round(value / most * 7))] for value in values)
-    return tag("span", bars, class_="spark", role="img", aria_label=f"{title}, at most {most:,.0f}")
+    most = max(sum(bars[at]) for at in known)
+    scale = (_HEIGHT - 1) / most if most else 0
+    lower = upper = ""
+    for at in known:
+        good, bad = bars[at]
+        top = 1 + round(good * scale, 1)
+        lower += f"M{at * 4} {_HEIGHT}v-{top:g}h3v{top:g}z"
+        if bad:
+            upper += f"M{at * 4} {_HEIGHT - top:g}v-{bad * scale:.1f}h3v{bad * scale:.1f}z"
+    return tag(
+        "svg", tag("path", d=lower), tag("path", d=upper, class_="bad") if upper else None, class_="spark",
+        viewbox=f"0 0 {len(values) * 4 - 1} {_HEIGHT}", preserveaspectratio="none", role="img",
+        aria_label=f"{title}, at most {most:,.0f}",
+    )  # fmt: skip
+
+
+_HEIGHT = 24
+
+
+def charts(*parts: tuple[str, Content, Content]) -> Markup:
+    """Return figures of the last hour: each with its name, its value, and its `spark`."""
+    boxes = [
+        tag("div", tag("dt", name), tag("dd", value), tag("dd", bars, class_="chart") if bars else None)
+        for name, value, bars in parts
+    ]
+    axis = tag("p", tag("span", "60 min ago"), tag("span", "now"), class_="note axis")
+    return join(tag("dl", boxes, class_="charts"), axis if any(bars for _, _, bars in parts) else None)

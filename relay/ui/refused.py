@@ -15,8 +15,10 @@ from relay.ui.parts import (
     body_text,
     command,
     command_of_list,
+    exact,
     fields,
     filter_form,
+    nothing,
     number,
     pages,
     size,
@@ -40,17 +42,22 @@ async def list_(visit: Visit) -> web.Response:
             "All refused requests of the last hour",
             ("Source", "Refused", "Kept, on this page"),
             _sources(visit, history["sources"], page["items"]),
+            numbers=("Refused",),
             empty="No request to a source was refused in the last hour.",
         ),
         filter_form(visit, "refused"),
         await table(
             visit,
             "Kept requests, newest first",
-            ("Problem", "Source", "Status", "Request", "Sender", "At", "Retried"),
+            ("Problem", "Source", "Time", "Status", "Request", "Sender", "Retried"),
             (_row(visit, each) for each in page["items"]),
-            empty="No request matches on this page; there may be more."
-            if page["next_cursor"]
-            else "No refused requests.",
+            empty=nothing(
+                visit,
+                "request",
+                page["next_cursor"],
+                "No request was refused. If a sender misses events, check its secret: ",
+                command("verify", "--help"),
+            ),
         ),
         pages(visit, page["next_cursor"]),
         tag(
@@ -83,11 +90,11 @@ def _sources(
 def _row(visit: Visit, each: Mapping[str, Any]) -> tuple[Content, ...]:
     return (
         tag("a", each["problem"] or each["reason"], href=visit.link(SECTION, each["id"])),
-        each["source"] or NO_SOURCE,
+        each["source"] or NONE,
+        when(visit, each["at"]),
         f"{each['status']} {each['reason']}",
         tag("code", f"{each['method']} {each['target']}"),
         each["remote"],
-        when(visit, each["at"]),
         _retried(visit, each),
     )
 
@@ -119,9 +126,9 @@ async def show(visit: Visit) -> web.Response:
             ("Source", _source(visit, shown["source"])),
             ("Field", shown["field"] or NONE),
             ("Sender", shown["remote"]),
-            ("At", when(visit, shown["at"])),
+            ("Received", exact(visit, shown["at"])),
             ("Body", size(shown["size"]) + ("" if shown["can_retry"] else ", not kept")),
-            ("Retried", _retried(visit, shown)),
+            *([("Retried", _retried(visit, shown))] if shown["retried_at"] else []),
         ),
         tag("h2", "What to do"),
         tag("p", *_advice(shown)),

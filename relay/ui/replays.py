@@ -7,7 +7,7 @@ from aiohttp import web
 
 from relay.ui.markup import Content, Markup, tag
 from relay.ui.page import Visit
-from relay.ui.parts import NONE, action, command, duration, fields, number, state, table, when
+from relay.ui.parts import NONE, action, command, duration, exact, fields, number, state, table, when
 
 SECTION = "replays"
 _STATES = {"running": "pending", "done": "delivered", "failed": "dead", "cancelled": "cancelled"}
@@ -23,7 +23,11 @@ async def list_(visit: Visit) -> web.Response:
             "Since the daemon started",
             ("Replay", "State", "Done", "Of", "To", "Began"),
             (_row(visit, each) for each in page["items"]),
-            empty="No replays since the daemon started.",
+            numbers=("Done", "Of"),
+            empty=[
+                "No replay since the daemon started. To begin one: ",
+                command("deliveries", "retry", "--help"),
+            ],
         ),
         command("replays", "list"),
         section="deliveries",
@@ -54,7 +58,7 @@ async def show(visit: Visit) -> web.Response:
     bar = tag("progress", value=replay["done"], max=max(1, replay["count"]), aria_label="Progress")
     return visit.page(
         f"Replay {id_}",
-        tag("p", _state(replay), f": {replay['error']}" if replay["error"] else None, class_="summary"),
+        tag("p", replay["error"], class_="error") if replay["error"] else None,
         tag(
             "p",
             bar,
@@ -72,9 +76,10 @@ async def show(visit: Visit) -> web.Response:
             ("Rate", f"{replay['rate']}, {replay['per_second']:,.1f}/s now"),
             ("Left", NONE if left is None else duration(left)),
             ("To", replay["to"] or "the same destinations"),
-            ("Began", when(visit, replay["began_at"])),
-            ("Ended", when(visit, replay["ended_at"])),
+            ("Began", exact(visit, replay["began_at"])),
+            ("Ended", exact(visit, replay["ended_at"])),
         ),
-        command("replays", "show", id_),
+        tag("p", command("replays", "show", id_)),
         section="deliveries",
+        heading=["Replay ", id_, ": ", _state(replay)],
     )  # fmt: skip

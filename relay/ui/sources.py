@@ -8,9 +8,10 @@ from aiohttp import web
 from relay.config.effective import as_toml
 from relay.ui.markup import Content, tag
 from relay.ui.page import Visit
-from relay.ui.parts import NONE, action, command, fields, number, spark, state, table, total, when
+from relay.ui.parts import action, charts, command, exact, fields, number, spark, state, table, total, when
 
 SECTION = "sources"
+NO_SOURCES: Content = ["config.toml has no sources. Add one: ", command("sources", "add", "--help")]
 
 
 async def list_(visit: Visit) -> web.Response:
@@ -32,7 +33,7 @@ async def list_(visit: Visit) -> web.Response:
                 )
                 for each in page["items"]
             ],
-            empty="config.toml has no sources.",
+            empty=NO_SOURCES,
         ),
         tag("p", command("sources", "list")),
         section=SECTION,
@@ -65,28 +66,29 @@ async def show(visit: Visit) -> web.Response:
         )  # fmt: skip
     return visit.page(
         name,
-        tag("p", state_of(shown), class_="summary"),
         tag("p", change, class_="actions"),
         fields(
             ("Plugin", shown["plugin"]),
             ("Path", shown["prefix"] or "/"),
-            ("Last event", when(visit, shown["last_event"])),
             (
-                "Latest",
-                tag("a", latest["type"], href=visit.link("events", latest["id"])) if latest else NONE,
+                "Latest event",
+                [
+                    tag("a", latest["type"], href=visit.link("events", latest["id"])),
+                    " ",
+                    exact(visit, shown["last_event"]),
+                ]
+                if latest
+                else ["none yet; send a sample: ", command("send", name)],
             ),
             ("Events", tag("a", "all of this source", href=visit.link("events", source=name))),
             ("Refused", tag("a", "kept requests", href=visit.link("refused", source=name))),
         ),
         tag("h2", "Last hour"),
-        await table(
-            visit,
-            "Oldest minute first",
-            ("Figure", "Value", "Minutes"),
-            [
+        charts(
+            *(
                 (label, total(past.get(key, ())), spark(past.get(key, ()), label))
                 for key, label in (("events", "Stored events"), ("refused", "Refused requests"))
-            ],
+            )
         ),
         tag("h2", "Tokens and secrets"),
         await table(
@@ -97,6 +99,7 @@ async def show(visit: Visit) -> web.Response:
                 (each["name"], each["key"], number(each["uses"]), when(visit, each["last_used"]))
                 for each in shown["tokens"]
             ],
+            numbers=("Uses",),
             empty="No tokens: the source is open to everyone who can reach it.",
         ),
         tag(
@@ -106,4 +109,5 @@ async def show(visit: Visit) -> web.Response:
         ),
         tag("p", command("sources", "show", name)),
         section=SECTION,
+        heading=[name, ": ", state_of(shown)],
     )

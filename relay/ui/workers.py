@@ -19,8 +19,10 @@ from relay.ui.parts import (
     command,
     command_of_list,
     duration,
+    exact,
     fields,
     filter_form,
+    nothing,
     number,
     pages,
     state,
@@ -46,7 +48,15 @@ async def list_(visit: Visit) -> web.Response:
             "By source and id",
             ("Worker", "Source", "Status", "Last heartbeat", "Sessions", "Version", "Restarts"),
             (_row(visit, each) for each in workers),
-            empty="No workers.",
+            numbers=("Sessions", "Restarts"),
+            empty=nothing(
+                visit,
+                "worker",
+                page["next_cursor"],
+                "No worker has registered. Sources with workers have the plugin ",
+                tag("code", "whatsapp"),
+                ".",
+            ),
         ),
         pages(visit, page["next_cursor"]),
         tag("p", command_of_list("workers", "workers", "list", query=visit.query)),
@@ -91,12 +101,11 @@ async def show(visit: Visit) -> web.Response:
     shown = await visit.ask("showWorker", {"source": source, "id": id_})
     return visit.page(
         id_,
-        tag("p", status_of(visit, shown), class_="summary"),
         tag("p", *_actions(visit, shown), class_="actions"),
         fields(
             ("Source", tag("a", source, href=visit.link("sources", source))),
             ("Last heartbeat", when(visit, shown["last_heartbeat"])),
-            ("Registered", when(visit, shown["registered_at"])),
+            ("Registered", exact(visit, shown["registered_at"])),
             ("Endpoint", shown["endpoint"] or NONE),
             ("Version", shown["version"] or NONE),
             ("Environment", shown["environment"] or NONE),
@@ -143,6 +152,7 @@ async def show(visit: Visit) -> web.Response:
         ),
         tag("p", command("workers", "show", source, id_)),
         section=SECTION,
+        heading=[id_, ": ", status_of(visit, shown)],
     )
 
 
@@ -183,4 +193,4 @@ def _beats(visit: Visit, metrics: Sequence[Mapping[str, Any]]) -> Markup:
     strip = "".join("·" if not any(pair) else "▁" if "OFFLINE" in pair else "█" for pair in pairs)
     count = len(heard.keys() & set(range(MINUTES)))
     text = f"{count} of {MINUTES} minutes with a heartbeat"
-    return tag("p", tag("span", strip, class_="spark", role="img", aria_label=text), f" {text}")
+    return tag("p", tag("span", strip, class_="beats", role="img", aria_label=text), f" {text}")

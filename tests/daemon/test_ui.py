@@ -3,6 +3,7 @@
 import asyncio
 import json
 import re
+import socket
 import sys
 from html.parser import HTMLParser
 from urllib.parse import urljoin
@@ -12,6 +13,7 @@ from daemons import SOURCES, adorn, destination, running, write_config
 from wire import exchange, request
 
 from relay.api.auth import POLICY
+from relay.base.clock import rfc3339
 from relay.ui.page import STATIC
 
 TOKENS = """[
@@ -208,6 +210,36 @@ async def test_an_event_shows_its_deliveries_and_why_others_get_none(relay):
     assert b"data-call" not in answer.body
 
 
+async def test_empty_pages_name_the_next_step(relay):
+    for path, command in (
+        ("", "relay send adorn"),
+        ("events", "relay send SOURCE --list"),
+        ("deliveries", "relay explain --help"),
+        ("attempts", "relay destinations test NAME"),
+        ("refused", "relay verify --help"),
+        ("replays", "relay deliveries retry --help"),
+        ("sources/adorn", "relay send adorn"),
+    ):
+        _, found = await page(relay, f"/ui/{path}")
+        assert command in {each.get("data-copy") for each in found.all("code")}, path
+    _, found = await page(relay, "/ui/events?source=adorn")
+    assert "No event matches. Remove the filters" in found.text
+    await store(relay)
+    _, found = await page(relay, "/ui/")
+    assert "No event has arrived yet" not in found.text
+
+
+async def test_pages_of_one_thing_show_times_in_full(relay):
+    id_ = await store(relay)
+    [event] = await relay.rows()
+    stored = rfc3339(event["received_at"])
+    _, found = await page(relay, f"/ui/events/{id_}")
+    assert f"{stored[:10]} {stored[11:-1]} UTC" in found.text
+    assert {"datetime": stored, "data-exact": None} in found.all("time")
+    _, found = await page(relay, "/ui/events")
+    assert f"{stored[:10]} {stored[11:19]} UTC" in {each["title"] for each in found.all("time")}
+
+
 async def test_now_shows_problems_with_their_causes_and_commands(config):
     config.write_text(config.read_text().replace("paused = true", "", 1))
     async with running(config) as relay:
@@ -226,7 +258,7 @@ async def check_problems(relay):
     status, found = await page(relay, "/ui/")
     assert status == 200
     for text in (
-        "Problems (", "relay sources resume adorn", "the worker w-7 of whatsapp is silent",
+        "3 problems", "relay sources resume adorn", "the worker w-7 of whatsapp is silent",
         "crm is disabled", "cannot connect", "relay destinations enable crm", "0 unaccounted",
     ):  # fmt: skip
         assert text in found.text, text
@@ -236,6 +268,8 @@ async def check_problems(relay):
         "POST destinations/crm/enable",
         "POST destinations/crm/test",
     } <= calls
+    assert f"(3) Now · {socket.gethostname()}" in found.text
+    assert "No event has arrived yet" not in found.text
     links = {each["href"] for each in found.all("a")}
     assert {"./workers/whatsapp/w-7", "./destinations/crm", "./sources/adorn"} <= links
     assert {"crm", "bi"} <= {each.get("data-live") for each in found.all("a")}

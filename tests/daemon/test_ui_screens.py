@@ -157,7 +157,7 @@ async def test_no_button_changes_everything(relay, query):
 async def test_a_delivery_shows_attempts_response_and_request(relay):
     dead = await ended(relay, "shop", "dead")
     _, found = await page(relay, f"/ui/deliveries/{dead['id']}")
-    assert "dead: all attempts failed" in found.text
+    assert "dead, all attempts failed" in found.text
     assert "<h1>Bad gateway</h1><script>alert(1)</script>" in found.text
     assert "webhook-id: " in found.text
     assert "relay deliveries request" in found.text

@@ -60,8 +60,8 @@ EMPTY_SQL = "".join(
     )
 )
 
-# A delivery is either pending or has ended, and belongs to an event; nothing else is left. `NOT IN` reads each
-# partition once; `NOT EXISTS` may look into each of them for every row.
+# A delivery is either pending or has ended, and belongs to an event; nothing else is left. `NOT IN` reads
+# each partition once; `NOT EXISTS` may look into each of them for every row.
 FAULTS_SQL = """
     SELECT 'delivery', id FROM public.deliveries
      WHERE id NOT IN (SELECT id FROM (SELECT id FROM public.owed

@@ -230,9 +230,34 @@ function duration(seconds) {
   return parts.slice(0, 2).join(" ");
 }
 
+// Times in full are in UTC, or in the browser's time zone if the operator wants that.
+const zone = document.querySelector("[data-zone]");
+
+function full(time) {
+  if (localStorage.getItem("zone") !== "local") return time.toISOString().replace("T", " ").replace("Z", " UTC");
+  const ahead = -time.getTimezoneOffset();
+  const local = new Date(time.getTime() + ahead * 60000).toISOString().replace("T", " ").slice(0, -1);
+  const part = (minutes) => String(Math.floor(minutes)).padStart(2, "0");
+  return `${local} ${ahead < 0 ? "-" : "+"}${part(Math.abs(ahead) / 60)}:${part(Math.abs(ahead) % 60)}`;
+}
+
+function times() {
+  zone.textContent = localStorage.getItem("zone") === "local" ? "Times in this browser's zone" : "Times in UTC";
+  for (const element of document.querySelectorAll("time[datetime]")) {
+    const text = full(new Date(element.dateTime));
+    if (element.dataset.exact === undefined) element.title = text;
+    else element.textContent = text;
+  }
+}
+
+zone.addEventListener("click", () => {
+  localStorage.setItem("zone", localStorage.getItem("zone") === "local" ? "UTC" : "local");
+  times();
+});
+
 function age() {
   if (document.hidden) return;
-  for (const element of document.querySelectorAll("time[datetime]")) {
+  for (const element of document.querySelectorAll("time[datetime]:not([data-exact])")) {
     const passed = (Date.now() - Date.parse(element.dateTime)) / 1000;
     const text = passed < 0 ? `in ${duration(-passed)}` : `${duration(passed)} ago`;
     if (element.textContent !== text) element.textContent = text;
@@ -282,10 +307,25 @@ function figures() {
       ...top.sources.map((each) => [`sources ${each.name}`, each.events_per_second]),
       ...top.destinations.map((each) => [`destinations ${each.name}`, each.attempts_per_second]),
     ]);
+    changed(top);
     for (const element of pending) show(element, waiting.get(element.dataset.live));
     for (const element of rates) show(element, speeds.get(element.dataset.rate));
   });
   return stream;
+}
+
+// The problems on the page are those of its making. When the state changes, nobody may press a button that has just
+// moved, so a page in use only says so.
+let known = "";
+
+function changed({ ready, reasons, workers, sources, destinations }) {
+  const place = document.querySelector("[data-changed]");
+  const before = known;
+  known = JSON.stringify([ready, reasons, workers, sources.map((each) => [each.name, each.paused]),
+    destinations.map((each) => [each.name, each.held])]);
+  if (!place || !before || before === known) return;
+  if (document.querySelector("main:hover, main :focus, dialog")) place.hidden = false;
+  else location.reload();
 }
 
 // New items are counted and not inserted: rows that move are hard to read and easy to miss with the mouse.
@@ -386,6 +426,8 @@ document.addEventListener("keydown", (event) => {
 document.addEventListener("visibilitychange", () => { follow(); age(); progress().catch(() => {}); });
 progress().catch(() => {});
 afterReload();
+times();
+document.querySelector("[aria-current]")?.scrollIntoView({ block: "nearest", inline: "center" });
 arrive();
 follow();
 setInterval(age, 1000);
