@@ -118,6 +118,7 @@ class App:
             node=config.cluster.node,
             cluster=config.cluster.lease if config.cluster.enabled else None,
             digest=self._config_digest,
+            listen_url=None if (listen := config.storage.listen_url) is None else listen.reveal(),
         )
         self.state = State(
             setup,

@@ -60,7 +60,10 @@ def wakeups(figures: Mapping[str, float], cautions: Iterable[Caution]) -> Check:
     """Check that a node of a cluster learns soon of deliveries that another node accepted."""
     for caution in cautions:
         if "notifications" in caution.what:
-            hint = "if the connection goes through a pooler, add pooler=true to [storage] url"
+            hint = (
+                "[storage] listen_url, or url without it, must be a direct connection to the database; "
+                "if url is that of a pooler, add pooler=true to it"
+            )
             return Check(name="wakeups", ok=False, detail=caution.what, hint=hint)
     milliseconds = figures["wakeup_delay"] * 1000
     return Check(

@@ -185,6 +185,14 @@ class Storage(msgspec.Struct, frozen=True, kw_only=True):
             "or, with a password, a secret"
         ),
     ] = Url("sqlite:relay.db")
+    listen_url: Annotated[
+        Url | None,
+        _check(validators.listen_url),
+        _help(
+            "the same PostgreSQL database without the pooler, for the notifications of a cluster; "
+            "unset: `url`, or polling if `url` has `pooler=true`"
+        ),
+    ] = None
     durability: Annotated[
         Literal["full", "normal"],
         _help(

@@ -46,6 +46,8 @@ def bind_tables(binder: Binder) -> Config:
     if config.backup.every is not None and scheme in validators.POSTGRES:
         text = "the relay makes no backups of a PostgreSQL database: remove this key, see docs/storage.md"
         binder.report(("backup", "every"), text)
+    if config.storage.listen_url is not None and scheme not in validators.POSTGRES:
+        binder.warn(("storage", "listen_url"), "no effect: `url` is not a PostgreSQL database")
     return config
 
 

@@ -160,11 +160,24 @@ def storage(value: Url) -> Url:
     return value
 
 
-def _postgres(value: Url) -> None:
+def listen_url(value: Url) -> Url:
+    """Check the URL of the connection for notifications; errors never contain it, as in `storage`."""
+    text = value.reveal()
+    if not text.isprintable() or not text.startswith(tuple(f"{scheme}://" for scheme in POSTGRES)):
+        raise ValueError('expected "postgresql://USER@HOST/DATABASE"')
+    if _postgres(value, "listen_url").get("pooler") == "true":
+        raise ValueError(
+            "notifications do not pass a pooler: write the address of the server, without pooler=true"
+        )
+    return value
+
+
+def _postgres(value: Url, key: str = "url") -> dict[str, str]:
     options = postgres_options(value.reveal())
     if has_password(value.reveal()) and not value.is_hidden:
+        variable = f"RELAY_STORAGE_{key.upper()}"
         raise ValueError(
-            'the URL contains a password: write it as a secret, url = { env = "RELAY_STORAGE_URL" }, '
+            f'the URL contains a password: write it as a secret, {key} = {{ env = "{variable}" }}, '
             "or use a password file"
         )
     for name in _POSTGRES_FILES & options.keys():
@@ -172,6 +185,7 @@ def _postgres(value: Url) -> None:
             existing_file(Path(options[name]))
     if find_spec("asyncpg") is None:
         raise ValueError("PostgreSQL needs the package asyncpg: pip install 'hookferry[postgres]'")
+    return options
 
 
 def postgres_options(text: str) -> dict[str, str]:

@@ -64,6 +64,7 @@ def make_store(
     node: str = "",
     cluster: float | None = None,
     digest: Callable[[], bytes] = lambda: b"",
+    listen_url: str | None = None,
 ) -> Store:
     """Make a store that is not open yet.
 
@@ -87,6 +88,7 @@ def make_store(
         cluster: seconds after which other nodes take over the lanes of a node that does not answer; None: no
             other daemon uses the data.
         digest: returns the digest of the configuration that all nodes should share.
+        listen_url: of the same database, for notifications; None: `url`, unless that is a pooler.
 
     Raises:
         RelayError: no engine supports the URL.
@@ -112,6 +114,7 @@ def make_store(
             node=node,
             cluster=cluster,
             digest=digest,
+            listen_address=None if listen_url is None else read_url(listen_url, "listen_url"),
         )
     from relay.store.sqlite.disk import Disk  # noqa: PLC0415 - see above
     from relay.store.sqlite.store import SqliteStore  # noqa: PLC0415 - see above

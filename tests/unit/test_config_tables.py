@@ -156,6 +156,12 @@ def test_one_wrong_table_does_not_hide_the_problems_of_the_others(bind):
     assert keys == ["server.listen", "log.level", "destinations.a.url", "destinations.b.url"]
 
 
+def test_a_connection_for_notifications_without_postgresql_is_a_warning(bind):
+    _, binder = bind("[storage]\nlisten_url = 'postgresql://db/relay'")
+    (warning,) = map(str, binder.warnings)
+    assert "2: storage.listen_url: no effect: `url` is not a PostgreSQL database" in warning
+
+
 def test_a_destination_without_secrets_is_a_warning(bind, tmp_path):
     _, binder = bind(CRM)
     assert binder.problems == []

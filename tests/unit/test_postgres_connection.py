@@ -6,6 +6,7 @@ import shutil
 import signal
 import socket
 import time
+from contextlib import suppress
 
 import pytest
 from certificates import Certificates
@@ -20,7 +21,7 @@ from relay.config import validators
 from relay.config.secrets import Url
 from relay.errors import RelayError, StorageError, StorageUnavailableError
 from relay.store import opening
-from relay.store.postgres import connection, writer
+from relay.store.postgres import connection, wakeups, writer
 from relay.store.postgres.connection import Connection, Database, connect, read_url, refused
 
 PASSWORD = "hunter2"
@@ -258,18 +259,123 @@ async def test_nodes_behind_a_pooler_share_its_sessions_and_poll(tmp_path):
         polled = []
         stores[0].nodes._wake_ups._on_wake_up = polled.append
         owned = await asyncio.gather(*(store.nodes.own({"crm": 1.0}, ["retention"]) for store in stores))
+        assert {node.name for node in await stores[1].nodes.all()} == {"a", "b"}
         sent = [store.events.append(accept(clock, b"{}")) for store in stores for _ in range(40)]
         reads = [store.upkeep.measure() for store in stores for _ in range(10)]
         await asyncio.gather(*sent, *reads)
         assert (await stores[0].upkeep.measure()).events == 80
         assert sum(len(each.until) for each in owned) <= 1
-        assert {node.name for node in await stores[1].nodes.all()} == {"a", "b"}
         await until(lambda: polled)
         assert polled[0].is_poll
         assert not stores[0].nodes._wake_ups.arrives
     finally:
         for store in stores:
             await store.close()
+        pooler.stop()
+
+
+class Wire:
+    """A TCP proxy on loopback in front of a server, which can be cut."""
+
+    async def __aenter__(self):
+        self.ends = []
+        self.listener = await asyncio.start_server(self.connect, "127.0.0.1", 0)
+        self.port = self.listener.sockets[0].getsockname()[1]
+        return self
+
+    async def connect(self, reader, writer):
+        if self.ends is None:
+            writer.transport.abort()
+            return
+        there, back = await asyncio.open_connection("127.0.0.1", server().port)
+        self.ends += [writer, back]
+        await asyncio.gather(self.copy(reader, back), self.copy(there, writer))
+
+    async def copy(self, reader, writer):
+        with suppress(ConnectionError):
+            while data := await reader.read(65536):
+                writer.write(data)
+        writer.transport.abort()
+
+    def cut(self):
+        """Reset all connections, and refuse new ones until `mend`."""
+        for end in self.ends or ():
+            end.transport.abort()
+        self.ends = None
+
+    def mend(self):
+        self.ends = []
+
+    async def __aexit__(self, *_):
+        self.cut()
+        self.listener.close()
+
+
+@needs_pooler
+async def test_a_node_behind_a_pooler_listens_on_a_direct_connection(tmp_path, caplog):
+    """While that is lost, the node polls, and its announcements still reach the other nodes."""
+    pooler = Pooler(server())
+    name = name_of(database_of(tmp_path))
+    options = {"node": "a", "cluster": 30.0}
+    (tmp_path / "b").mkdir()
+    async with Wire() as wire:
+        listen = f"postgresql://{USER}@127.0.0.1:{wire.port}/{name}?sslmode=disable"
+        stores = [
+            opening.make_store(pooler.url(name), tmp_path, SystemClock(), listen_url=listen, **options),
+            opening.make_store(server().url(name), tmp_path / "b", SystemClock(), **options),
+        ]
+        try:
+            for store in stores:
+                await store.open()
+            wake_ups = [store.nodes._wake_ups for store in stores]
+            heard = [[], []]
+            for each, messages in zip(wake_ups, heard, strict=True):
+                each._on_wake_up = messages.append
+
+            async def exchange(*, polls):
+                """Let each node announce a lane to the other."""
+                for sender, messages, lane in ((1, heard[0], "to-a"), (0, heard[1], "to-b")):
+                    stores[sender].nodes.announce([lane])
+                    await until(
+                        lambda messages=messages, lane=lane: any(
+                            lane in each.lanes or (polls and each.is_poll) for each in messages
+                        )
+                    )
+                assert any("to-b" in each.lanes for each in heard[1])
+                heard[0].clear()
+                heard[1].clear()
+
+            await until(lambda: all(each.arrives for each in wake_ups))
+            assert stores[0].nodes.cautions() == ()
+            heard[0].clear()
+            await exchange(polls=False)
+            wire.cut()
+            await until(stores[0].nodes.cautions)
+            assert "notifications of PostgreSQL do not arrive" in stores[0].nodes.cautions()[0].what
+            assert not wake_ups[0].arrives
+            await exchange(polls=True)
+            wire.mend()
+            await until(lambda: wake_ups[0].arrives)
+            assert stores[0].nodes.cautions() == ()
+            assert "polling every 0.25 s instead" in caplog.text
+        finally:
+            for store in stores:
+                await store.close()
+            pooler.stop()
+
+
+@needs_pooler
+async def test_a_node_that_listens_in_another_database_reports_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(wakeups, "PROBE_TIMEOUT", 0.1)
+    pooler = Pooler(server())
+    url, other = pooler.url(name_of(database_of(tmp_path))), server().url("postgres")
+    store = opening.make_store(url, tmp_path, SystemClock(), listen_url=other, cluster=30.0)
+    try:
+        await store.open()
+        await until(store.nodes.cautions)
+        assert "a test notification was not received within 0.1 s" in store.nodes.cautions()[0].what
+    finally:
+        await store.close()
         pooler.stop()
 
 

@@ -92,8 +92,10 @@ class HostsError(ConnectionError):
         self.sqlstate = next((code for _, error in errors if (code := code_of(error))), "")
 
 
-def read_url(url: str) -> Address:
+def read_url(url: str, key: str = "url") -> Address:
     """Return the address in a URL such as `postgresql://relay@db1,db2/relay?sslmode=verify-full`.
+
+    `key` of `[storage]` has the URL; errors name it.
 
     Raises:
         RelayError: it is not a PostgreSQL URL. The text does not contain the URL, which may be a secret.
@@ -101,7 +103,7 @@ def read_url(url: str) -> Address:
     try:
         options = postgres_options(url)
     except ValueError as error:
-        raise RelayError(f"[storage] url: {error}", hint=EXAMPLE) from None
+        raise RelayError(f"[storage] {key}: {error}", hint=EXAMPLE) from None
     parts = urlsplit(url)
     user, at, hosts = parts.netloc.rpartition("@")
     is_pooled = options.pop("pooler", "false") == "true"

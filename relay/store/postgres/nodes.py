@@ -261,12 +261,12 @@ class PostgresNodes:
         schema: int,
         digest: Callable[[], bytes] = lambda: b"",
         listen: Callable[[], Awaitable[Notifications]] | None = None,
-        polls: bool = False,
+        send: Callable[[], Awaitable[Notifications]] | None = None,
     ) -> None:
         """Take the length of a `lease` in seconds, and functions.
 
-        `digest` returns the digest of the config; `listen` connects for notifications; with `polls`, the
-        node polls the database instead.
+        `digest` returns the digest of the config; `listen` and `send` connect for notifications, see
+        `WakeUps`.
         """
         self.incarnation = str(uuid.uuid4())
         self.slot = 0  # after `join`
@@ -292,8 +292,8 @@ class PostgresNodes:
         self.on_late: Callable[[Iterable[str]], None] = lambda _lanes: None  # see `WakeUp.late`
         self._attendant: Attendant | None = None
         self._wake_ups: WakeUps | None = None  # None: no notifications are received
-        if listen is not None or polls:
-            self._wake_ups = WakeUps(listen, self.incarnation, self._wake)
+        if listen is not None or send is not None:
+            self._wake_ups = WakeUps(listen, self.incarnation, self._wake, send=send)
         self._requests = Requests(self._locked, lambda: self.announce(requests=True))
         self._answering: asyncio.Task[None] | None = None
         self.replies = Replies(self._locked, lambda: self.announce(unheard=True))
@@ -472,11 +472,11 @@ class PostgresNodes:
             found.append(
                 Caution(f"nodes with a configuration that differs from this node's: {shown}", "relay nodes")
             )
-        if self._wake_ups is not None and self._wake_ups.fails:
+        if self._wake_ups is not None and (why := self._wake_ups.failure) is not None:
             found.append(
                 Caution(
-                    f"notifications of PostgreSQL do not arrive, so deliveries that another node accepted "
-                    f"start up to {POLL:g} s later",
+                    f"notifications of PostgreSQL do not arrive ({why}), so deliveries that another node "
+                    f"accepted start up to {POLL:g} s later",
                     "relay doctor",
                 )
             )

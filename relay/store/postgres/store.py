@@ -5,7 +5,7 @@ import logging
 import random
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -120,6 +120,7 @@ class PostgresStore:
         node: str,
         cluster: float | None,
         digest: Callable[[], bytes],
+        listen_address: Address | None,
     ) -> None:
         """Take `cluster`: the length of a lease in seconds; None: this daemon uses the database alone."""
         self.location = address.location
@@ -127,6 +128,7 @@ class PostgresStore:
         self.stopped_at = 0
         self.unsaved = False  # committed data is on the server
         self._address = address
+        self._listen_address = listen_address
         self._clock = clock
         self._rules = rules
         self._listeners = listeners
@@ -378,8 +380,14 @@ class PostgresStore:
         async def connect_for_leases() -> _Leases:
             return _Leases(self._address, await _reachable(self._address), max(1.0, min(5.0, lease / 6)))
 
-        async def listen() -> "asyncpg.Connection[asyncpg.Record]":
-            return await connect_raw(self._address)
+        def connecting(address: Address) -> Callable[[], Awaitable["asyncpg.Connection[asyncpg.Record]"]]:
+            return lambda: connect_raw(address)
+
+        listen, send = self._listen_address, None
+        if listen is not None or self._address.is_pooled:
+            send = connecting(self._address)
+        else:
+            listen = self._address
 
         return PostgresNodes(
             connect_for_leases,
@@ -388,8 +396,8 @@ class PostgresStore:
             lease=lease,
             schema=len(MIGRATIONS),
             digest=digest,
-            listen=None if self._address.is_pooled else listen,
-            polls=self._address.is_pooled,
+            listen=None if listen is None else connecting(listen),
+            send=send,
         )
 
     def _set_failure(self, why: str | None) -> None:

@@ -7,10 +7,12 @@ NOTIFY one after another, which made 32 writers 9 times slower (pgbench). A lost
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Iterator
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from typing import Any, Protocol
 
 import msgspec
+
+from relay.store.postgres.connection import text_of
 
 log = logging.getLogger("relay.store")
 
@@ -64,22 +66,26 @@ class WakeUps:
 
     def __init__(
         self,
-        connect: Callable[[], Awaitable[Notifications]] | None,
+        listen: Callable[[], Awaitable[Notifications]] | None,
         sender: str,
         on_wake_up: Callable[[WakeUp], None],
+        *,
+        send: Callable[[], Awaitable[Notifications]] | None = None,
     ) -> None:
-        """Take a function that connects; None: a pooler is in between, so this node only polls.
+        """Take functions that connect. With `send`, there is another connection for sending.
 
-        Behind a pooler, a probe may arrive by chance, on the session that happens to listen.
+        Behind a pooler, notifications can be sent, but not received: without `listen`, this node polls.
         """
         self.arrives = False  # whether notifications arrive
-        self.fails = False  # whether they should arrive, but do not
+        self.failure: str | None = None  # why they do not arrive, although they should
         self.delay = POLL  # seconds that one takes, or until the next look at the database
-        self._connect = connect
+        self._connect, self._connect_sender = listen, send
         self._sender = sender
         self._on_wake_up = on_wake_up
-        self._connection: Notifications | None = None
-        self._lock = asyncio.Lock()  # held while the connection is made or used
+        self._connection: Notifications | None = None  # listens, and sends unless there is another
+        self._sending: Notifications | None = None
+        self._lock = asyncio.Lock()  # held while the connection that sends is made or used
+        self._can_send = asyncio.Event()
         self._lanes: dict[bool, set[str]] = {False: set(), True: set()}  # to announce; by `WakeUp.retries`
         self._leases = self._requests = self._unheard = self._late = False
         self._due = asyncio.Event()  # an announcement is waiting
@@ -90,7 +96,11 @@ class WakeUps:
     def start(self) -> None:
         """Connect and listen in the background."""
         if self._connect is not None:
-            self._tasks = [asyncio.create_task(work) for work in (self._listen(self._connect), self._send())]
+            self._tasks.append(asyncio.create_task(self._listen(self._connect)))
+        if self._connect_sender is not None:
+            self._tasks.append(asyncio.create_task(self._keep_sending(self._connect_sender)))
+        if self._tasks:
+            self._tasks.append(asyncio.create_task(self._send()))
         self._tasks.append(asyncio.create_task(self._poll()))
 
     async def stop(self) -> None:
@@ -100,7 +110,9 @@ class WakeUps:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         with suppress(Exception):
             await self._flush()
-        self._disconnect()
+        for connection in (self._connection, self._sending):
+            if connection is not None:
+                connection.terminate()
 
     def announce(
         self,
@@ -118,30 +130,58 @@ class WakeUps:
         self._requests |= requests
         self._unheard |= unheard
         self._late |= late
-        if self._connect is not None:
-            self._due.set()
+        self._due.set()
 
     async def _listen(self, connect: Callable[[], Awaitable[Notifications]]) -> None:
         """Keep a connection that listens, and check that notifications arrive."""
+        sends = self._connect_sender is None
         while True:
-            lost = asyncio.Event()
+            lost, why = asyncio.Event(), "the connection was lost"
             try:
-                async with self._lock:
+                async with self._lock if sends else nullcontext():
                     self._connection = await connect()
                     self._connection.add_termination_listener(lambda _, lost=lost: lost.set())
                     async with asyncio.timeout(TIMEOUT):
                         await self._connection.add_listener(CHANNEL, self._receive)
-                self._due.set()
+                if sends:
+                    self._can_send.set()
+                    self._due.set()
                 while not lost.is_set():
+                    await self._can_send.wait()
                     await self._check()
                     with suppress(TimeoutError):
                         async with asyncio.timeout(PROBE_EVERY):
                             await lost.wait()
             except Exception as error:  # noqa: BLE001 - after any error, the node polls
-                log.debug("wake-ups do not arrive: %s", error)
-            self.arrives, self.delay = False, POLL
-            self._disconnect()
+                why = text_of(error)
+            self._stop_listening(why)
+            if sends:
+                self._can_send.clear()
+            connection, self._connection = self._connection, None
+            if connection is not None:
+                connection.terminate()
             await asyncio.sleep(RETRY)
+
+    async def _keep_sending(self, connect: Callable[[], Awaitable[Notifications]]) -> None:
+        """Keep a connection that only sends."""
+        while True:
+            lost = asyncio.Event()
+            with suppress(Exception):  # the writer reports that the database cannot be reached
+                async with self._lock:
+                    self._sending = await connect()
+                    self._sending.add_termination_listener(lambda _, lost=lost: lost.set())
+                self._can_send.set()
+                self._due.set()
+                await lost.wait()
+            self._can_send.clear()
+            self._sending = None
+            await asyncio.sleep(RETRY)
+
+    def _stop_listening(self, why: str) -> None:
+        """Poll from now on."""
+        if self.arrives:
+            log.warning("PostgreSQL's notifications do not arrive, polling every %g s instead: %s", POLL, why)
+        self.arrives, self.failure, self.delay = False, why, POLL
 
     async def _check(self) -> None:
         """Send a probe to this node. A pooler in transaction mode lets no notification through."""
@@ -153,11 +193,9 @@ class WakeUps:
             async with asyncio.timeout(PROBE_TIMEOUT):
                 await self._answered.wait()
         except TimeoutError:
-            if self.arrives:
-                log.warning("PostgreSQL's notifications do not arrive; polling every %g s instead", POLL)
-            self.arrives, self.fails, self.delay = False, True, POLL
+            self._stop_listening(f"a test notification was not received within {PROBE_TIMEOUT:g} s")
         else:
-            self.arrives, self.fails = True, False
+            self.arrives, self.failure = True, None
             self.delay = asyncio.get_running_loop().time() - sent
 
     def _receive(self, _connection: Any, _pid: int, _channel: str, payload: str) -> None:
@@ -181,7 +219,7 @@ class WakeUps:
             await asyncio.sleep(PAUSE)
 
     async def _flush(self) -> None:
-        if self._connection is None:  # sent once it is connected
+        if not self._can_send.is_set():  # sent once it is connected
             return
         lanes, self._lanes = self._lanes, {False: set(), True: set()}
         late, self._late = self._late, False
@@ -204,21 +242,22 @@ class WakeUps:
 
     async def _notify(self, message: WakeUp) -> None:
         payload = msgspec.json.encode(message).decode()
-        async with self._lock, asyncio.timeout(TIMEOUT):
-            if self._connection is None:
+        async with self._lock:
+            connection = self._connection if self._connect_sender is None else self._sending
+            if connection is None:
                 raise ConnectionError("not connected")
-            await self._connection.execute("SELECT pg_notify($1, $2)", CHANNEL, payload)
+            try:
+                async with asyncio.timeout(TIMEOUT):
+                    await connection.execute("SELECT pg_notify($1, $2)", CHANNEL, payload)
+            except BaseException:
+                connection.terminate()
+                raise
 
     async def _poll(self) -> None:
         while True:
             await asyncio.sleep(POLL)
             if not self.arrives:
                 self._on_wake_up(WakeUp("", is_poll=True))
-
-    def _disconnect(self) -> None:
-        connection, self._connection = self._connection, None
-        if connection is not None:
-            connection.terminate()
 
 
 def _portions(names: Iterable[str]) -> Iterator[tuple[str, ...]]:
