@@ -78,9 +78,12 @@ class Side(msgspec.Struct, frozen=True):
         return 0.0 if self.database is None else self.database.cpu()
 
 
-async def run(plan: Plan, nodes: Sequence[int] = NODES) -> list[Comparison]:
-    """Measure the stores alone, then whole daemons; SQLite is the other side of each comparison."""
-    found = await engines.run(plan)
+async def run(plan: Plan, nodes: Sequence[int] = NODES, url: str | None = None) -> list[Comparison]:
+    """Measure the stores alone, then whole daemons; SQLite is the other side of each comparison.
+
+    `url` is an empty database for one number of nodes; without it, each number has a new server.
+    """
+    found = await engines.run(plan, url)
     async with AsyncExitStack() as stack:
         folder = Path(stack.enter_context(TemporaryDirectory(prefix="bench-")))
         receiver = await stack.enter_async_context(
@@ -88,7 +91,7 @@ async def run(plan: Plan, nodes: Sequence[int] = NODES) -> list[Comparison]:
         )
         sides = [await stack.enter_async_context(_sqlite(folder / "sqlite", receiver.url))]
         for count in nodes:
-            side = _postgres(folder / f"nodes-{count}", receiver.url, count)
+            side = _postgres(folder / f"nodes-{count}", receiver.url, count, url)
             sides.append(await stack.enter_async_context(side))
         embedded, *clusters = await alternate_all(plan, [partial(each.round, plan) for each in sides])
     for count, rounds in zip(nodes, clusters, strict=True):
@@ -128,9 +131,9 @@ async def _sqlite(folder: Path, receiver: str) -> AsyncIterator[Side]:
 
 
 @asynccontextmanager
-async def _postgres(folder: Path, receiver: str, count: int) -> AsyncIterator[Side]:
+async def _postgres(folder: Path, receiver: str, count: int, url: str | None) -> AsyncIterator[Side]:
     async with AsyncExitStack() as stack:
-        url = stack.enter_context(server(None))
+        url = stack.enter_context(server(url))
         daemons = []
         for number in range(count):
             more = _destinations(receiver)

@@ -138,7 +138,7 @@ async def main(seconds: float) -> None:
             for kind in KINDS:
                 for connections in (1, CONNECTIONS):
                     async with flooded(server, kind, connections) as rates:
-                        await asyncio.sleep(0.5)
+                        await asyncio.sleep(min(0.5, seconds))
                         delays = await events(server, seconds)
                     print(_row(f"{kind}, {connections} connections", delays, rates), flush=True)
     print(f"  target for p99: {TARGET:.0f} ms")
