@@ -162,8 +162,9 @@ async def test_the_retention_benchmark_makes_valid_events_and_deletes_them(tmp_p
     await store.close()
 
 
-def test_lists_are_measured_with_every_filter_and_their_plans_are_checked(printed):
+def test_lists_are_measured_with_every_filter_and_their_plans_are_checked(printed, monkeypatch):
     """There are too few events for meaningful figures."""
+    monkeypatch.setattr(lists, "RUNS", 1)
     lines = printed(lists.main, "--events", 100)
     out = "\n".join(lines)
     assert "100 events, 300 deliveries" in out
@@ -200,8 +201,10 @@ def test_events_during_floods_are_timed_and_compared_with_the_target():
     assert target == "  target for p99: 50 ms"
 
 
-def test_both_layouts_of_deliveries_are_measured_and_compared(printed):
+def test_both_layouts_of_deliveries_are_measured_and_compared(printed, monkeypatch):
     """With too few rows for the figures to mean anything; the lists of both layouts are compared as well."""
+    for name, few in {"GROUPS": 2, "CLAIMS": 2, "PLACES": 4}.items():
+        monkeypatch.setattr(layouts, name, few)
     _, one, queue, head, *rows, result = printed(layouts.main, "--rows", 2000, "--rounds", 1)
     assert [re.sub(r"[0-9]+([.][0-9]+)?", "N", line) for line in (one, queue)] == [
         "one table: filled in N s, N MiB",
