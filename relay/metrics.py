@@ -9,7 +9,7 @@ import asyncio
 import platform
 import sqlite3
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from itertools import product
 from pathlib import Path
 from typing import Any, cast, get_args
@@ -338,10 +338,8 @@ class Metrics:
         self._add("job_name", name)
 
     def _add(self, label: str, value: str) -> None:
-        for attribute, each in declared().items():
-            others = [values for name, values in each.labels.items() if name != label]
-            if each.labels.get(label) == NAMES and NAMES not in others:
-                self._start(attribute, each, **{label: value})
+        for attribute, each in _named_by(label).items():
+            self._start(attribute, each, **{label: value})
 
     def _start(self, attribute: str, each: Declared, **known: str) -> None:
         """Create the series of a metric with every combination of label values."""
@@ -387,9 +385,21 @@ _OF_SERVER = (
 _OF_CLUSTER = ("nodes", "lanes", "renewal_age", "config_differs", "wakeup_delay")
 
 
-def declared() -> dict[str, Declared]:
+@cache
+def declared() -> Mapping[str, Declared]:
     """Return every metric that `Metrics` declares, by its attribute."""
     return {name: each for name, each in vars(Metrics).items() if isinstance(each, Declared)}
+
+
+@cache
+def _named_by(label: str) -> Mapping[str, Declared]:
+    """Return the metrics whose series are known except for the value of this label."""
+    found = {}
+    for attribute, each in declared().items():
+        others = [values for name, values in each.labels.items() if name != label]
+        if each.labels.get(label) == NAMES and NAMES not in others:
+            found[attribute] = each
+    return found
 
 
 def _size(path: Path) -> int:

@@ -174,7 +174,7 @@ class Api:
         self._trail = Trail(context.store.audit, context.clock, config.cluster.node or socket.gethostname())
         self._tail, self._top = TailApi(context), TopApi(context)
         self._resources = (*(resource(context) for resource in RESOURCES), self._tail, self._top)
-        self._pages: list[web.RouteDef] = []  # of the dashboard
+        self._routes = [route for resource in self._resources for route in routes_of(resource)]
         self._reads = {
             each.name: (each, getattr(resource, method))
             for resource in self._resources
@@ -202,7 +202,7 @@ class Api:
 
     def add_pages(self, routes: Iterable[web.RouteDef]) -> None:
         """Serve the pages of the dashboard on both listeners; call it before `socket_app` and `tcp_app`."""
-        self._pages += routes
+        self._routes += routes
 
     def end_streams(self) -> None:
         """End all streams; otherwise the listeners would wait for them and not close.
@@ -225,9 +225,5 @@ class Api:
         middlewares = (name_requests(self._clock), errors, access, self._trail.middleware(), errors)
         app = web.Application(middlewares=middlewares)
         app.on_response_prepare.append(set_headers)
-        app.add_routes(self.routes())
+        app.add_routes(self._routes)
         return app
-
-    def routes(self) -> list[web.RouteDef]:
-        """Return the routes of all endpoints."""
-        return [*(route for resource in self._resources for route in routes_of(resource)), *self._pages]

@@ -4,6 +4,7 @@ This module imports neither of them, so that `relay check-config` can name the c
 """
 
 import re
+from functools import cache
 from importlib.metadata import version
 from typing import Literal
 
@@ -29,13 +30,18 @@ def implementation_of(wanted: Implementation, aiohttp: str | None = None) -> tup
         wanted: `[server] implementation` of config.toml.
         aiohttp: a version of aiohttp; by default the installed one.
     """
-    installed = version("aiohttp") if aiohttp is None else aiohttp
+    installed = _installed() if aiohttp is None else aiohttp
     if wanted == "aiohttp" or is_tested(installed):
         return wanted, ""
     return "aiohttp", (
         f"the fast listener is not tested with aiohttp {installed}; the relay uses the listener"
         f' "aiohttp", which needs more CPU. Install aiohttp>={TESTED[0]},<{TESTED[1]} or a newer hookferry'
     )
+
+
+@cache
+def _installed() -> str:
+    return version("aiohttp")
 
 
 def _numbers(text: str) -> tuple[int, ...]:

@@ -73,9 +73,8 @@ async def open_writer(path: Path, *, full: bool) -> WriterConnection:
     try:
         fresh = await _scalar(connection, "PRAGMA page_count") == 0
         await _check_owner(connection, path)
-        if fresh:
-            await connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
-        for pragma in (
+        pragmas = (
+            *(("auto_vacuum = INCREMENTAL",) if fresh else ()),
             "journal_mode = WAL",
             f"synchronous = {'FULL' if full else 'NORMAL'}",
             "busy_timeout = 5000",
@@ -87,8 +86,8 @@ async def open_writer(path: Path, *, full: bool) -> WriterConnection:
             "temp_store = MEMORY",
             "mmap_size = 0",
             "cache_size = -65536",
-        ):
-            await connection.execute(f"PRAGMA {pragma}")
+        )
+        await connection.run([(f"PRAGMA {pragma}", ()) for pragma in pragmas])
     except BaseException:
         await connection.close()
         raise
@@ -192,9 +191,10 @@ async def open_reader(path: Path, note_error: NoteError = lambda _error: None) -
         isolation_level=None,
         factory=make,
     )
-    await connection.execute("PRAGMA busy_timeout = 5000")
-    await connection.execute("PRAGMA query_only = ON")
-    await connection.execute_fetchall("PRAGMA schema_version")  # opens the log as well, before it can vanish
+    # The last one opens the log as well, before it can vanish.
+    await connection.executescript(
+        "PRAGMA busy_timeout = 5000; PRAGMA query_only = ON; PRAGMA schema_version;"
+    )
     return connection
 
 
@@ -247,17 +247,14 @@ async def quick_check(connection: aiosqlite.Connection, path: Path) -> None:
     Raises:
         StorageError: SQLite found damage; the file is not changed.
     """
-    async with connection.execute("PRAGMA quick_check(1)") as cursor:
-        row = await cursor.fetchone()
-    if row is None or row[0] != "ok":
-        raise damaged(path, row[0] if row else "the check returned no result")
+    rows = [*await connection.execute_fetchall("PRAGMA quick_check(1)")]
+    if not rows or rows[0][0] != "ok":
+        raise damaged(path, rows[0][0] if rows else "the check returned no result")
 
 
 async def _scalar(connection: aiosqlite.Connection, sql: str) -> int:
-    async with connection.execute(sql) as cursor:
-        row = await cursor.fetchone()
-    assert row is not None  # noqa: S101 - a PRAGMA with a value always returns a row
-    return int(row[0])
+    [(value,)] = await connection.execute_fetchall(sql)
+    return int(value)
 
 
 def unreadable(path: Path, error: sqlite3.Error) -> StorageError:
