@@ -5,7 +5,8 @@ import hashlib
 import os
 import sqlite3
 import weakref
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
+from functools import cache
 
 import asyncpg
 import pytest
@@ -13,6 +14,8 @@ import pytest
 from relay.base.ids import EVENT, new_id
 from relay.model import Attempt, Outcome, StoredEvent, Target
 from relay.store import Acceptance, opening
+from relay.store.sqlite import connection as sqlite_connection
+from relay.store.sqlite.schema import MIGRATIONS
 
 KINDS = tuple(os.environ.get("RELAY_TEST_STORES", "sqlite").split(","))
 """Engines that the tests of the store's contract run against."""
@@ -82,6 +85,31 @@ def _url(kind, path, clock):
 def is_postgres(store):
     """Return whether a store is in PostgreSQL."""
     return hasattr(store.database, "address")
+
+
+def create_from_template():
+    """Let stores begin new SQLite files as copies of one that has all tables, which costs a tenth."""
+    create = sqlite_connection._create
+
+    def create_or_copy(path):
+        is_new = not path.exists()
+        create(path)
+        if is_new:
+            try:
+                path.write_bytes(template())
+            except OSError:  # a test fills the disk
+                os.truncate(path, 0)
+
+    sqlite_connection._create = create_or_copy
+
+
+@cache
+def template():
+    """Return a database file as the relay creates it."""
+    with closing(sqlite3.connect(":memory:", isolation_level=None)) as database:
+        database.execute("PRAGMA auto_vacuum = INCREMENTAL")
+        database.executescript(f"{''.join(MIGRATIONS)} PRAGMA user_version = {len(MIGRATIONS)};")
+        return database.serialize()
 
 
 async def rows(store, sql, values=()):

@@ -1,7 +1,10 @@
 """Clocks that a test sets, and waiting for a condition."""
 
 import asyncio
+import os
+import re
 from datetime import datetime, timedelta
+from pathlib import Path
 
 from apscheduler.schedulers import base
 
@@ -44,6 +47,17 @@ class SteppedClock(SystemClock):
 
     def wall(self):
         return super().wall() + int(self.by.total_seconds() * SECOND)
+
+
+def is_roomy(folder):
+    """Return whether a folder in memory has room for the files of all tests, and programs may start there."""
+    try:
+        volume, memory = os.statvfs(folder), Path("/proc/meminfo").read_text()
+    except OSError:
+        return False
+    available = re.search(r"MemAvailable: +(\d+) kB", memory)
+    room = min(volume.f_bavail * volume.f_frsize, int(available[1]) * 1024 // 2 if available else 0)
+    return room >= 4 * 2**30 and not volume.f_flag & os.ST_NOEXEC and os.access(folder, os.W_OK)
 
 
 async def until(condition, seconds=30.0):

@@ -17,6 +17,28 @@ from relay.store.sqlite.schema import MIGRATIONS
 make_store = partial(stores.make_store, kind="sqlite")
 
 
+async def test_the_template_of_other_tests_is_what_the_relay_creates(tmp_path, clock):
+    path, copied = tmp_path / "relay.db", tmp_path / "copied.db"
+    os.close(os.open(path, os.O_CREAT, 0o600))  # the template replaces no file
+    copied.write_bytes(stores.template())
+    store = make_store(path, clock)
+    await store.open()
+    await store.close()
+    queries = (
+        "SELECT type, name, tbl_name, sql FROM sqlite_master ORDER BY name",
+        "PRAGMA user_version",
+        "PRAGMA auto_vacuum",
+        "PRAGMA page_size",
+        "PRAGMA encoding",
+    )
+    found = []
+    for each in (path, copied):
+        with closing(sqlite3.connect(each)) as db:
+            found.append([db.execute(query).fetchall() for query in queries])
+    assert found[0] == found[1]
+    assert len(found[0][0]) > 40
+
+
 async def test_a_file_of_a_newer_version_is_refused_with_both_versions(tmp_path, clock):
     path = tmp_path / "relay.db"
     store = make_store(path, clock)
