@@ -287,6 +287,7 @@ class TailQuery(msgspec.Struct, kw_only=True):
     destination: Destination | None = None
     type: Type | None = None
     failed: Annotated[Literal["0", "1"], _about("1: only failed attempts.", option=None)] = "0"
+    attempts: Annotated[Literal["0", "1"], _about("0: only events.", option=None)] = "1"
     since: (
         Annotated[
             str,

@@ -149,6 +149,7 @@ class Wanted(msgspec.Struct, frozen=True, kw_only=True):
     destination: str | None = None  # attempts to it; no events
     matches: Callable[[str], bool] | None = None  # of the full type
     failed: bool = False  # only failed attempts
+    attempts: bool = True  # otherwise only events
     payload: bool = False  # events with the start of their bodies
     seam: Seam | None = None  # of a follower with a history
     number: int = 0  # of a follower in a cluster
@@ -166,7 +167,7 @@ class Wanted(msgspec.Struct, frozen=True, kw_only=True):
     def attempt(self, outcome: Outcome) -> bool:
         """Return whether the follower wants an attempt."""
         attempt, event = outcome.attempt, outcome.delivery.event
-        if attempt is None or (self.failed and attempt.result == "ok"):
+        if not self.attempts or attempt is None or (self.failed and attempt.result == "ok"):
             return False
         if self.destination is not None and outcome.delivery.destination != self.destination:
             return False
@@ -350,6 +351,10 @@ class TailApi:
 
     def _check(self, query: TailQuery) -> None:
         source, destination = query.source, query.destination
+        if query.attempts == "0" and (destination is not None or query.failed == "1"):
+            name = "failed" if destination is None else "destination"
+            hint = f'"{name}" selects attempts; omit one of them'
+            raise RelayError(f'"attempts=0" and "{name}" exclude each other', hint=hint)
         if source is not None and source not in self._ingest.mounts and source != OPERATOR_SOURCE:
             raise unknown("source", source, self._ingest.mounts)
         if destination is not None and destination not in self._dispatcher.lanes:
@@ -361,6 +366,7 @@ class TailApi:
             destination=query.destination,
             matches=None if query.type is None else _matcher(query.type),
             failed=query.failed == "1",
+            attempts=query.attempts == "1",
             payload=query.payload == "1",
             seam=seam,
             number=next(self._numbers),
@@ -423,9 +429,9 @@ class TailApi:
         self, wanted: Wanted, pattern: str | None, start: int, end: int, *, whole: bool
     ) -> list[tuple[int, dict[str, Any]]] | None:
         """Return times and rows of the items of a time span; None: more than one page, unless `whole`."""
-        lists: dict[str, dict[str, Any]] = {
-            "attempts": {"destination": wanted.destination, "failed": True if wanted.failed else None}
-        }
+        lists: dict[str, dict[str, Any]] = {}
+        if wanted.attempts:
+            lists["attempts"] = {"destination": wanted.destination, "failed": wanted.failed or None}
         if wanted.events:
             lists["events"] = {"source": wanted.source, "type": pattern}
         found = []

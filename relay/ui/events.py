@@ -1,11 +1,12 @@
 """Events: the list with its filters, and one event with the result of each of its deliveries."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 from urllib.parse import urlencode
 
 from aiohttp import web
 
+from relay.base.clock import SECOND, moment, rfc3339
 from relay.ui.deliveries import changes_of
 from relay.ui.destinations import NO_DESTINATIONS
 from relay.ui.markup import Content, tag
@@ -30,6 +31,12 @@ from relay.ui.parts import (
 
 SECTION = "events"
 
+OVERLAP = SECOND
+"""Microseconds before the newest row of a list from which its script counts later events."""
+
+MOST_NEW = 10_000
+"""New events after which the script stops to count; no reader needs the exact number then."""
+
 
 async def list_(visit: Visit) -> web.Response:
     """List events, newest first."""
@@ -37,7 +44,7 @@ async def list_(visit: Visit) -> web.Response:
     return visit.page(
         "Events",
         filter_form(visit, "events"),
-        _new(visit),
+        _new(visit, page["items"], is_last=page["next_cursor"] is None),
         await table(
             visit,
             "Newest first",
@@ -58,14 +65,24 @@ async def list_(visit: Visit) -> web.Response:
     )
 
 
-def _new(visit: Visit) -> Content:
-    """Return where the script counts events that arrive after the page; None if the tail lacks a filter."""
+def _new(visit: Visit, items: Sequence[Mapping[str, Any]], *, is_last: bool) -> Content:
+    """Return where the script counts events that arrive after the page; None if the tail lacks a filter.
+
+    The tail begins a little before the newest row, because events are stored a little later than they
+    arrive. The script leaves out those that the page has already.
+    """
     filters = {name: value for name, value in visit.query.items() if value and name != "limit"}
-    if filters.keys() - {"source", "destination", "type"}:
+    if filters.keys() - {"source", "type"}:
         return None
+    times = [moment(each["received_at"], visit.now) for each in items]
+    since = max(times, default=visit.now) - OVERLAP
+    if not is_last:  # the next page has the events before the last row
+        since = max(since, min(times, default=since))
+    known = [each["id"] for each, at in zip(items, times, strict=True) if at >= since]
+    tail = {**filters, "attempts": "0", "since": rfc3339(since)}
     return tag(
         "p", tag("a", "", href=query_link(visit.query, {})), class_="new", hidden=True, aria_live="polite",
-        data_tail=urlencode(filters),
+        data_tail=urlencode(tail), data_known=" ".join(known), data_most=MOST_NEW,
     )  # fmt: skip
 
 

@@ -313,18 +313,28 @@ HIDE = """(hidden) => {
 }"""
 
 
-async def test_a_hidden_tab_closes_its_streams(relay, browser, monkeypatch):
+async def test_a_hidden_tab_closes_its_streams_and_misses_no_event(relay, browser, monkeypatch):
     monkeypatch.setattr("relay.api.stream.CHECK_EVERY", 0.05)
     origin = relay.addresses.admin
     await followers(relay, 0)
     async with opened(browser, origin, TOKEN) as (page, watch):
-        for path in ("", "events"):
+        for path in ("", "events?source=adorn"):
             await page.goto(f"{origin}/ui/{path}")
             await followers(relay, 1)
             await page.evaluate(HIDE, True)
             await followers(relay, 0)
+        for number in (1, 2):  # each connection counts again from the time of the page
+            await relay.exchange(request("POST", "/v1/events", adorn(session="unseen")))
+            await page.evaluate(HIDE, False)
+            await page.get_by_text(re.compile(f"^{number} new: show$")).wait_for()
+            await page.evaluate(HIDE, True)
+            await followers(relay, 0)
+        await page.evaluate("document.querySelector('[data-tail]').dataset.most = '3'")
         await page.evaluate(HIDE, False)
         await followers(relay, 1)
+        await relay.exchange(request("POST", "/v1/events", adorn(session="unseen")))
+        await page.get_by_text("3+ new: show").wait_for()
+        await followers(relay, 0)
         watch.check()
 
 

@@ -10,7 +10,7 @@ from urllib.parse import urljoin
 
 import pytest
 from daemons import SOURCES, adorn, destination, running, write_config
-from wire import exchange, request
+from wire import exchange, following, request
 
 from relay.api.auth import POLICY
 from relay.base.clock import rfc3339
@@ -191,6 +191,25 @@ async def test_the_list_takes_the_filters_of_the_api_and_shows_its_command(relay
     assert (status, 'did you mean "source"' in found.text) == (400, True)
     status, found = await page(relay, "/ui/events?source=adron")
     assert status == 404
+
+
+async def test_events_between_a_list_and_its_stream_are_counted_once(relay):
+    shown = [await store(relay, session=f"s-{number}") for number in range(3)]
+    for query in ("", "?limit=1", "?type=none.*"):
+        _, found = await page(relay, f"/ui/events{query}")
+        [place] = [each for each in found.all("p") if "data-tail" in each]
+        assert place["data-known"].split()[:1] == ([] if "none" in query else shown[-1:])
+        later = await store(relay, session="later")
+        async with following(relay.addresses.socket, f"/api/tail?{place['data-tail']}") as reader:
+            live = await store(relay, session="live")
+            counted = [] if "none" in query else [later, live]
+            while [each for each in reader.ids if each not in place["data-known"]] != counted:
+                name, _ = await reader.next()
+                assert name == "event"
+        shown += [later, live]
+    for query in ("?destination=crm", "?cursor=9", "?since=1h"):
+        _, found = await page(relay, f"/ui/events{query}")
+        assert not [each for each in found.all("p") if "data-tail" in each]
 
 
 async def test_an_event_shows_its_deliveries_and_why_others_get_none(relay):

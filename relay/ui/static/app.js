@@ -329,23 +329,31 @@ function changed({ ready, reasons, workers, sources, destinations }) {
 }
 
 // New items are counted and not inserted: rows that move are hard to read and easy to miss with the mouse.
+// Each connection begins with the stored events since the page was made, so it counts from 0.
 function newItems() {
   const place = document.querySelector("[data-tail]");
-  if (!place) return null;
-  let count = Number(place.dataset.count || 0);
+  if (!place || place.dataset.full) return null;
+  const known = new Set(place.dataset.known.split(" "));
   const stream = new EventSource(`${api}tail?${place.dataset.tail}`);
+  let count = 0;
   let waiting = 0;
   const write = () => {
     waiting = 0;
-    place.dataset.count = count;
-    place.hidden = false;
-    place.firstElementChild.textContent = `${count.toLocaleString("en")} new: show`;
+    place.hidden = !count;
+    place.firstElementChild.textContent = `${count.toLocaleString("en")}${place.dataset.full || ""} new: show`;
   };
   // Changing the page for each of many events would keep the browser busy.
-  stream.addEventListener("event", () => {
-    count += 1;
+  const add = (number) => {
+    count += number;
+    if (count >= Number(place.dataset.most)) {
+      place.dataset.full = "+";
+      stream.close();
+    }
     waiting ||= setTimeout(write, 200);
-  });
+  };
+  stream.addEventListener("open", () => { count = 0; });
+  stream.addEventListener("event", (event) => { if (!known.has(event.lastEventId)) add(1); });
+  stream.addEventListener("lost", (event) => add(JSON.parse(event.data).count));
   return stream;
 }
 
