@@ -139,9 +139,12 @@ class DeliveriesApi:
         if selection.state is None:
             hint = "with pending, deliveries become due now; with any other state, they are sent again"
             raise RelayError("the filter needs a state", hint=hint)
+        if selection.state != "pending" and body.dry_run:
+            read_field("rate", parse_rate, body.rate)
+            return respond(CountView(await self._replays.count_deliveries(selection)))
         if selection.state != "pending":
             replay = ReplayRequest(what=selection, rate=read_field("rate", parse_rate, body.rate))
-            return await begin(self._replays, replay, dry_run=body.dry_run)
+            return await begin(self._replays, replay, dry_run=False)
         count = hurried = 0
         async for page in self._store.queries.pending(selection):
             count += len(page)

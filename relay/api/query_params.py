@@ -165,6 +165,13 @@ class DeliveriesQuery(EventsQuery, kw_only=True):
     """`GET /api/deliveries`."""
 
     event_id: EventId | None = None
+    replayed: (
+        Annotated[
+            Literal["yes", "no"],
+            _about("no: only deliveries that were not sent again, as a retry selects them; yes: the others."),
+        ]
+        | None
+    ) = None
 
 
 class AttemptsQuery(msgspec.Struct, kw_only=True):

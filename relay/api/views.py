@@ -82,6 +82,10 @@ class DeliveryView(msgspec.Struct):
     created_at: Time
     finished_at: Time | None
     replay_of: Annotated[str | None, about("Id of the delivery that this one repeats.")]
+    replayed_by: Annotated[
+        str | None,
+        about("Id of the latest later delivery that sends the event to the same destination again."),
+    ]
     group_key: Annotated[
         str | None, about("Value of `group_by`: pending deliveries with the same value are sent together.")
     ]
@@ -277,6 +281,8 @@ async def list_items(
     for name, noun in (("id", _NOUNS.get(kind)), ("event_id", "event"), ("delivery_id", "delivery")):
         if name in wanted:
             wanted[name] = await _row(stored, noun, wanted[name])
+    if "replayed" in wanted:
+        wanted["replayed"] = wanted["replayed"] == "yes"
     page = await stored.queries.page(kind, limit=min(limit, MOST_ROWS), cursor=cursor, **wanted)
     rows = page.rows if answers else [{**row, "answer": None} for row in page.rows]
     digits = await stored.queries.digits_of(

@@ -151,6 +151,7 @@ def delivery_fields(delivery: Mapping[str, Any]) -> list[Field]:
         Field("Next attempt", screen.full_time(delivery["next_attempt_at"])),
         Field("Finished", screen.full_time(delivery["finished_at"])),
         Field("Repeats", delivery["replay_of"] or ""),
+        Field("Sent again", delivery.get("replayed_by") or ""),
         Field("Group", delivery["group_key"] or ""),
     ]
 

@@ -223,6 +223,12 @@ class Replays:
         """Return the number of events of a request."""
         return (await self._measure(request))[0]
 
+    async def count_deliveries(self, selection: Selection) -> int:
+        """Return the number of deliveries that a retry of a selection sends again."""
+        span = await self._store.queries.span(selection)
+        pages = self._store.queries.select(selection, span)
+        return sum([len(one.destinations) async for page in pages for one in page])
+
     async def start(self, request: ReplayRequest) -> Replay:
         """Count the events and start the replay.
 

@@ -356,7 +356,8 @@ class Queries(Protocol):
     async def page(self, kind: str, *, limit: int = 50, cursor: str | None = None, **filters: Any) -> Page:
         """List `events`, `deliveries`, `attempts`, `worker_metrics` or `worker_commands`, newest first.
 
-        Filters are the fields of a `Selection`, and ids; `event_id` and `delivery_id` may be row ids. A
+        Filters are the fields of a `Selection`, and ids; `event_id` and `delivery_id` may be row ids.
+        Deliveries have `replayed`, too: whether a later one sends the event to the same destination again. A
         search has a budget: a page may have fewer rows than `limit` and still have a cursor.
 
         Raises:

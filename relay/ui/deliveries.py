@@ -1,6 +1,6 @@
 """Deliveries and attempts: find those that need a change, change all that match, or look at one."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from aiohttp import web
@@ -23,6 +23,7 @@ from relay.ui.parts import (
     nothing,
     options_of,
     pages,
+    query_link,
     state,
     table,
     when,
@@ -38,6 +39,7 @@ async def list_(visit: Visit) -> web.Response:
         "Deliveries",
         filter_form(visit, "deliveries"),
         tag("p", *_changes(visit), class_="actions"),
+        _sent_again(visit, page["items"]),
         await table(
             visit,
             "Newest first",
@@ -70,11 +72,34 @@ def _row(visit: Visit, each: Mapping[str, Any]) -> tuple[Content, ...]:
     return (
         tag("a", each["type"], href=visit.link(SECTION, each["id"])),
         tag("a", each["destination"], href=visit.link("destinations", each["destination"])),
-        state(each["state"]),
+        _state(visit, each),
         each["attempts"],
         _last(each),
         when(visit, each["created_at"]),
         when(visit, each["next_attempt_at"]),
+    )
+
+
+def _state(visit: Visit, each: Mapping[str, Any]) -> Content:
+    """Return a delivery's state, and a link to the later one that sends its event again."""
+    later = each["replayed_by"]
+    if later is None:
+        return state(each["state"])
+    return [state(each["state"]), " ", tag("a", "sent again", href=visit.link(SECTION, later))]
+
+
+def _sent_again(visit: Visit, items: Sequence[Mapping[str, Any]]) -> Content:
+    """Return a note about the rows that a change of all leaves out."""
+    count = sum(each["replayed_by"] is not None for each in items)
+    if not count or visit.query.get("replayed"):
+        return None
+    others = query_link(visit.query, {"replayed": "no", "cursor": None})
+    return tag(
+        "p",
+        f"{count:,} of the deliveries on this page {'was' if count == 1 else 'were'} sent again later; "
+        "sending all again leaves them out. ",
+        tag("a", "Show only the others", href=others),
+        class_="note",
     )
 
 
@@ -91,8 +116,8 @@ def _changes(visit: Visit) -> Iterator[Content]:
     `selection`, so there are none for a list of one event.
     """
     query = {name: value for name, value in visit.query.items() if name not in ("cursor", "limit") and value}
-    chosen = query.get("state")
-    if "id" in query or "event_id" in query or not set(query) - {"state"}:
+    chosen, replayed = query.get("state"), query.pop("replayed", "no")
+    if "id" in query or "event_id" in query or replayed != "no" or not set(query) - {"state"}:
         return
     selected = {**api_query(visit, "selection"), **({"state": chosen} if chosen else {})}
     words = options_of("selection", query)
@@ -129,6 +154,7 @@ async def show(visit: Visit) -> web.Response:
             *([("Ended", exact(visit, shown["finished_at"]))] if shown["finished_at"] else []),
             *([("Due", exact(visit, shown["next_attempt_at"]))] if shown["next_attempt_at"] else []),
             *([("Repeats", _delivery_link(visit, shown["replay_of"]))] if shown["replay_of"] else []),
+            *([("Sent again", _delivery_link(visit, shown["replayed_by"]))] if shown["replayed_by"] else []),
             *([("Group", shown["group_key"])] if shown["group_key"] is not None else []),
         ),
         tag("h2", "Attempts"),

@@ -102,7 +102,7 @@ async def show(visit: Visit) -> web.Response:
     given = {"id": visit.path["id"]}
     event = await visit.ask("showEvent", given)
     explanation = await visit.ask("explainEvent", given)
-    ids = [each["id"] for each in event["owed"] if each["state"] != "pending"]
+    ids = [each["id"] for each in event["owed"] if each["state"] != "pending" and not each["replayed_by"]]
     return visit.page(
         event["type"],
         fields(
@@ -164,6 +164,8 @@ def _details(visit: Visit, delivery: Mapping[str, Any]) -> Content:
         parts.append(delivery["last_error"] or f"HTTP {delivery['last_status']}")
     if delivery["reason"]:
         parts.append(delivery["reason"])
+    if delivery["replayed_by"]:
+        parts.append(tag("a", "sent again", href=visit.link("deliveries", delivery["replayed_by"])))
     if delivery["next_attempt_at"]:
         parts.append(["due ", when(visit, delivery["next_attempt_at"])])
     elif delivery["finished_at"]:

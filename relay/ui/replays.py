@@ -64,6 +64,7 @@ async def show(visit: Visit) -> web.Response:
             bar,
             " ",
             tag("span", f"{replay['done']:,} of {replay['count']:,}", data_progress_text=True),
+            " events",
             data_progress=f"replays/{id_}" if running else None,
         ),
         action(

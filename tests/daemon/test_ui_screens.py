@@ -50,6 +50,12 @@ def buttons(found):
     return {each["data-command"]: each for each in found.all("button") if "data-call" in each}
 
 
+async def post(relay, path, body):
+    """Ask the API for a change, and return the result."""
+    raw = request("POST", f"/api/{path}", json.dumps(body).encode())
+    return (await exchange(relay.addresses.socket, raw)).json
+
+
 async def refuse(relay, path="/nowhere"):
     """Send a request that no source accepts; return its id among the refused ones."""
     await relay.exchange(request("POST", path, b"{}"))
@@ -146,6 +152,32 @@ async def test_changes_of_a_list_apply_to_its_filter(relay):
     assert "No deliver" in found.text
     status, found = await page(relay, "/ui/deliveries?where=%3E%3D")
     assert (status, "data.total>=100 and data.sale_made=true" in found.text) == (400, True)
+
+
+async def test_a_list_marks_deliveries_that_were_sent_again(relay):
+    dead = await ended(relay, "shop", "dead")
+    await post(relay, "deliveries/retry", {"filter": {"destination": "shop", "state": "dead"}})
+    rows = []
+    async with asyncio.timeout(30):
+        while len(rows) < 2 or rows[0]["state"] == "pending":
+            await asyncio.sleep(0.01)
+            rows = (await relay.operator("GET", "/api/deliveries?destination=shop"))["items"]
+    query = "?destination=shop&state=dead"
+    _, found = await page(relay, f"/ui/deliveries{query}")
+    assert "1 of the deliveries on this page was sent again later" in found.text
+    assert f"./deliveries/{rows[0]['id']}" in [each["href"] for each in found.all("a")]
+    [others] = [each["href"] for each in found.all("a") if "replayed=no" in each["href"]]
+    _, found = await page(relay, f"/ui/deliveries{others}")
+    assert "relay deliveries list --destination shop --state dead --replayed no" in found.text
+    shown = {each["href"] for each in found.all("a") if each["href"].startswith("./deliveries/dlv_")}
+    [button] = [each for each in buttons(found).values() if each["data-call"] == "POST deliveries/retry"]
+    counted = await post(relay, "deliveries/retry", {**json.loads(button["data-body"]), "dry_run": True})
+    assert counted == {"count": len(shown)} == {"count": 1}
+    _, found = await page(relay, f"/ui/deliveries{query}&replayed=yes")
+    assert f"./deliveries/{dead['id']}" in [each["href"] for each in found.all("a")]
+    assert not buttons(found)
+    _, found = await page(relay, f"/ui/deliveries/{dead['id']}")
+    assert f"../deliveries/{rows[0]['id']}" in [each["href"] for each in found.all("a")]
 
 
 @pytest.mark.parametrize("query", ["", "?state=dead", "?event_id=evt_0&state=dead", "?id=dlv_0"])

@@ -346,4 +346,4 @@ def test_the_api_offers_the_filters_that_the_store_has(kind):
 
 def test_every_field_of_a_selection_is_a_filter_of_events_and_deliveries():
     assert set(FILTERS["events"]) == {"id", *Selection.__struct_fields__}
-    assert set(FILTERS["deliveries"]) == {"id", "event_id", *Selection.__struct_fields__}
+    assert set(FILTERS["deliveries"]) == {"id", "event_id", "replayed", *Selection.__struct_fields__}

@@ -14,6 +14,7 @@ from relay.model import (
     Heartbeat,
     Outcome,
     Register,
+    Selection,
     Session,
     SessionSeen,
     Target,
@@ -350,3 +351,35 @@ async def test_the_backlog_of_one_destination_is_that_of_all(store, clock, monke
     assert former < found["crm"].row
     assert await store.ledger.backlog_of("crm", later, former) == found["crm"]
     assert await store.ledger.backlog_of("bi", later) is None
+
+
+async def test_a_delivery_that_was_sent_again_names_the_latest_later_one(store, clock):
+    fresh = []
+    hooks(store).listener = lambda news: fresh.extend(news.deliveries)
+    both = (Target("crm"), Target("erp"))
+    hooks(store).route = lambda event: () if event.type.startswith("relay.") else both
+    for subject in ("a", "b"):
+        await store.events.append(accept(clock, subject=subject))
+    first, erp, _, _ = dead = list(fresh)
+    for each in dead:
+        await store.deliveries.settle(outcome(each, "dead"))
+    event = (await store.events.load([first.event_id]))[first.event_id]
+    for _ in range(2):  # the second replaces the first as the latest
+        assert await store.deliveries.repeat([(event, Target("crm"))]) == (True,)
+        await store.deliveries.settle(outcome(fresh[-1], "dead"))
+    middle, last = fresh[-2:]
+    rows = {row["id"]: row["replayed_by"] for row in await store.queries.find("deliveries", state="dead")}
+    named = {first.public_id: last.public_id, middle.public_id: last.public_id}
+    assert rows == {each.public_id: named.get(each.public_id) for each in fresh}
+
+    async def listed(**filters):
+        page = await store.queries.page("deliveries", state="dead", **filters)
+        return {row["id"] for row in page.rows}
+
+    assert await listed(replayed=True) == named.keys()
+    others = {each.public_id for each in (*dead[1:], last)}
+    assert await listed(replayed=False) == others
+    assert await listed(replayed=False, subject="a", destination="erp") == {erp.public_id}
+    assert await listed(replayed=True, event_id=event.public_id) == named.keys()
+    pages = store.queries.select(Selection(state="dead"), await store.queries.span(Selection(state="dead")))
+    assert sum([len(one.destinations) async for page in pages for one in page]) == len(others)

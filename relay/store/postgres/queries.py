@@ -466,6 +466,18 @@ class PostgresReader:
                 complete.append(row)
         return complete
 
+    async def later(self, ids: Sequence[int]) -> dict[int, str]:
+        """See `Reader.later`."""
+        given = await self._by_ids(IDS_SQL["deliveries"], ids)
+        known = await self._deliveries_of([row["event_id"] for row in given])
+        latest = {}
+        for row in given:
+            others = [id_ for id_, name, _ in known.get(row["event_id"], ()) if name == row["destination"]]
+            if others and others[-1] > row["id"]:
+                latest[row["id"]] = others[-1]
+        names = {row[0]: row[1] for row in await self._by_ids(IDS_SQL["deliveries"], [*latest.values()])}
+        return {id_: names[other] for id_, other in latest.items() if other in names}
+
     async def attempts_of(self, delivery: int, before: int, count: int) -> list[int]:
         """See `Reader.attempts_of`."""
         rows = await self._database.fetch(ATTEMPTS_OF_DELIVERY_SQL, delivery, before, count)

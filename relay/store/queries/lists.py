@@ -64,6 +64,7 @@ async def _page(reader: Reader, kind: str, limit: int, cursor: Cursor, wanted: d
     """
     own = await _row_of(reader, kind, wanted.pop("id", None))
     event = await _row_of(reader, "events", wanted.pop("event_id", None))
+    replayed: bool | None = wanted.pop("replayed", None)
     selection = Selection(**wanted)
     deliveries = kind == "deliveries"
     of_delivery = selection == Selection(destination=selection.destination, state=selection.state)
@@ -86,6 +87,9 @@ async def _page(reader: Reader, kind: str, limit: int, cursor: Cursor, wanted: d
     async def step(before: Cursor, count: int) -> Step:
         ids, reached = await plan.take(reader, min(end, _end(before)), start, count)
         found = await _positions(reader, matching, ids, before, within_event=deliveries and by_event)
+        if replayed is not None and found:
+            later = await reader.later([position.id for position in found])
+            found = [position for position in found if (position.id in later) == replayed]
         return Step(found, None if reached is None else Cursor(reached), len(ids))
 
     budget = PageBudget(reads_bodies=matching.reads_bodies)
@@ -137,6 +141,11 @@ async def _filled(reader: Reader, kind: str, positions: Sequence[Cursor], follow
     rows = {}
     if ids := [position.id for position in positions]:
         rows = {row["row"]: row for row in await reader.rows(kind, ids)}
+    if kind == "deliveries" and rows:
+        # A delivery is sent again only after its end.
+        ended = [id_ for id_, row in rows.items() if row["state"] != "pending"]
+        later = await reader.later(ended) if ended else {}
+        rows = {id_: {**row, "replayed_by": later.get(id_)} for id_, row in rows.items()}
     found = [rows[id_] for id_ in ids if id_ in rows]
     return Page(found, None if following is None else str(following))
 

@@ -119,6 +119,13 @@ class Reader(Protocol):
         """Return the rows of a list that exist, under the names of a page; `row` is the row id."""
         ...
 
+    async def later(self, ids: Sequence[int]) -> dict[int, str]:
+        """Return the public id of the latest later delivery of the same event to the same destination.
+
+        By row id of the given deliveries; those without a later one are left out.
+        """
+        ...
+
     async def attempts_of(self, delivery: int, before: int, count: int) -> list[int]:
         """Return row ids of a delivery's attempts before one, newest first."""
         ...

@@ -31,6 +31,11 @@ DELIVERIES_SQL = """
            d.group_key
       FROM deliveries AS d CROSS JOIN events AS v ON v.id = d.event_id WHERE d.id IN ({marks})
 """
+LATER_SQL = """
+    SELECT d.id, l.public_id, max(l.id)
+      FROM deliveries AS d CROSS JOIN deliveries AS l ON l.event_id = d.event_id
+     WHERE d.id IN ({marks}) AND +l.destination = d.destination AND l.id > d.id GROUP BY d.id
+"""
 ATTEMPTS_SQL = """
     SELECT a.id AS row, d.public_id AS delivery_id, v.public_id AS event_id, v.type, d.destination,
            a.started_at, a.duration_ms, a.result, a.status, a.error, a.truncated, a.group_id, a.group_size,
@@ -327,6 +332,11 @@ class SqliteReader:
         """See `Reader.rows`."""
         sql = {"events": EVENTS_SQL, "deliveries": DELIVERIES_SQL, "attempts": ATTEMPTS_SQL}[kind]
         return await self._named(sql.format(marks=marks(ids)), ids)
+
+    async def later(self, ids: Sequence[int]) -> dict[int, str]:
+        """See `Reader.later`."""
+        rows = await self._fetch(LATER_SQL.format(marks=marks(ids)), ids)
+        return {id_: public_id for id_, public_id, _ in rows}
 
     async def attempts_of(self, delivery: int, before: int, count: int) -> list[int]:
         """See `Reader.attempts_of`."""
