@@ -46,6 +46,14 @@ class ForbiddenError(RelayError):
     """The token of a request to the admin API does not allow it."""
 
 
+class ThrottledError(RelayError):
+    """The client sent too many wrong tokens; it may try again after `seconds`."""
+
+    def __init__(self, message: str, *, seconds: float, hint: str = "") -> None:
+        super().__init__(message, hint=hint)
+        self.seconds = seconds
+
+
 class StorageError(RelayError):
     """The store failed and rolled back; the call changed nothing."""
 

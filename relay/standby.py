@@ -16,6 +16,7 @@ from aiohttp import web
 
 from relay.api.audit import Trail
 from relay.api.auth import Access, name_requests, set_headers
+from relay.api.guesses import Guesses
 from relay.api.listener import listen
 from relay.api.responses import body_of, error_response, errors, respond
 from relay.api.scrape import Scrape
@@ -160,8 +161,9 @@ class Standby:
     def _app(self, *, api: bool) -> web.Application:
         middlewares = [name_requests(SystemClock()), errors]
         if api:
-            trail = Trail(None, SystemClock())
-            middlewares[1:] = [Access(Admin(), _no_login).at_socket(), trail.middleware(), errors]
+            clock = SystemClock()
+            access, trail = Access(Admin(), _no_login, Guesses(clock)), Trail(None, clock)
+            middlewares[1:] = [access.at_socket(), trail.middleware(), errors]
         app = web.Application(middlewares=middlewares)
         app.on_response_prepare.append(set_headers)
         app.add_routes([web.get("/health", self._alive), web.get("/ready", self._ready)])

@@ -17,6 +17,7 @@ from relay.api.deliveries import DeliveriesApi
 from relay.api.destinations import DestinationsApi
 from relay.api.endpoints import JSON, Page, document, endpoint, endpoints_of, routes_of
 from relay.api.events import EventsApi
+from relay.api.guesses import Guesses
 from relay.api.history import HistoryApi
 from relay.api.jobs import JobsApi
 from relay.api.logins import Logins, LoginsApi
@@ -170,7 +171,7 @@ class Api:
         config = context.state.config
         self._clock = context.clock
         self.logins = Logins(context.store, context.clock, config.admin)
-        self._access = Access(config.admin, self.logins.find)
+        self._access = Access(config.admin, self.logins.find, Guesses(context.clock))
         self._trail = Trail(context.store.audit, context.clock, config.cluster.node or socket.gethostname())
         self._tail, self._top = TailApi(context), TopApi(context)
         self._resources = (*(resource(context) for resource in RESOURCES), self._tail, self._top)

@@ -16,7 +16,7 @@ from aiohttp import web
 from relay.api.auth import READ_ONLY, REQUEST_ID
 from relay.api.context import Context
 from relay.api.endpoints import Page, endpoint
-from relay.api.operators import OPERATOR
+from relay.api.operators import OPERATOR, SUSPECT
 from relay.api.query_params import AuditQuery, read_filters
 from relay.api.responses import DRY_RUN, LOGGED_BODY, STORED_BODY
 from relay.api.views import Time, about
@@ -44,7 +44,11 @@ class AuditView(msgspec.Struct):
     at: Time
     operator: Annotated[str, about("Name of the user, the token, or the user that a proxy named.")]
     access: Annotated[
-        str, about("How the name was proved: `socket`, `token`, `login` to the dashboard, or `proxy`.")
+        str,
+        about(
+            "How the name was proved: `socket`, `token`, `login` to the dashboard, or `proxy`; `none`: a "
+            "login was refused after too many wrong tokens."
+        ),
     ]
     remote: Annotated[str, about("Address of the client; empty on the socket.")]
     method: str
@@ -84,7 +88,7 @@ class Trail:
                 response = await handler(request)
                 status = response.status
             finally:
-                if OPERATOR in request and not request.get(DRY_RUN):
+                if (OPERATOR in request or SUSPECT in request) and not request.get(DRY_RUN):
                     adding = self._note(request, status)
             if adding is not None and status is not None:
                 await asyncio.wait((adding,), timeout=PATIENCE)
@@ -94,7 +98,7 @@ class Trail:
 
     def _note(self, request: web.Request, status: int | None) -> "asyncio.Task[None] | None":
         """Log a change, and begin to store it."""
-        operator, body = request[OPERATOR], request.get(LOGGED_BODY, "")
+        operator, body = request.get(OPERATOR) or request[SUSPECT], request.get(LOGGED_BODY, "")
         outcome = "client disconnected" if status is None else str(status)
         text, path = f" {body}" if body else "", _path(request)
         extra = fields(request_id=request.get(REQUEST_ID), outcome=outcome)

@@ -14,6 +14,7 @@ from typing import Any, get_args
 
 from aiohttp import web
 
+from relay.api.guesses import Guesses
 from relay.api.operators import OPERATOR, Operator, is_name, operator_at_socket, peer_of
 from relay.api.responses import LINES, STARTED, error_response
 from relay.base.clock import Clock
@@ -103,9 +104,10 @@ class Access:
     A page of the dashboard is served without an operator, too: it is then the page to log in.
     """
 
-    def __init__(self, config: Admin, find_login: FindLogin) -> None:
+    def __init__(self, config: Admin, find_login: FindLogin, guesses: Guesses) -> None:
         self._config = config
         self._find_login = find_login
+        self._guesses = guesses  # of Bearer tokens
         self._tokens = [(token, token.secret.reveal().encode()) for token in config.tokens]
         proxies = config.trusted_proxies
         self._users = {each.removeprefix(SOCKET_PROXY) for each in proxies if each.startswith(SOCKET_PROXY)}
@@ -159,8 +161,11 @@ class Access:
         scheme, _, given = request.headers.get("Authorization", "").strip().partition(" ")
         operator = None
         if scheme.lower() == "bearer":
+            if self._guesses.is_flooded:
+                return _flooded()
             operator = self._of_token(request, given.strip())
             if operator is None:
+                await self._guesses.delay(request.remote)
                 return _unauthorized()
         else:
             operator = await self._find_login(request) or (self._of_proxy(request) if trusted else None)
@@ -278,6 +283,12 @@ def least(scope: Scope, other: Scope) -> Scope:
 def _unauthorized() -> web.Response:
     hint = "set [admin] tokens and send one as a Bearer token, or use the unix socket"
     return error_response(401, "unauthorized", "missing or unknown token", hint)
+
+
+def _flooded() -> web.Response:
+    refused = error_response(429, "too_many_requests", "too many wrong tokens", "try again in a second")
+    refused.headers["Retry-After"] = "1"
+    return refused
 
 
 def _check_origin(request: web.Request) -> web.Response | None:

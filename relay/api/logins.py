@@ -6,6 +6,7 @@ ends when the token is removed from `[admin] tokens`, and never has more than th
 
 import hashlib
 import hmac
+import math
 import secrets
 from contextlib import suppress
 from typing import Annotated
@@ -16,12 +17,13 @@ from aiohttp import web
 from relay.api.auth import TOKEN, least, origin_scheme
 from relay.api.context import Context
 from relay.api.endpoints import endpoint
-from relay.api.operators import OPERATOR, Operator
+from relay.api.guesses import Guesses
+from relay.api.operators import OPERATOR, SUSPECT, Operator
 from relay.api.responses import respond
 from relay.api.views import Time, about
 from relay.base.clock import SECOND, Clock, rfc3339
 from relay.config.schema import Admin, AdminToken, Scope
-from relay.errors import ForbiddenError, RelayError, StorageError
+from relay.errors import ForbiddenError, RelayError, StorageError, ThrottledError
 from relay.model import Login
 from relay.store import Store
 
@@ -54,6 +56,7 @@ class Logins:
         self._clock = clock
         self._enabled = config.ui
         self._tokens = config.tokens
+        self._guesses = Guesses(clock)
 
     async def find(self, request: web.Request) -> Operator | None:
         """Return the operator of the login in a request's cookie; None: the request has no valid login."""
@@ -106,8 +109,9 @@ class Logins:
 
         Raises:
             ForbiddenError: the code was used, is older than `CODE_FOR` or unknown; or the token is unknown.
+            ThrottledError: the client, or all clients together, sent too many wrong tokens.
         """
-        operator, chosen = await self._of_code(code) if code else self._of_token(token)
+        operator, chosen = await self._of_code(code) if code else self._checked_token(request, token)
         is_secure = origin_scheme(request) == "https"
         name, value = _SECURE if is_secure else _plain(request), secrets.token_urlsafe(32)
         await self._add(name, value, operator[0], operator[1], chosen)
@@ -128,6 +132,29 @@ class Logins:
             )
         token = None if found.binding is None else self._token_of(found.binding, code)
         return (found.name, scope), token
+
+    def _checked_token(self, request: web.Request, given: str) -> tuple[tuple[str, Scope], AdminToken]:
+        """Return the name, the scope and the token that a client sent, unless it has tried too many."""
+        seconds = self._guesses.wait(request.remote)
+        if seconds:
+            if self._guesses.may_report():
+                request[SUSPECT] = Operator(
+                    name="unknown",
+                    scope="read",
+                    access="none",
+                    label="unknown",
+                    remote=request.remote or "gone",
+                )
+            raise ThrottledError(
+                "too many logins with a wrong token",
+                seconds=seconds,
+                hint=f"try again in {math.ceil(seconds)} s, or run on the machine of the relay: relay ui",
+            )
+        try:
+            return self._of_token(given)
+        except ForbiddenError:
+            self._guesses.note(request.remote)
+            raise
 
     def _of_token(self, given: str) -> tuple[tuple[str, Scope], AdminToken]:
         presented = given.strip().encode("utf-8", "surrogateescape")

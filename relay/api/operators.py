@@ -27,7 +27,7 @@ class Operator(msgspec.Struct, frozen=True, kw_only=True):
 
     name: str
     scope: Scope
-    access: Literal["socket", "token", "login", "proxy"]  # how the name is proved
+    access: Literal["socket", "token", "login", "proxy", "none"]  # how the name is proved
     label: str  # for the log
     remote: str = ""  # address of the client; "" on the socket
 
@@ -38,6 +38,9 @@ class Operator(msgspec.Struct, frozen=True, kw_only=True):
 
 OPERATOR = web.RequestKey("operator", Operator)
 """Of a request whose operator is known."""
+
+SUSPECT = web.RequestKey("suspect", Operator)
+"""Of a refused request that the audit trail notes, although its sender is unknown."""
 
 
 class Peer(msgspec.Struct, frozen=True):

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import math
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, TypeVar
@@ -21,6 +22,7 @@ from relay.errors import (
     SetInConfigError,
     StorageError,
     StorageUnavailableError,
+    ThrottledError,
     UnknownError,
 )
 from relay.model import Selection
@@ -58,6 +60,7 @@ _STATUSES: Mapping[type[RelayError], tuple[int, str]] = {
     RestartNeededError: (409, "restart_needed"),
     BusyError: (409, "busy"),
     SetInConfigError: (409, "set_in_config"),
+    ThrottledError: (429, "too_many_requests"),
     StorageError: (503, "unavailable"),
     RelayError: (400, "bad_request"),
 }
@@ -166,7 +169,10 @@ async def errors(request: web.Request, handler: Any) -> web.StreamResponse:
         return error_response(400, "bad_config", error.message, hint, problems=problems)
     except RelayError as error:
         status, described = error_of(error)
-        return respond({"error": described}, status)
+        refused = respond({"error": described}, status)
+        if isinstance(error, ThrottledError):
+            refused.headers["Retry-After"] = str(math.ceil(error.seconds))
+        return refused
     except ConnectionError:  # the client has disconnected
         return web.Response(status=_CLIENT_CLOSED)
     except Exception as error:

@@ -15,6 +15,7 @@ from proxies import proxy_at
 from test_ui import Document
 from wire import exchange, request
 
+from relay.api.guesses import MOST_DELAYED
 from relay.config.problems import ConfigError
 from relay.plugin_loading.loader import load
 
@@ -457,3 +458,37 @@ async def test_without_the_dashboard_no_login_works(config):
         assert (answer.status, "the dashboard is off" in answer.json["error"]["message"]) == (400, True)
         browser = Browser(relay)
         assert (await browser.log_in(token="acts")).status in (401, 404, 405)
+
+
+async def test_logins_with_wrong_tokens_are_limited(relay):
+    guesser = Browser(relay)
+    for _ in range(30):
+        answer = await guesser.log_in(token="guess")
+        if answer.status != 403:
+            break
+    assert (answer.status, answer.json["error"]["code"]) == (429, "too_many_requests")
+    assert 1 <= int(answer.headers["retry-after"]) <= 6
+    assert (await guesser.log_in(token="acts")).status == 429
+    noted = [entry for entry in await trail(relay) if entry["access"] == "none"]
+    assert [(entry["operator"], entry["path"], entry["status"]) for entry in noted] == [
+        ("unknown", "/ui/login", 429)
+    ]
+    assert (await guesser.log_in(code=(await new_code(relay))["code"])).status == 200
+
+
+async def test_many_wrong_bearer_tokens_are_answered_slowly(relay, monkeypatch):
+    monkeypatch.setattr("relay.api.guesses.DELAY", 0.01)
+
+    async def ask(token):
+        raw = request("GET", "/api/status", host="localhost", authorization=f"Bearer {token}")
+        return await exchange(relay.addresses.admin, raw)
+
+    for _ in range(15):
+        assert (await ask("guess")).status == 401
+    assert (await ask("acts")).status == 200
+    guesses = relay.app.api._access._guesses
+    guesses._delayed = MOST_DELAYED
+    answer = await ask("acts")
+    assert (answer.status, answer.headers["retry-after"]) == (429, "1")
+    guesses._delayed = 0
+    assert (await ask("acts")).status == 200
