@@ -3,9 +3,10 @@
 import ipaddress
 import re
 import ssl
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import parse_qsl, unquote, urlsplit
 
 from yarl import URL
 
@@ -40,6 +41,16 @@ _POSTGRES_CHOICES = {
     "target_session_attrs": ("any", "primary", "standby", "prefer-standby", "read-write", "read-only"),
     "pooler": ("true", "false"),
 }
+_OF_LIBPQ = {
+    *("channel_binding", "client_encoding", "connect_timeout", "fallback_application_name", "gssdelegation"),
+    *("gssencmode", "hostaddr", "keepalives", "keepalives_count", "keepalives_idle", "keepalives_interval"),
+    *("load_balance_hosts", "max_protocol_version", "min_protocol_version", "replication", "require_auth"),
+    *("requirepeer", "requiressl", "scram_client_key", "scram_server_key", "sslcertmode", "sslcompression"),
+    *("sslcrldir", "sslsni", "tcp_user_timeout"),
+}
+"""Options of psql that asyncpg would send to the server as settings, and the server refuses the connection.
+
+https://www.postgresql.org/docs/current/libpq-connect.html#LIBPQ-PARAMKEYWORDS"""
 _ENCODE = "In a user name or password, write / ? # @ : and % as %2F %3F %23 %40 %3A %25"
 """Schemes of the URL of a PostgreSQL database."""
 
@@ -183,9 +194,25 @@ def _postgres(value: Url, key: str = "url") -> dict[str, str]:
     for name in _POSTGRES_FILES & options.keys():
         if options[name] != SYSTEM_CA:
             existing_file(Path(options[name]))
+    _postgres_certificates(options)
     if find_spec("asyncpg") is None:
         raise ValueError("PostgreSQL needs the package asyncpg: pip install 'hookferry[postgres]'")
     return options
+
+
+def _postgres_certificates(options: Mapping[str, str]) -> None:
+    """Check that certificates and keys can be used; otherwise, each connection would fail."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    authority = options.get("sslrootcert", SYSTEM_CA)
+    if authority != SYSTEM_CA:
+        try:
+            context.load_verify_locations(authority)
+        except ssl.SSLError:
+            raise ValueError(f"{authority} has no certificate in PEM form") from None
+    if "sslcert" in options and "sslkey" in options:  # by default, the key is in the home directory
+        password = Secret(options["sslpassword"]) if "sslpassword" in options else None
+        given = ClientCert(cert=Path(options["sslcert"]), key=Path(options["sslkey"]), password=password)
+        given.load_into(context)
 
 
 def postgres_options(text: str) -> dict[str, str]:
@@ -200,23 +227,47 @@ def postgres_options(text: str) -> dict[str, str]:
         user, _, hosts = parts.netloc.rpartition("@")
         ports = [host.rpartition("]")[2].rpartition(":") for host in hosts.split(",")]
         numbers = [int(port) for _, colon, port in ports if colon]
+        numbers += [int(port) for port in options.get("port", "").split(",") if port]
     except ValueError:
         raise ValueError(f"not a URL: its hosts or options cannot be read. {_ENCODE}") from None
     if parts.scheme not in POSTGRES:
         raise ValueError('expected "postgresql://USER@HOST/DATABASE"')
     if "@" in user or "@" in parts.path or parts.fragment:
         raise ValueError(f"not a URL: it has more than one @, or a #. {_ENCODE}")
-    if not all(port in _PORTS for port in numbers):
+    if "\0" in unquote(text):
+        raise ValueError("the URL contains %00")
+    if not all(port and port in _PORTS for port in numbers):
         raise ValueError("a port is not between 1 and 65535")
+    _host_names([host.partition(":")[0] for host in hosts.split(",") if not host.startswith("[")])
     if not parts.path.strip("/") and not {"dbname", "database"} & options.keys():
         raise ValueError('the URL names no database, as in "postgresql://USER@HOST/DATABASE"')
+    _postgres_values(options)
+    return options
+
+
+def _postgres_values(options: Mapping[str, str]) -> None:
+    """Check the options of the URL of a PostgreSQL database, one by one."""
+    if found := sorted(_OF_LIBPQ & options.keys()):
+        raise ValueError(f"the relay does not support the option {found[0]}: remove it from the URL")
     for name, allowed in _POSTGRES_CHOICES.items():
         if (chosen := options.get(name, allowed[0])) not in allowed:
             raise ValueError(f'{name}: expected one of {", ".join(allowed)}, got "{chosen}"')
     for name in _POSTGRES_FILES & options.keys():
         if not options[name].startswith("/") and (name, options[name]) != ("sslrootcert", SYSTEM_CA):
             raise ValueError(f'{name}: expected an absolute path, got "{options[name]}"')
-    return options
+    hosts = options.get("host", "").split(",")
+    if options.get("port", "").count(",") not in {0, len(hosts) - 1}:
+        raise ValueError("port: expected one port, or one for each host")
+    _host_names([host for host in hosts if not host.startswith("/")])
+
+
+def _host_names(names: Sequence[str]) -> None:
+    """Check that the resolver can look up host names."""
+    try:
+        for name in names:
+            name.encode("idna")
+    except UnicodeError:
+        raise ValueError("a part of a host name is empty or longer than 63 characters") from None
 
 
 def has_password(text: str) -> bool:

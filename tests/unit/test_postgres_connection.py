@@ -68,6 +68,19 @@ def test_each_host_of_a_url_gets_its_own_address(url, hosts, database):
         (f"postgresql://relay:{PASSWORD}@db/relay?sslmode=verify", "sslmode: expected one of disable, allow"),
         (f"postgresql://relay:{PASSWORD}@db/relay?target_session_attrs=rw", "target_session_attrs: expected"),
         (f"postgresql://relay:{PASSWORD}@db/relay?pooler=yes", "pooler: expected one of true, false"),
+        (f"postgresql://relay:{PASSWORD}@db:0/relay", "a port is not between 1 and 65535"),
+        (f"postgresql://relay:{PASSWORD}@db..example/relay", "a part of a host name is empty"),
+        (f"postgresql://relay:{PASSWORD}@db1,{'d' * 64}.example:1/relay", "or longer than 63"),
+        (f"postgresql:///relay?host={'d' * 64}&password={PASSWORD}", "or longer than 63"),
+        (f"postgresql:///relay?host=db&port=x&password={PASSWORD}", "cannot be read"),
+        (f"postgresql:///relay?host=db&port=70000&password={PASSWORD}", "a port is not between"),
+        (
+            f"postgresql:///relay?host=a,b&port=1,2,3&password={PASSWORD}",
+            "expected one port, or one for each",
+        ),
+        (f"postgresql://relay:{PASSWORD}@db/re%00lay", "contains %00"),
+        (f"postgresql://relay:{PASSWORD}@db/relay?channel_binding=require", "option channel_binding: remove"),
+        (f"postgresql://relay:{PASSWORD}@db/relay?connect_timeout=10", "option connect_timeout: remove it"),
         (f"postgresql://relay:{PASSWORD}@db/relay?sslrootcert=ca.pem", "sslrootcert: expected an absolute"),
     ],
 )
@@ -86,6 +99,33 @@ def test_a_missing_certificate_file_is_reported_by_the_check_of_the_configuratio
     with pytest.raises(ValueError, match=r"ca\.pem cannot be read: No such file"):
         validators.storage(Url(url))
     assert validators.storage(Url("postgresql://db/relay?sslrootcert=system"))
+
+
+def test_certificate_files_that_cannot_be_used_are_reported_by_the_check_of_the_configuration(certificates):
+    def check(**options):
+        files = "&".join(f"{name}={path}" for name, path in options.items())
+        return validators.storage(Url(f"postgresql://db/relay?sslmode=verify-full&{files}"))
+
+    assert check(sslrootcert=certificates.ca, sslcert=certificates.path("client"), sslkey=certificates.key)
+    assert check(sslrootcert="system", sslcert=certificates.path("client"), sslkey=certificates.key)
+    with pytest.raises(ValueError, match=r"key\.pem has no certificate in PEM form"):
+        check(sslrootcert=certificates.key)
+    with pytest.raises(ValueError, match=r"ca\.pem has no private key in PEM form"):
+        check(sslcert=certificates.path("client"), sslkey=certificates.ca)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql://relay@[::1]:5433/relay",
+        "postgresql://relay@db1,db2.example:5433/relay",
+        "postgresql:///relay?host=/run/postgresql&port=5433",
+        "postgresql:///relay?host=db1,db2&port=5432,5433",
+        "postgresql://relay@bücher.example/relay",
+    ],
+)
+def test_valid_hosts_of_postgresql_are_accepted(url):
+    assert validators.storage(Url(url)).reveal() == url
 
 
 def test_an_address_hides_its_password():
@@ -169,8 +209,9 @@ def guarded(tmp_path_factory):
     return running, made
 
 
-async def test_tls_and_the_password_come_from_the_url(guarded, tmp_path):
+async def test_tls_and_the_password_come_from_the_url(guarded, tmp_path, monkeypatch):
     running, made = guarded
+    monkeypatch.setenv("HOME", str(tmp_path))
 
     def url(password=PASSWORD, host="127.0.0.1", **options):
         query = "&".join(f"{name}={value}" for name, value in options.items())
@@ -185,6 +226,7 @@ async def test_tls_and_the_password_come_from_the_url(guarded, tmp_path):
     for wrong, problem, hint in (
         (url(sslmode="verify-full", sslrootcert="system"), "certificate verify failed", "sslrootcert"),
         (url(sslmode="verify-full", sslrootcert=made.path("self_signed")), "verify failed", "sslrootcert"),
+        (url(sslmode="verify-full"), "root certificate file", "sslrootcert=system"),
         (url(sslmode="disable"), "no pg_hba.conf entry", "pg_hba.conf"),
         (url("wrong-hunter3", **verified), "password authentication failed", "check user and password"),
     ):

@@ -429,6 +429,10 @@ def refused(address: Address, error: BaseException) -> StorageError:
         )
     if is_transient(error):
         return StorageUnavailableError(what, hint=_advice(error))
+    if "root certificate file" in what:
+        return StorageError(
+            what, hint="add sslrootcert=/PATH, or sslrootcert=system for public CAs, to [storage] url"
+        )
     return StorageError(what, hint="check [storage] url and the server's log")
 
 
