@@ -1,6 +1,7 @@
 """Destinations: list and show them with their backlog, pause, resume, disable, enable and test them."""
 
 import asyncio
+import socket
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -16,6 +17,7 @@ from relay.api.views import (
     DestinationShown,
     DestinationSteered,
     DestinationView,
+    ShardView,
     about,
     backlog_of,
     counted,
@@ -94,6 +96,7 @@ class DestinationsApi:
         self._owner = context.owner
         self._history = context.history
         self._ledger_check = context.ledger_check
+        self._node = context.state.config.cluster.node or socket.gethostname()
         self._pings = Pings(context.clock, context.owner.close_circuit)
 
     @endpoint(
@@ -177,10 +180,11 @@ class DestinationsApi:
         backlog = self._ledger_check.backlog.get(lane.name)
         return {
             **_destination(lane),
+            **self._shards(lane),
             **destination_fields(
                 lane.config,
                 state=health.state,
-                circuit="open" if health.circuit.is_open else "closed",
+                circuit=_circuit(is_open=lane.is_open_anywhere),
                 held_until=health.held_until if lane.held else None,
                 oldest_pending=None if backlog is None else backlog.oldest,
                 last_failure=lane.last_failure,
@@ -189,6 +193,20 @@ class DestinationsApi:
                 certificate_expires=activity.certificate_expires(lane.name),
             ),
         }
+
+    def _shards(self, lane: Lane) -> dict[str, tuple[ShardView, ...]]:
+        if lane.shards is None:
+            return {}
+        is_open = lane.health.circuit.is_open
+        mine = [
+            ShardView(number, self._node, lane.in_flight_of(number), _circuit(is_open=is_open))
+            for number in lane.shards.numbers
+        ]
+        others = [
+            ShardView(each.number, each.node, each.in_flight, _circuit(is_open=each.circuit is not None))
+            for each in lane.others
+        ]
+        return {"shards": tuple(sorted(mine + others, key=lambda each: each.shard))}
 
     def _absent(self, name: str) -> dict[str, Any]:
         backlog = self._ledger_check.backlog.get(name)
@@ -210,8 +228,12 @@ class DestinationsApi:
 def _destination(lane: Lane) -> dict[str, Any]:
     """Describe a destination without its URL, which may contain a token."""
     pause = pause_of(lane.health.paused_by, lane.health.paused_until)
-    shown = {"name": lane.name, "held": lane.held, **pause, "in_flight": lane.in_flight}
+    shown = {"name": lane.name, "held": lane.held, **pause, "in_flight": lane.in_flight_everywhere}
     return {**shown, "node": lane.node} if lane.node else shown
+
+
+def _circuit(*, is_open: bool) -> Literal["open", "closed"]:
+    return "open" if is_open else "closed"
 
 
 def _steered(lane: Lane, fields: dict[str, Any]) -> dict[str, Any]:

@@ -352,8 +352,13 @@ def _rows(lists: Iterable[Iterable[dict[str, Any]]]) -> list[dict[str, Any]]:
             merged = {**known, **_added((known, row))}
             if "in_flight" in row:
                 merged["in_flight"] = known["in_flight"] + row["in_flight"]
-                if known["held"] in (ELSEWHERE, ABSENT) and row["held"] not in (ELSEWHERE, ABSENT):
-                    merged |= {name: row[name] for name in ("held", "circuit")}
+                # Several nodes have the state if each of them owns shards of the destination.
+                if states := [each for each in (known, row) if each["held"] not in (ELSEWHERE, ABSENT)]:
+                    held = [each["held"] for each in states]
+                    merged["held"] = None if None in held else held[0]
+                    merged["circuit"] = (
+                        "open" if any(each["circuit"] == "open" for each in states) else "closed"
+                    )
                 latest = max(known, row, key=lambda each: each["last_error_at"] or "")
                 merged |= {name: latest[name] for name in ("last_error", "last_error_at")}
             found[row["name"]] = merged

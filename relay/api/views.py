@@ -165,6 +165,15 @@ class DestinationSteered(msgspec.Struct, kw_only=True):
     )
 
 
+class ShardView(msgspec.Struct):
+    """A shard of a destination, and the node that delivers its part."""
+
+    shard: Annotated[int, about("From 0.")]
+    node: Annotated[str, about("Empty: no node has it yet.")]
+    in_flight: int
+    circuit: Literal["open", "closed"]
+
+
 class DestinationView(DestinationSteered, kw_only=True):
     """A destination with the number of its deliveries by state."""
 
@@ -195,6 +204,10 @@ class DestinationView(DestinationSteered, kw_only=True):
     expired: int
     cancelled: int
     pending: int
+    shards: Annotated[
+        tuple[ShardView, ...] | msgspec.UnsetType,
+        about("Of a destination that a cluster divides; as of the latest second."),
+    ] = msgspec.UNSET
 
 
 class DestinationShown(DestinationView, kw_only=True):

@@ -16,6 +16,13 @@ class TokenBucket:
         self._tokens = self._burst
         self._at = now
 
+    def resize(self, rate: Rate, now: int, share: float) -> None:
+        """Refill at a share of a rate from now on. Tokens beyond the new burst are lost, none are added."""
+        self._tokens, self._at = self._tokens + (now - self._at) * self._per_micro, now
+        self._per_micro = share * rate.count / (rate.seconds * SECOND)
+        self._burst = max(1.0, share * rate.count / rate.seconds)
+        self._tokens = min(self._tokens, self._burst if share else 0.0)
+
     def wait(self, now: int, price: int = 1) -> float:
         """Return the seconds until `price` tokens are available, 0 if they are available now."""
         burst = max(price, self._burst)

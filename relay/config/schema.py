@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
+from relay.base.shards import MOST_SHARDS
 from relay.base.units import Duration, Rate, Size
 from relay.config import validators
 from relay.config.client_cert import ClientCert
@@ -554,6 +555,14 @@ class DestinationConfig(msgspec.Struct, frozen=True, kw_only=True):
     concurrency: Annotated[
         int, msgspec.Meta(ge=1), _help("maximum number of attempts in flight; 1 sends one at a time")
     ] = 8
+    shards: Annotated[
+        int,
+        msgspec.Meta(ge=1, le=MOST_SHARDS),
+        _help(
+            "in a cluster, divide the deliveries into this many [shards](cluster.md#shards) that several "
+            "nodes send at the same time; at most 16"
+        ),
+    ] = 1
     rate_limit: Annotated[
         Rate | None,
         _help(

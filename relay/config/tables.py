@@ -48,6 +48,11 @@ def bind_tables(binder: Binder) -> Config:
         binder.report(("backup", "every"), text)
     if config.storage.listen_url is not None and scheme not in validators.POSTGRES:
         binder.warn(("storage", "listen_url"), "no effect: `url` is not a PostgreSQL database")
+    if not config.cluster.enabled:
+        for name, destination in config.destinations.items():
+            if destination.shards > 1:
+                text = "no effect without [cluster]: this daemon sends all deliveries"
+                binder.warn(("destinations", name, "shards"), text)
     return config
 
 
@@ -103,6 +108,7 @@ def _destinations(binder: Binder) -> dict[str, DestinationConfig]:
         good: dict[str, Any] = {key: value for key, value in values.items() if key not in wrong}
         destination = checked[name] = DestinationConfig(**{"url": Url(""), **good})
         _check_choice(binder, destination, path)
+        _check_shards(binder, destination, path)
         if not wrong & {"signatures", "secrets", "headers"}:
             _check_signatures(binder, destination, path)
         if wrong:
@@ -135,6 +141,21 @@ def _check_stand_in(binder: Binder, destinations: dict[str, DestinationConfig], 
             return
         way.append(stand_in)
         stand_in = destinations[stand_in].on_dead
+
+
+def _check_shards(binder: Binder, destination: DestinationConfig, path: KeyPath) -> None:
+    """Check that each shard gets a part of the limits, and that the deliveries can be divided."""
+    if destination.shards == 1:
+        return
+    key: KeyPath = (*path, "shards")
+    count, rate = destination.shards, destination.rate_limit
+    if destination.concurrency < count:
+        text = f"{count} shards need a `concurrency` of at least {count}, not {destination.concurrency}"
+        binder.report(key, text)
+    if rate is not None and rate.count < count:
+        binder.report(key, f"{count} shards need a `rate_limit` of at least {count} attempts per period")
+    if destination.group_by == ():
+        binder.report(key, "`group_by = []` makes one group of all deliveries, which cannot be divided")
 
 
 def _check_signatures(binder: Binder, destination: DestinationConfig, path: KeyPath) -> None:

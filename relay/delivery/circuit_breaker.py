@@ -55,6 +55,12 @@ class CircuitBreaker:
             self._set_ramp(min(self.ramp, concurrency))
         self.probe_by(now)
 
+    def resize(self, concurrency: int) -> None:
+        """Allow another number of attempts at once."""
+        self.concurrency = concurrency
+        if self.ramp is not None:
+            self._set_ramp(max(1, min(self.ramp, concurrency)))
+
     def restart(self, *, careful: bool) -> None:
         """Forget everything; `careful` allows one attempt at once, then more, as after a successful probe."""
         self.failures, self.open_until, self._wait = 0, None, self._probe_wait

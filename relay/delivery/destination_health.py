@@ -8,7 +8,7 @@ import msgspec
 from relay.base.clock import SECOND, Clock, rfc3339
 from relay.config.schema import DestinationConfig
 from relay.delivery.circuit_breaker import Change, CircuitBreaker
-from relay.errors import StorageError
+from relay.errors import RelayError, StorageError
 from relay.metrics import Metrics
 from relay.model import OPERATOR_SOURCE, PAUSED_IN_CONFIG, DestinationState, GeneratedEvent, StoredEvent
 from relay.process.logs import fields
@@ -20,6 +20,9 @@ RESTING = "resting"
 
 ELSEWHERE = "on another node"
 """Why this node holds deliveries whose lane another node owns, or will take."""
+
+DISABLE = "disable"
+"""The request of a node that owns a shard to the node that keeps the state of the destination."""
 
 NO_STORAGE = "waiting for storage"
 """Why a lane is held while the store fails: an attempt whose outcome is lost would be repeated."""
@@ -41,6 +44,11 @@ class DestinationHealth:
         self.circuit = CircuitBreaker(config.circuit, config.concurrency)
         self.rest_until = 0  # steady clock
         self.owned_until = FOREVER if store.nodes.alone else 0  # steady clock; 0: this node does not own it
+        # If nodes own shards of the destination, one of them stores its state and reports changes.
+        self.is_keeper = True
+        self.is_divided = False
+        self.opened_by: tuple[str, bool] | None = None  # why the circuit opened, and `Standing.is_quiet`
+        self.reported_by: tuple[str, bool] | None = None  # the same of any shard, as reported to operators
         self._rest_reason = RESTING
         self._stored_hold = PAUSED_IN_CONFIG if config.paused else state.held
         self._config = config
@@ -98,6 +106,12 @@ class DestinationHealth:
         self.rest_until = 0
         self.circuit.reconfigure(config.circuit, config.concurrency, self._clock.steady())
 
+    def divide(self, *, is_divided: bool, is_keeper: bool) -> None:
+        """Set whether the lane has shards, and whether this node keeps the destination's state."""
+        if (is_divided, is_keeper) != (self.is_divided, self.is_keeper):
+            self.is_divided, self.is_keeper = is_divided, is_keeper
+            self._set_gauges()
+
     def clear_gauges(self) -> None:
         """Set the gauges to 0, for a destination that is no longer in the config."""
         for gauge in (self._metrics.disabled, self._metrics.circuit):
@@ -105,7 +119,7 @@ class DestinationHealth:
 
     async def forget_failures(self) -> None:
         """Restart the measurement of how long the destination has been failing."""
-        if self.state.failing_since is not None:
+        if self.state.failing_since is not None and self.is_keeper:
             await self._change_if_possible(msgspec.structs.replace(self.state, failing_since=None))
 
     async def change(self, state: DestinationState, event: GeneratedEvent | None = None) -> None:
@@ -128,6 +142,13 @@ class DestinationHealth:
         self.rest_until = 0
         self.circuit.restart(careful=state.failing_since is not None)
         self._set_gauges()
+
+    def follow(self, state: DestinationState) -> None:
+        """Apply the state that another node keeps, to the shards that this node owns."""
+        if self.state.held is not None and state.held is None:
+            self.rest_until = 0
+            self.circuit.probe_by(self._clock.steady())
+        self.note(state)
 
     def note(self, state: DestinationState) -> None:
         """Keep the state that the owner of the lane has stored, to show it."""
@@ -162,6 +183,7 @@ class DestinationHealth:
         rested = self.rest_until > self._clock.steady()
         self.rest_until = 0
         change = self.circuit.close()
+        self.opened_by = None
         if change is not None:
             await self._report_circuit(change, None, reason)
         elif rested:
@@ -193,6 +215,9 @@ class DestinationHealth:
         self, result: str, event: StoredEvent, reason: str, openings: int, *, disable: str | None
     ) -> None:
         """Record a failed attempt; `disable` is the reason to disable the destination, or None."""
+        if not self.is_keeper:
+            await self._fail_without_keeping(result, event, reason, openings, disable=disable)
+            return
         now = self._clock.steady()  # a step of the wall clock disables no destination
         since = self.state.failing_since
         if since is None:
@@ -201,29 +226,68 @@ class DestinationHealth:
         if disable is None and now - since > self._config.disable_after * SECOND:
             disable = "failing"
         if disable is not None and self.state.disabled_at is None:
-            name = self._config.name
-            log.error(
-                "%s: disabled (%s); its deliveries are held until an operator enables it",
-                name,
-                disable,
-                extra=fields(destination=name, held=f"disabled: {disable}"),
-            )
-            state = msgspec.structs.replace(
-                self.state, disabled_at=self._clock.wall(), disabled_reason=disable
-            )
-            await self._change_if_possible(state, self._operator_event("disabled", event, disable))
+            await self.disable(disable, is_quiet=event.source == OPERATOR_SOURCE)
+        change = self.circuit.record(result, self._clock.steady(), openings)
+        if change is not None:
+            await self._report_circuit(change, event, reason)
+
+    async def disable(self, reason: str, *, is_quiet: bool) -> None:
+        """Disable the destination because of a response; with `is_quiet`, without an operator event."""
+        name = self._config.name
+        log.error(
+            "%s: disabled (%s); its deliveries are held until an operator enables it",
+            name,
+            reason,
+            extra=fields(destination=name, held=f"disabled: {reason}"),
+        )
+        state = msgspec.structs.replace(self.state, disabled_at=self._clock.wall(), disabled_reason=reason)
+        await self._change_if_possible(state, self._operator_event("disabled", reason, is_quiet=is_quiet))
+
+    async def _fail_without_keeping(
+        self, result: str, event: StoredEvent, reason: str, openings: int, *, disable: str | None
+    ) -> None:
+        """Record a failed attempt at a shard; another node keeps the state of the destination."""
+        if disable is not None and self.state.disabled_at is None:
+            self._stored_hold = f"disabled: {disable}"
+            name, is_quiet = self._config.name, event.source == OPERATOR_SOURCE
+            try:
+                await self._store.nodes.ask(name, DISABLE, {"reason": disable, "is_quiet": is_quiet})
+            except RelayError as error:  # then the next attempt gets the same response
+                extra = fields(destination=name)
+                log.warning("%s: cannot disable it: %s", name, error.message, extra=extra)
         change = self.circuit.record(result, self._clock.steady(), openings)
         if change is not None:
             await self._report_circuit(change, event, reason)
 
     async def _report_circuit(self, change: Change, event: StoredEvent | None, reason: str) -> None:
-        """Log that the circuit changed, and send an operator event; None: an operator closed it."""
+        """Log that the circuit changed, and send an operator event; None: an operator closed it.
+
+        If the lane has shards, `report_shards` sends the event.
+        """
         event_id = None if event is None else event.public_id
         extra = fields(destination=self._config.name, circuit=change, event_id=event_id)
         log.warning("%s: circuit %s: %s", self._config.name, change, reason, extra=extra)
+        is_quiet = event is not None and event.source == OPERATOR_SOURCE
+        self.opened_by = (reason, is_quiet) if change == "opened" else None
         self._set_gauges()
+        if not self.is_divided:
+            await self._report(change, reason, is_quiet=is_quiet)
+
+    async def report_shards(self, opened_by: tuple[str, bool] | None) -> None:
+        """Send an operator event if the circuit of the first shard has opened, or none is open any longer.
+
+        `opened_by` is that of any shard whose circuit is open.
+        """
+        before, self.reported_by = self.reported_by, opened_by
+        if (before is None) == (opened_by is None):
+            return
+        self._set_gauges()
+        reason, is_quiet = opened_by or ("ok", before is not None and before[1])
+        await self._report("recovered" if opened_by is None else "opened", reason, is_quiet=is_quiet)
+
+    async def _report(self, change: Change, reason: str, *, is_quiet: bool) -> None:
         type_ = "circuit_opened" if change == "opened" else "recovered"
-        await self._change_if_possible(self.state, self._operator_event(type_, event, reason))
+        await self._change_if_possible(self.state, self._operator_event(type_, reason, is_quiet=is_quiet))
 
     async def _change_if_possible(self, state: DestinationState, event: GeneratedEvent | None = None) -> None:
         """Apply a state; while the store cannot be written, keep it in memory only."""
@@ -234,9 +298,9 @@ class DestinationHealth:
             extra = fields(destination=name)
             log.warning("%s: cannot store the destination's state: %s", name, error.message, extra=extra)
 
-    def _operator_event(self, type_: str, cause: StoredEvent | None, reason: str) -> GeneratedEvent | None:
+    def _operator_event(self, type_: str, reason: str, *, is_quiet: bool) -> GeneratedEvent | None:
         """Return an operator event; None if a delivery of an operator event is the cause, to avoid a loop."""
-        if cause is not None and cause.source == OPERATOR_SOURCE:
+        if is_quiet:
             return None
         name = self._config.name
         url = str(self._config.url).partition("?")[0]  # a query may hold a secret
@@ -248,8 +312,9 @@ class DestinationHealth:
 
     def _set_gauges(self) -> None:
         name = self._config.name
-        self._metrics.disabled.labels(name).set(self.state.disabled_at is not None)
-        self._metrics.circuit.labels(name).set(self.circuit.is_open)
+        self._metrics.disabled.labels(name).set(self.is_keeper and self.state.disabled_at is not None)
+        is_open = self.reported_by is not None if self.is_divided else self.circuit.is_open
+        self._metrics.circuit.labels(name).set(self.is_keeper and is_open)
 
 
 def _actions(before: DestinationState, after: DestinationState) -> list[str]:

@@ -125,8 +125,13 @@ class Dispatcher:
             self._leaving[lane] = asyncio.create_task(self._finish(lane))
 
     def in_flight(self, name: str) -> int:
-        """Return the number of attempts in flight at a destination, in the config or not."""
-        return sum(lane.in_flight for lane in (*self.lanes.values(), *self._leaving) if lane.name == name)
+        """Return the number of attempts in flight at a destination, in the config or not.
+
+        With attempts at shards that other nodes own.
+        """
+        return sum(
+            lane.in_flight_everywhere for lane in (*self.lanes.values(), *self._leaving) if lane.name == name
+        )
 
     async def drained(self, name: str) -> None:
         """Wait until no attempt is in flight at a destination and the outcomes are stored."""

@@ -5,10 +5,12 @@ A lane never waits for another lane.
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import Collection, Coroutine, Iterable, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from relay.base.clock import SECOND, Clock
+from relay.base.shards import Shards
 from relay.config.schema import DestinationConfig
 from relay.delivery.attempt import (
     BLOCKED_REST,
@@ -51,6 +53,16 @@ OUT_OF_RESOURCES_REST = SECOND
 """How long a destination rests after this machine ran out of descriptors or memory during an attempt."""
 
 STORAGE_PAUSE = 1.0  # seconds between tries while the store cannot be read or written
+
+
+class ShardElsewhere(NamedTuple):
+    """A shard that another node owns, as that node has reported it."""
+
+    number: int
+    node: str  # "": no node owns it, or its name is unknown
+    in_flight: int
+    circuit: str | None  # why the circuit breaker is open; None: it is closed
+    is_quiet: bool  # see `Standing`
 
 
 class Lane:
@@ -96,6 +108,10 @@ class Lane:
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = 0  # steady clock
         self.node = ""  # the node that owns this lane, if it is another one and known
+        self.shards: Shards | None = None  # those that this node owns; None: the destination is not divided
+        self.others: tuple[ShardElsewhere, ...] = ()  # the other shards
+        self._reports = False  # whether this node reports the circuits of all shards
+        self._by_slot: Counter[int] = Counter()  # attempts in flight
         self._outcomes_wait = False  # for a store that cannot be written; logged once
         self._stopping = False
         self._removed = False  # the config no longer has this destination
@@ -132,6 +148,12 @@ class Lane:
         `state` is the stored state of the destination; None: the lane has read it already.
         """
         was_owned = self.is_owned
+        if self.shards is not None:
+            was_owned = False
+            self._set_shards(None)
+        if not was_owned and not self._store.nodes.alone:
+            self._set_share(0.0)  # another node may have used the rate until now
+            self._set_share(1.0)
         self.health.owned_until, self.node = until, ""
         if state is not None:
             self.health.restore(state)
@@ -144,8 +166,156 @@ class Lane:
         """Start no further attempts, and release the deliveries in memory: another node owns this lane."""
         if self.is_owned:
             self.health.clear_gauges()  # the other node exports them
+        if self.shards is not None:
+            self._set_shards(None)
         self.health.owned_until, self.node = 0, node
         self._release_windows()
+
+    def own_shards(
+        self, shards: Shards, until: int, state: DestinationState, *, is_keeper: bool, node: str = ""
+    ) -> None:
+        """Own some shards of the destination until a time (steady clock).
+
+        `is_keeper`: whether this node also keeps the state of the destination; if not, `node` is the one that
+        does. `state` is the stored state.
+        """
+        former, was_owned, held = self.shards, self.is_owned and self.shards is not None, self.held
+        was_keeper = former is not None and self.health.is_keeper
+        self.node = node
+        self.health.owned_until = until if shards.numbers else 0
+        self.health.divide(is_divided=True, is_keeper=is_keeper)
+        if shards != former:
+            self._set_shards(shards)
+        if is_keeper and was_keeper:
+            state = self.health.state  # may be newer
+        if shards.numbers and not was_owned:
+            self.health.restore(state)
+        else:
+            self.health.follow(state)
+        gains = former is None or shards.count != former.count or shards.numbers - former.numbers
+        if gains or self.held != held:
+            self.apply_hold()
+
+    def release_shard(self, number: int) -> None:
+        """Start no further attempts for a shard, which another node will own."""
+        if self.shards is not None and number in self.shards.numbers:
+            self._set_shards(Shards(self.shards.count, self.shards.numbers - {number}))
+            if not self.shards.numbers:
+                self.health.owned_until = 0
+
+    async def released(self) -> None:
+        """Wait until all attempts in flight belong to the shards that this node owns, within their limit."""
+        while self._tasks and self.has_foreign:
+            await asyncio.wait(self._tasks, return_when=asyncio.FIRST_COMPLETED)
+
+    @property
+    def has_foreign(self) -> bool:
+        """Whether attempts in flight belong to shards that this node has released, or exceed its limit."""
+        shards = self.shards
+        if shards is None:
+            return self.in_flight > 0 and not self.is_owned
+        limit = shards.share(self.config.concurrency)
+        return self.in_flight > limit or any(not shards.covers(slot) for slot in +self._by_slot)
+
+    def in_flight_of(self, number: int) -> int:
+        """Return the number of attempts in flight at a shard."""
+        count = 1 if self.shards is None else self.shards.count
+        return sum(active for slot, active in self._by_slot.items() if count and slot % count == number)
+
+    @property
+    def in_flight_everywhere(self) -> int:
+        """Return the number of attempts in flight, with those at shards of other nodes."""
+        return self.in_flight + sum(each.in_flight for each in self.others)
+
+    @property
+    def is_open_anywhere(self) -> bool:
+        """Whether the circuit breaker is open, on this node or for a shard of another one."""
+        return self.health.circuit.is_open or any(each.circuit is not None for each in self.others)
+
+    @property
+    def standing(self) -> dict[str, dict[str, Any]]:
+        """The state of the owned shards, and the one reported to operators, as fields of `Standing`."""
+        if self.shards is None:
+            return {}
+        found: dict[str, dict[str, Any]] = {
+            f"{self.name}/{number}": {"in_flight": self.in_flight_of(number), **_circuit(self._opened_by)}
+            for number in self.shards.numbers
+        }
+        if self.health.is_keeper:
+            found[self.name] = _circuit(self.health.reported_by)
+        return found
+
+    def report_shards(self, reported_by: tuple[str, bool] | None) -> None:
+        """Report to operators that the circuit of any shard has opened, or that all are closed again.
+
+        Only the node that keeps the destination's state reports. `reported_by` is the stored report, for a
+        node that has become the keeper.
+        """
+        health = self.health
+        if self.shards is None or not health.is_keeper:
+            self._reports = False
+            return
+        if not self._reports:
+            self._reports, health.reported_by = True, reported_by
+        opened = [] if self._opened_by is None else [self._opened_by]
+        opened += [(each.circuit, each.is_quiet) for each in self.others if each.circuit is not None]
+        self._spawn(health.report_shards(opened[0] if opened else None))
+
+    @property
+    def _opened_by(self) -> tuple[str, bool] | None:
+        return self.health.opened_by if self.health.circuit.is_open else None
+
+    @property
+    def leases(self) -> list[str]:
+        """The names of the lanes that this node owns for the destination."""
+        if self.shards is None:
+            return [self.name] if self.is_owned else []
+        keeper = [self.name] if self.health.is_keeper else []
+        return [*(f"{self.name}/{number}" for number in sorted(self.shards.numbers)), *keeper]
+
+    @property
+    def senders(self) -> list[str]:
+        """The names of the owned lanes that send deliveries."""
+        return self.leases if self.shards is None else [name for name in self.leases if "/" in name]
+
+    @property
+    def is_keeper(self) -> bool:
+        """Whether this node keeps the state of the destination: operators' requests are for it."""
+        return self.is_owned if self.shards is None else self.health.is_keeper
+
+    def _set_shards(self, shards: Shards | None) -> None:
+        """Limit the lane to some shards: their part of the limits, and their deliveries."""
+        before, self.shards = self.shards, shards
+        if shards is None:
+            self.others, self._reports = (), False
+            self.health.divide(is_divided=False, is_keeper=True)
+        if before is None or not before.numbers:
+            self._set_share(0.0)
+        self._apply_share()
+        for window in self._windows:
+            kept = []
+            for delivery in window.empty():
+                if self._covers(delivery):
+                    kept.append(delivery)
+                else:
+                    self._store.deliveries.release(each.id for each in delivery.members)
+            window.put(kept)
+
+    def _apply_share(self) -> None:
+        """Use the part of the limits that belongs to the owned shards."""
+        if (shards := self.shards) is None:
+            self.health.circuit.resize(self.config.concurrency)
+            self._set_share(1.0)
+        else:
+            self.health.circuit.resize(shards.share(self.config.concurrency))
+            self._set_share(len(shards.numbers) / shards.count if shards.count else 0.0)
+
+    def _set_share(self, share: float) -> None:
+        if self._rate is not None:
+            self._rate.set_share(self._clock.steady(), share)
+
+    def _covers(self, delivery: Delivery) -> bool:
+        return self.shards is None or self.shards.covers(delivery.slot)
 
     async def drained(self) -> None:
         """Wait until no attempt is in flight and the outcomes are stored."""
@@ -155,6 +325,9 @@ class Lane:
     def offer(self, delivery: Delivery) -> None:
         """Take a fresh delivery that is held for this lane, or release it to the store for later."""
         window, now = self._first, self._clock.steady()
+        if self.shards is not None and not self.shards.covers(delivery.slot):
+            self._store.deliveries.release((delivery.id,))  # it is being handed over
+            return
         limit = 0 if self._stopping or self._store.failure is not None else self.health.limit(now)
         if limit and window.due > now and len(window.deliveries) < window.size:
             if not window.deliveries and self._may_begin(now, limit):
@@ -207,14 +380,14 @@ class Lane:
     async def set_state(self, state: DestinationState) -> None:
         """Pause, resume, disable or enable, durably."""
         await self.health.set_by_operator(state)
-        self._apply_hold()
+        self.apply_hold()
 
     async def _end_pause(self) -> None:
         """Resume after a pause with an end."""
         await self.health.end_pause()
-        self._apply_hold()
+        self.apply_hold()
 
-    def _apply_hold(self) -> None:
+    def apply_hold(self) -> None:
         """Release the deliveries in memory if they are held now, and look for due ones otherwise."""
         if self.held is not None:
             self._release_windows()
@@ -252,9 +425,13 @@ class Lane:
             self._spawn(self.health.forget_failures())
         if config.rate_limit != former.rate_limit:
             self._rate = self._rate_limit()
+            if self.shards is not None:
+                self._set_share(0.0)
+        if self.shards is not None:
+            self._apply_share()
         for window in self._windows:
             window.size = GROUPS if config.group_by is not None else WINDOW_SIZE
-        self._apply_hold()
+        self.apply_hold()
 
     def renew(self) -> None:
         """Resolve the destination's name again before the next attempt."""
@@ -309,7 +486,7 @@ class Lane:
         Retries may use three quarters of the slots, so that they never delay first attempts. If both windows
         have the same number in flight, as with one slot or a low rate limit, they take turns.
         """
-        slots = self.config.concurrency
+        slots = self.health.circuit.concurrency
         retry_slots = slots - -(-slots // 4) if slots > 1 else slots
         ready = [
             window
@@ -333,6 +510,8 @@ class Lane:
         window.active += 1
         self.in_flight += 1
         self._latest = window
+        if delivery.slot is not None:
+            self._by_slot[delivery.slot] += 1
         self._spawn(self._work(window, delivery))
 
     def _spawn(self, work: Coroutine[None, None, T]) -> asyncio.Task[T]:
@@ -363,6 +542,8 @@ class Lane:
         finally:
             window.active -= 1
             self.in_flight -= 1
+            if delivery.slot is not None:
+                self._by_slot[delivery.slot] -= 1
             if self.in_flight >= OWN_SLOTS:
                 self._slots.give(self.in_flight)
         self.turn()
@@ -391,6 +572,7 @@ class Lane:
         if (
             self._store.failure is not None
             or ((until := self.health.owned_until) != FOREVER and until <= self._clock.steady())
+            or (self.shards is not None and not self.shards.covers(delivery.slot))
             or not self._store.deliveries.begin_attempt(delivery.id)
         ):
             # Another node may own the lane now, or a transaction is ending the delivery. If that fails, the
@@ -460,6 +642,7 @@ class Lane:
             if (
                 self._store.failure is not None
                 or not self.is_owned
+                or not self._covers(each)
                 or not self._store.deliveries.begin_attempt(each.id)
             ):
                 self._store.deliveries.release((each.id,))  # as in `_deliver`
@@ -577,14 +760,15 @@ class Lane:
         try:
             wanted = 1 if self.health.circuit.is_open else window.size - len(window.deliveries)
             together = self.config.group_max if self.config.group_by is not None else 1
+            shards = self.shards
             claim = await self._store.deliveries.claim(
-                self.name, wanted, retries=window.retries, together=together
+                self.name, wanted, retries=window.retries, together=together, shards=shards
             )
             if claim.next_due is not None:
                 window.due = min(window.due, claim.next_due)
             if together == 1:
                 await self._load(claim.deliveries)
-            if self._stopping or self.held is not None:
+            if self._stopping or self.held is not None or shards != self.shards:
                 self._store.deliveries.release(each.id for d in claim.deliveries for each in d.members)
                 window.due = 0
             else:
@@ -650,7 +834,12 @@ class Lane:
     def _on_timer(self) -> None:
         self._timer = None
         until = self.health.paused_until
-        if until is not None and until <= self._clock.steady() and self.is_owned and not self._stopping:
+        if until is not None and until <= self._clock.steady() and self.is_keeper and not self._stopping:
             self._spawn(self._end_pause())
         else:
             self.turn()
+
+
+def _circuit(opened_by: tuple[str, bool] | None) -> dict[str, Any]:
+    reason, is_quiet = opened_by or (None, False)
+    return {"circuit": reason, "is_quiet": is_quiet}

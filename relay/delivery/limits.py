@@ -60,7 +60,16 @@ class RateLimit:
     def __init__(self, rate: Rate, now: int) -> None:
         """Begin with a full bucket."""
         self.until = 0  # no attempt may begin before
+        self._rate = rate
         self._bucket = TokenBucket(rate, now)
+
+    def set_share(self, now: int, share: float) -> None:
+        """Use a share of the rate from now on; a larger share than before begins with an empty bucket.
+
+        So the shares of several nodes never allow more attempts than the whole rate.
+        """
+        self.until = 0
+        self._bucket.resize(self._rate, now, share)
 
     def allows(self, now: int) -> bool:
         """Return whether an attempt may begin; if not, `until` is the earliest time."""

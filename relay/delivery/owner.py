@@ -8,12 +8,14 @@ from typing import Any
 
 import msgspec
 
+from relay.base.shards import Shards, destination_of
+from relay.delivery.destination_health import DISABLE
 from relay.delivery.dispatcher import Dispatcher
-from relay.delivery.lane import Lane
+from relay.delivery.lane import Lane, ShardElsewhere
 from relay.errors import StorageError, UnknownError
 from relay.model import DestinationState
 from relay.process.logs import fields
-from relay.store import Ownership, Store
+from relay.store import Ownership, Standing, Store
 
 log = logging.getLogger("relay.delivery")
 
@@ -21,6 +23,11 @@ RENEW_EVERY = 1.0  # seconds
 
 STEER, CLOSE_CIRCUIT = "pause or resume", "close the circuit"
 """Requests of operators to the owner of a lane."""
+
+CLOSE_SHARDS = "close the circuits of shards"
+"""Request of an operator to all nodes."""
+
+PATIENCE = 5.0  # seconds for the answers to it
 
 
 class Owner:
@@ -51,6 +58,7 @@ class Owner:
         """Take lanes now, and then regularly; returns after the first try."""
         if not self._store.nodes.alone:
             self._store.nodes.attend(self)
+            self._store.nodes.handle(CLOSE_SHARDS, self._close_shards)
             await self._try_to_renew()
             self._task = asyncio.create_task(self._renew_for_ever())
 
@@ -70,12 +78,17 @@ class Owner:
     async def answer(self, lane: str, verb: str, argument: Any) -> Any:
         """See `Attendant.answer`."""
         found = self._dispatcher.lanes.get(lane)
-        if found is None or not found.is_owned:
+        if found is None or not found.is_keeper:
             raise UnknownError(f"{lane}: another node delivers to it now", hint="try again")
         if verb == STEER:
             return await self.steer(found, argument)
         if verb == CLOSE_CIRCUIT:
             return await self.close_circuit(found, argument)
+        if verb == DISABLE:
+            if found.health.state.disabled_at is None:
+                await found.health.disable(argument["reason"], is_quiet=argument["is_quiet"])
+                found.apply_hold()
+            return None
         raise UnknownError(
             f'{lane}: its node does not support "{verb}"', hint="upgrade hookferry on that node"
         )
@@ -88,26 +101,38 @@ class Owner:
         Raises:
             StorageError: the state could not be stored, or the node that owns the lane does not answer.
         """
-        if not lane.is_owned:
+        if not lane.is_keeper:
             shown: dict[str, Any] = await self._store.nodes.ask(lane.name, STEER, change)
             return {**shown, "node": lane.node} if lane.node else shown
         state = msgspec.structs.replace(lane.health.state, **change)
         if lane.health.state.disabled_at is not None and state.disabled_at is not None:
             state = msgspec.structs.replace(state, disabled_at=lane.health.state.disabled_at)
         await lane.set_state(state)
+        if lane.shards is not None:
+            await self._store.nodes.give(())  # the nodes with its other shards read the state at once
         health = lane.health
         return {
             "held": lane.held,
             "paused_by": health.paused_by,
             "paused_until": health.paused_until,
-            "in_flight": lane.in_flight,
+            "in_flight": lane.in_flight_everywhere,
         }
 
     async def close_circuit(self, lane: Lane, reason: str) -> bool:
-        """Close an open circuit on the node that owns the lane; see `Lane.close_circuit`."""
+        """Close an open circuit on the nodes that own the lane or its shards; see `Lane.close_circuit`."""
+        if lane.shards is not None:
+            argument = {"destination": lane.name, "reason": reason}
+            answers = await self._store.nodes.ask_others(CLOSE_SHARDS, argument, PATIENCE)
+            here = await lane.close_circuit(reason)
+            return here or any(answer for _, answer in answers.given)
         if not lane.is_owned:
             return bool(await self._store.nodes.ask(lane.name, CLOSE_CIRCUIT, reason))
         return await lane.close_circuit(reason)
+
+    async def _close_shards(self, _to: str, argument: Mapping[str, str]) -> bool:
+        """Close the circuit of the shards on this node, for an operator who uses another node."""
+        lane = self._dispatcher.lanes.get(argument["destination"])
+        return lane is not None and await lane.close_circuit(argument["reason"])
 
     async def leave(self) -> None:
         """Hand over every lane once its attempts in flight have ended; renew until `stop`."""
@@ -115,8 +140,8 @@ class Owner:
             return
         with suppress(StorageError):  # the other nodes notice it later
             await self._store.nodes.leave()
-        for name, lane in self._dispatcher.lanes.items():
-            if lane.is_owned:
+        for lane in self._dispatcher.lanes.values():
+            for name in lane.leases:
                 self._begin_to_hand_over(name)
 
     async def stop(self) -> None:
@@ -135,9 +160,13 @@ class Owner:
         """
         store, lanes = self._store, self._dispatcher.lanes
         wanted = {name: lane.config.timeout for name, lane in lanes.items()}
-        owned = await store.nodes.own(wanted, self._jobs())
+        shards = {name: lane.config.shards for name, lane in lanes.items() if lane.config.shards > 1}
+        divided = [lane for lane in lanes.values() if lane.shards is not None]
+        standing = {name: each for lane in divided for name, each in lane.standing.items()}
+        owned = await store.nodes.own(wanted, self._jobs(), shards, standing)
         gained = {name for name in owned.until if name in lanes and not lanes[name].is_owned}
-        is_needed = gained or len(owned.until) < len(lanes)  # the states of all other lanes are only shown
+        # The states of all other lanes are only shown.
+        is_needed = gained or owned.shards or len(owned.until) < len(lanes)
         states = await store.queries.destination_states() if is_needed else {}
         self._apply(owned, gained, states)
         if self._refresh is not None:
@@ -147,7 +176,9 @@ class Owner:
         for name, lane in self._dispatcher.lanes.items():
             until = owned.until.get(name)
             state = states.get(name) or DestinationState(name=name)
-            if until is None:
+            if name in owned.shards:
+                self._apply_shards(lane, owned, state)
+            elif until is None:
                 if lane.is_owned:
                     extra = fields(destination=name)
                     log.warning("%s: lost the lane to another node", name, extra=extra)
@@ -163,17 +194,60 @@ class Owner:
         for name in owned.hand_over:
             self._begin_to_hand_over(name)
 
+    def _apply_shards(self, lane: Lane, owned: Ownership, state: DestinationState) -> None:
+        count, leaving = owned.shards[lane.name], self._hand_overs.keys() | owned.hand_over
+        names = {f"{lane.name}/{number}": number for number in range(count)}
+        mine = {number: name for name, number in names.items() if name in owned.until and name not in leaving}
+        before = frozenset() if lane.shards is None else lane.shards.numbers
+        if gained := sorted(mine.keys() - before):
+            shown = ", ".join(map(str, gained))
+            log.info(
+                "%s: this node runs the shards %s", lane.name, shown, extra=fields(destination=lane.name)
+            )
+        lane.own_shards(
+            Shards(count, frozenset(mine)),
+            min((owned.until[name] for name in mine.values()), default=0),
+            state,
+            is_keeper=lane.name in owned.until and lane.name not in leaving,
+            node=owned.elsewhere.get(lane.name, ""),
+        )
+        none = Standing()
+        lane.others = tuple(
+            ShardElsewhere(
+                number,
+                owned.elsewhere.get(name, ""),
+                standing.in_flight,
+                standing.circuit,
+                standing.is_quiet,
+            )
+            for name, number in names.items()
+            if number not in mine
+            for standing in (owned.standing.get(name, none),)
+        )
+        reported = owned.standing.get(lane.name, none)
+        lane.report_shards(None if reported.circuit is None else (reported.circuit, reported.is_quiet))
+
     def _begin_to_hand_over(self, name: str) -> None:
         if name in self._hand_overs:
             return
-        if (lane := self._dispatcher.lanes.get(name)) is not None:
+        lane = self._dispatcher.lanes.get(destination_of(name))
+        if lane is None:
+            pass
+        elif lane.shards is None:
             lane.disown()
-        task = self._hand_overs[name] = asyncio.create_task(self._hand_over(name))
+        elif name == lane.name:
+            lane.health.divide(is_divided=True, is_keeper=False)
+        else:
+            lane.release_shard(int(name.partition("/")[2]))
+        task = self._hand_overs[name] = asyncio.create_task(self._hand_over(name, lane))
         task.add_done_callback(lambda _: self._hand_overs.pop(name, None))
 
-    async def _hand_over(self, name: str) -> None:
+    async def _hand_over(self, name: str, lane: Lane | None) -> None:
         """Release a lane after its last outcome. If that fails, the next renewal requests it again."""
-        await self._dispatcher.drained(name)
+        if lane is None or lane.shards is None:
+            await self._dispatcher.drained(destination_of(name))
+        elif name != lane.name:
+            await lane.released()
         try:
             await self._store.nodes.give((name,))
         except StorageError as error:

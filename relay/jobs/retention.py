@@ -49,7 +49,8 @@ class Upkeep:
 
     async def _held_destinations(self) -> set[str]:
         """Return the destinations whose deliveries are held, including those no longer in any config."""
-        found = {name for name, lane in self._dispatcher.lanes.items() if _is_holding(lane)}
+        lanes = self._dispatcher.lanes.values()
+        found = {name for lane in lanes if _is_holding(lane) for name in lane.senders}
         if not self._store.nodes.lead(RETENTION):
             return found
         configured = {name for node in await self._store.nodes.all() for name in node.destinations}

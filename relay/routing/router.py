@@ -53,6 +53,7 @@ class Router:
                     group_by=each.group_by,
                     group_wait=each.group_wait,
                     group_max=each.group_max,
+                    shards=each.shards,
                 )
                 for name, each in destinations.items()
             },

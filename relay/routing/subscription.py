@@ -132,6 +132,7 @@ class SubscriptionOptions(msgspec.Struct, frozen=True):
         group_by: str | tuple[str, ...] | None = None,
         group_wait: float = 0.0,
         group_max: int = 1,
+        shards: int = 1,
     ) -> "SubscriptionOptions":
         """Compile a destination's config keys of these names; `ttl` and `group_wait` are in seconds.
 
@@ -145,7 +146,14 @@ class SubscriptionOptions(msgspec.Struct, frozen=True):
             grouping = Grouping("", int(group_wait * SECOND), group_max)
             paths = (group_by,) if isinstance(group_by, str) else group_by
         return cls(
-            Target(destination, ttl=micros, max_pending=max_pending, on_dead=on_dead, grouping=grouping),
+            Target(
+                destination,
+                ttl=micros,
+                max_pending=max_pending,
+                on_dead=on_dead,
+                grouping=grouping,
+                is_spread=shards > 1,
+            ),
             None if order_by is None else Path.parse(order_by),
             None if latest_by is None else Path.parse(latest_by),
             tuple(map(Path.parse, paths)),

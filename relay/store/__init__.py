@@ -635,12 +635,27 @@ class Upkeep(Protocol):
         ...
 
 
+class Standing(msgspec.Struct, frozen=True):
+    """The state of a lane as its owner reports it to the other nodes."""
+
+    shards: int = 1  # of a destination: into how many shards it is divided; 0: the number is changing
+    in_flight: int = 0  # attempts of a shard
+    circuit: str | None = None  # why the circuit breaker is open; None: it is closed
+    is_quiet: bool = False  # it opened because of the relay's own events, which must cause no further ones
+
+
 class Ownership(msgspec.Struct, frozen=True):
-    """The lanes of this node. Other nodes own the other lanes, or will take them."""
+    """The lanes of this node. Other nodes own the other lanes, or will take them.
+
+    A destination that is divided has a lane per shard, such as `crm/0`. The owner of `crm` itself sends
+    nothing by that: it keeps the state of the destination.
+    """
 
     until: Mapping[str, int]  # owned lanes; no attempt may begin at this time or later (steady clock)
     elsewhere: Mapping[str, str] = {}  # other lanes: name of the node that owns it; "" if no node owns it
     hand_over: frozenset[str] = frozenset()  # owned, but due to another node: end the attempts, then `give`
+    shards: Mapping[str, int] = {}  # numbers in force of destinations that are divided; 0: it is changing
+    standing: Mapping[str, Standing] = {}  # of the lanes that are owned by any node
 
 
 class SharedReplies(Protocol):
@@ -692,11 +707,19 @@ class Nodes(Protocol):
         """The replies that did not reach their senders; None: this node is alone, and keeps them itself."""
         ...
 
-    async def own(self, lanes: Mapping[str, float], jobs: Collection[str]) -> Ownership:
+    async def own(
+        self,
+        lanes: Mapping[str, float],
+        jobs: Collection[str],
+        shards: Mapping[str, int] = {},
+        standing: Mapping[str, Mapping[str, Any]] = {},
+    ) -> Ownership:
         """Renew the leases of this node and take free ones that are due to it; call it once a second.
 
         `lanes` are the destinations in the config, with the timeout of an attempt in seconds; `jobs` are the
-        jobs of the cluster. A node owns a lane until its time, even if it cannot reach the database.
+        jobs of the cluster. `shards` has the numbers of shards in the config, `standing` the fields of
+        `Standing` to report, by lane. A node owns a lane until its time, even if it cannot reach the
+        database.
 
         Raises:
             StorageError: the database does not answer; earlier results stay valid until their times.

@@ -2,14 +2,14 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import msgspec
 
 from relay.base.clock import Clock
 from relay.base.ids import DELIVERY, EVENT, new_id
 from relay.base.json_text import encode
-from relay.base.shards import slot_of
+from relay.base.shards import SLOTS, lane_of, slot_of
 from relay.config.schema import WorkerRules
 from relay.errors import KeyConflict
 from relay.model import (
@@ -64,15 +64,58 @@ class Restored(msgspec.Struct):
 
 
 class Scope(msgspec.Struct, frozen=True):
-    """The destinations whose pending deliveries this node ends; only owners know the attempts in flight."""
+    """The lanes whose pending deliveries this node ends; only owners know the attempts in flight."""
 
-    mine: frozenset[str]  # owned lanes
+    mine: frozenset[str]  # owned lanes; of a destination with shards, these shards
     known: frozenset[str]  # destinations in the config of a node
     has_orphans: bool  # whether this node also ends the deliveries of destinations that no node knows
+    kept: frozenset[str] = frozenset()  # destinations whose state this node keeps
+    shards: Mapping[str, int] = {}  # numbers in force of destinations that are divided; 0: it is changing
 
-    def covers(self, destination: str) -> bool:
-        """Return whether this node ends the deliveries of a destination."""
-        return destination in self.mine or (self.has_orphans and destination not in self.known)
+    def owns(self, destination: str, slot: int | None) -> bool:
+        """Return whether a delivery belongs to a lane of this node."""
+        return self.lane_of(destination, slot) in self.mine
+
+    def covers(self, destination: str, slot: int | None = None) -> bool:
+        """Return whether this node ends a delivery."""
+        return self.owns(destination, slot) or self._is_orphan(destination)
+
+    def covers_lane(self, lane: str) -> bool:
+        """Return whether this node ends the deliveries of a lane, or a lane that no longer exists."""
+        name, _, number = lane.partition("/")
+        count = self.shards.get(name, 1)
+        is_lane = int(number) < count if number else count == 1
+        if is_lane:
+            return lane in self.mine or self._is_orphan(name)
+        return self.lane_of(name, 0) in self.mine
+
+    def _is_orphan(self, destination: str) -> bool:
+        return self.has_orphans and destination not in self.known
+
+    def lane_of(self, destination: str, slot: int | None) -> str:
+        """Return the lane of a delivery; empty while the number of shards changes."""
+        count = self.shards.get(destination, 1)
+        return lane_of(destination, slot, count) if count else ""
+
+    @property
+    def whole(self) -> frozenset[str]:
+        """The destinations of which all lanes are owned."""
+        return self.mine | {
+            name
+            for name, count in self.shards.items()
+            if count and all(f"{name}/{number}" in self.mine for number in range(count))
+        }
+
+    @property
+    def slots(self) -> tuple[list[str], list[int]]:
+        """Destinations and slots of the owned shards, as two columns; deliveries without a slot have 0."""
+        rows = [
+            (name, slot)
+            for name, count in self.shards.items()
+            for slot in range(SLOTS if count else 0)
+            if f"{name}/{slot % count}" in self.mine
+        ]
+        return [name for name, _ in rows], [slot for _, slot in rows]
 
 
 class HeldDestinations(msgspec.Struct, frozen=True):

@@ -24,9 +24,15 @@ class OneNode:
         self._digest = digest  # of the config
         self._started_at = clock.wall()
 
-    async def own(self, lanes: Mapping[str, float], jobs: Collection[str]) -> Ownership:
-        """See `Nodes.own`; every lane is owned for ever."""
-        _ = jobs
+    async def own(
+        self,
+        lanes: Mapping[str, float],
+        jobs: Collection[str],
+        shards: Mapping[str, int] = {},
+        standing: Mapping[str, Mapping[str, Any]] = {},
+    ) -> Ownership:
+        """See `Nodes.own`; every lane is owned for ever, with all its shards."""
+        _ = jobs, shards, standing
         return Ownership(until=dict.fromkeys(lanes, FOREVER))
 
     def attend(self, attendant: Attendant) -> None:

@@ -32,6 +32,7 @@ class Pending(NamedTuple):
     id: int
     destination: str
     order_key: str | None
+    slot: int | None = None  # see `relay.base.shards`
 
 
 class GroupTimes(NamedTuple):
@@ -42,7 +43,7 @@ class GroupTimes(NamedTuple):
 
 
 class HeldChanges(NamedTuple):
-    """Changes of the destinations that accept nothing. All times are steady, like due times."""
+    """Changes of the destinations, or of their shards, that accept nothing. All times are steady."""
 
     gone: Sequence[str]  # they accept deliveries again
     new: Sequence[str]
@@ -99,11 +100,12 @@ def _dead_event(outcome: Outcome) -> GeneratedEvent:
 def supersede(batch: Batch, deliveries: Sequence[Delivery], pending: Sequence[Any]) -> list[Pending]:
     """Expire new deliveries that a newer event supersedes; returns the stored ones that are superseded.
 
-    `pending` has row id, destination, order key, latest key and event of the stored deliveries of the same
-    keys. Events are compared, not deliveries: a replay of an old event does not supersede a newer event.
+    `pending` has row id, destination, order key, latest key, event and, if there are nodes, slot of the
+    stored deliveries of the same keys. Events are compared, not deliveries: a replay of an old event does not
+    supersede a newer event.
     """
     ages = [((d.destination, d.latest_key), (d.event_id, d.id)) for d in deliveries]
-    ages += [((name, key), (event_id, id_)) for id_, name, _, key, event_id in pending]
+    ages += [((name, key), (event_id, id_)) for id_, name, _, key, event_id, *_ in pending]
     newest: dict[Place, tuple[int, int]] = {}
     for key, age in ages:
         newest[key] = max(age, newest.get(key, age))
@@ -111,8 +113,8 @@ def supersede(batch: Batch, deliveries: Sequence[Delivery], pending: Sequence[An
         if newest[d.destination, d.latest_key] > (d.event_id, d.id):
             batch.ended_early[d.id] = ("expired", "superseded")
     return [
-        Pending(id_, name, order_key)
-        for id_, name, order_key, key, event_id in pending
+        Pending(id_, name, order_key, *slot)
+        for id_, name, order_key, key, event_id, *slot in pending
         if newest[name, key] > (event_id, id_)
     ]
 
@@ -151,7 +153,7 @@ def held_changes(batch: Batch, held: HeldDestinations, known: Mapping[str, tuple
     before, notice = batch.steady - held.kept, min(NOTICE, held.kept // 2)
     scope, since = batch.scope, {name: known[name][0] for name in sorted(held.names & known.keys())}
     return HeldChanges(
-        gone=[each for each in sorted(known.keys() - held.names) if scope is None or scope.covers(each)],
+        gone=[each for each in sorted(known.keys() - held.names) if scope is None or scope.covers_lane(each)],
         new=sorted(held.names - known.keys()),
         to_warn={name: at for name, at in since.items() if not known[name][1] and at <= before + notice},
         to_expire=[name for name, at in since.items() if at <= before],

@@ -17,6 +17,7 @@ from wire import exchange, following, request
 from relay.api import history, replays, tail, top
 from relay.base.clock import SECOND
 from relay.errors import RelayError
+from relay.store.postgres import leases
 from relay.store.postgres import nodes as postgres_nodes
 
 pytestmark = needs_postgres
@@ -36,7 +37,7 @@ async def nodes(tmp_path, receiver, monkeypatch):
         ordered = sorted(peers, key=lambda peer: peer.name)
         return ordered[-1 if name == "lane:d2" else 0]
 
-    monkeypatch.setattr(postgres_nodes, "due_to", due_to)
+    monkeypatch.setattr(leases, "due_to", due_to)
     monkeypatch.setattr(postgres_nodes, "SETTLE_IN", 0.0)
     url = database_of(tmp_path)
     paths = [config(tmp_path / name, url, name, receiver.url) for name in ("one", "two")]

@@ -134,6 +134,19 @@ def test_a_destination_has_its_keys_and_the_defaults(bind, tmp_path):
         ("[destinations.crm]\nurl = 'crm'", "2: destinations.crm.url: expected a URL"),
         (CRM + "name = 'x'", "3: destinations.crm.name: unknown key"),
         (CRM + "timeout = 15", '3: destinations.crm.timeout: expected a duration such as "15s", got 15'),
+        (CRM + "shards = 17", "3: destinations.crm.shards: must be at most 16, got 17"),
+        (
+            CRM + "shards = 9",
+            "3: destinations.crm.shards: 9 shards need a `concurrency` of at least 9, not 8",
+        ),
+        (
+            CRM + 'shards = 4\nrate_limit = "3/s"',
+            "3: destinations.crm.shards: 4 shards need a `rate_limit` of at least 4 attempts per period",
+        ),
+        (
+            CRM + "shards = 2\ngroup_by = []",
+            "3: destinations.crm.shards: `group_by = []` makes one group of all deliveries",
+        ),
         (CRM + "concurrency = 0", "3: destinations.crm.concurrency: must be at least 1, got 0"),
         (CRM + "retry = { jitter = 1.5 }", "3: destinations.crm.retry.jitter: must be at most 1, got 1.5"),
         (CRM + "events = ['a.*', '']", "3: destinations.crm.events[1]: a pattern must not be empty"),
@@ -167,6 +180,16 @@ def test_a_destination_without_secrets_is_a_warning(bind, tmp_path):
     assert binder.problems == []
     (warning,) = map(str, binder.warnings)
     assert warning.startswith(f"{tmp_path}/config.toml:1: destinations.crm: unsigned")
+
+
+def test_shards_without_a_cluster_are_a_warning(bind, tmp_path):
+    cluster = '[storage]\nurl = "postgresql://db/relay"\n[cluster]\nenabled = '
+    for enabled, number in (("true", 1), ("false", 2)):
+        _, binder = bind(f"{CRM}shards = 2\n{cluster}{enabled}")
+        assert binder.problems == []
+        assert len(binder.warnings) == number
+    expected = f"{tmp_path}/config.toml:3: destinations.crm.shards: no effect without [cluster]"
+    assert any(str(warning).startswith(expected) for warning in binder.warnings)
 
 
 def test_invalid_names_are_reported_at_their_lines(bind):

@@ -44,7 +44,7 @@ class ScriptedNodes:
         self.owner_there = None
         self.others = ()
 
-    async def own(self, lanes, jobs):
+    async def own(self, lanes, jobs, shards, standing):
         self.asked.append((dict(lanes), set(jobs)))
         if self.error is not None:
             raise self.error
@@ -52,6 +52,9 @@ class ScriptedNodes:
 
     def attend(self, attendant):
         self.attendant = attendant
+
+    def handle(self, verb, handle):
+        pass
 
     async def ask(self, lane, verb, argument):
         self.requests.append((lane, verb, argument))

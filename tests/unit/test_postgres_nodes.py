@@ -11,18 +11,22 @@ from relay.base.clock import SECOND, SystemClock
 from relay.errors import StorageError, StorageUnavailableError
 from relay.store import Answers
 from relay.store.postgres.clock import SLEW, ServerClock
-from relay.store.postgres.nodes import (
+from relay.store.postgres.leases import (
+    CHANGING,
     NEGLECTED,
     SETTLE_IN,
     Lease,
     Peer,
-    PostgresNodes,
     due_to,
     free_slot,
     length_of,
+    next_shards,
     plan,
+    spread,
     trusted_until,
+    wanted_shards,
 )
+from relay.store.postgres.nodes import TAKE_SHARDS_SQL, PostgresNodes
 
 asyncpg = pytest.importorskip("asyncpg")
 
@@ -133,12 +137,63 @@ def test_a_node_takes_the_smallest_free_slot(used, slot):
     assert free_slot(used) == slot
 
 
+# --- shards ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("count", "nodes", "loads"), [(4, "ab", [2, 2]), (4, "abc", [1, 1, 2]), (2, "abc", [0, 1, 1])]
+)
+def test_shards_are_spread_evenly_and_each_node_comes_to_the_same_result(count, nodes, loads):
+    peers = [peer(name) for name in nodes]
+    owners = [owner.name for owner in spread("d1", count, peers)]
+    assert owners == [owner.name for owner in spread("d1", count, peers[::-1])]
+    assert sorted(map(owners.count, nodes)) == loads
+
+
+def test_shards_go_only_to_nodes_that_have_the_destination_and_know_shards():
+    old = Peer("old", "old", 60.0, LANES, shards=None)
+    peers = [peer("a"), old, peer("b", destinations={"erp"})]
+    assert {owner.name for owner in spread("d1", 4, peers)} == {"a"}
+    assert spread("none", 4, peers) == []
+
+
+@pytest.mark.parametrize(
+    ("wanted", "expected"), [([4, 4], 4), ([4, 2], 2), ([4, 1], 1), ([4, None], 1), ([], 1)]
+)
+def test_the_smallest_number_of_shards_of_the_live_nodes_counts(wanted, expected):
+    peers = [
+        Peer(str(n), str(n), 60.0, LANES, shards=None if each is None else {"d1": each})
+        for n, each in enumerate(wanted)
+    ]
+    others = [Peer("other", "other", 60.0, frozenset({"erp"}))]
+    assert wanted_shards("d1", [*peers, *others]) == expected
+
+
+@pytest.mark.parametrize(
+    ("now", "wanted", "held", "expected"),
+    [
+        (1, 1, [], None),
+        (1, 4, [], 4),
+        (4, 4, ["lane:d1/0"], None),
+        (4, 2, ["lane:d1/0"], CHANGING),
+        (4, 1, [], CHANGING),
+        (CHANGING, 2, ["lane:d1/3"], None),
+        (CHANGING, 2, ["lane:d10/3", "lane:d1"], 2),
+        (CHANGING, 1, [], 1),
+    ],
+)
+def test_the_number_of_shards_changes_when_no_shard_is_held(now, wanted, held, expected):
+    leases = [Lease(name, "a", 1, is_held=True) for name in held]
+    assert next_shards("d1", now, wanted, [*leases, Lease("lane:d1/1", "a", 1, is_held=False)]) == expected
+
+
 # --- with a server --------------------------------------------------------------------------------
 
 TABLES = """
     CREATE TABLE IF NOT EXISTS nodes (
         incarnation uuid PRIMARY KEY, slot int NOT NULL UNIQUE, name text, version text, schema int,
-        config_digest bytea, destinations text[], internal_url text, started timestamptz, seen timestamptz);
+        config_digest bytea, destinations text[], internal_url text, started timestamptz,
+        seen timestamptz, shards jsonb);
     CREATE TABLE IF NOT EXISTS leases (
         name text PRIMARY KEY, incarnation uuid, epoch bigint NOT NULL DEFAULT 0,
         until timestamptz NOT NULL DEFAULT '-infinity', standing jsonb) WITH (fillfactor = 50);
@@ -524,3 +579,113 @@ async def test_the_clock_follows_the_server(cluster):
     await own(node)
     [row] = await cluster.run("SELECT (extract(epoch FROM clock_timestamp()) * 1000000)::bigint AS now")
     assert abs(clock.steady() - row["now"]) < 5 * SECOND
+
+
+# --- shards with a server -------------------------------------------------------------------------
+
+
+async def divide(node, count, standing=()):
+    """Renew with a number of shards in the config; hand over at once what another node should have."""
+    shards = {} if count == 1 else {"crm": count}
+    owned = await node.own({"crm": 10.0}, (), shards, dict(standing))
+    for name in node.to_assign:
+        node.note_assigned(name)
+    if owned.hand_over:
+        await node.give(sorted(owned.hand_over))
+    return owned
+
+
+async def settle(counts, steps=12):
+    """Renew all nodes until nothing changes; `counts` has the number of shards in each one's config."""
+    for _ in range(steps):
+        found = [await divide(node, count) for node, count in counts.items()]
+    return found
+
+
+def numbers(owned):
+    return sorted(name for name in owned.until if "/" in name)
+
+
+@needs_postgres
+async def test_shards_are_divided_among_nodes_and_one_of_them_keeps_the_state(cluster):
+    a, b = await cluster.join("a", lanes=("crm",)), await cluster.join("b", lanes=("crm",))
+    await settle({a: 1, b: 1}, 2)
+    await cluster.age()
+    found = await settle({a: 4, b: 4})
+    assert [each.shards for each in found] == [{"crm": 4}] * 2
+    assert sorted(numbers(found[0]) + numbers(found[1])) == [f"crm/{number}" for number in range(4)]
+    assert [len(numbers(each)) for each in found] == [2, 2]
+    [keeper] = [node for node, each in zip((a, b), found, strict=True) if "crm" in each.until]
+    assert keeper.scope.kept - keeper.scope.mine == {"crm"}
+    assert "crm/0" in keeper.scope.mine
+    lanes = {node.name: node.lanes for node in await a.all()}
+    assert sorted(lanes["a"] + lanes["b"]) == [f"crm/{number}" for number in range(4)]
+    assert a.figures()["lanes"] == 1
+
+    await divide(
+        b, 4, {name: {"in_flight": 3, "circuit": "503", "is_quiet": False} for name in numbers(found[1])}
+    )
+    shown = (await divide(a, 4)).standing
+    assert [(shown[name].in_flight, shown[name].circuit) for name in numbers(found[1])] == [(3, "503")] * 2
+
+
+@needs_postgres
+@pytest.mark.parametrize(("before", "after"), [(1, 4), (4, 2), (2, 1)])
+async def test_nodes_with_different_numbers_of_shards_agree_on_the_smallest_and_then_change(
+    cluster, before, after
+):
+    a, b = await cluster.join("a", lanes=("crm",)), await cluster.join("b", lanes=("crm",))
+    await cluster.age()
+    for counts in ({a: before, b: before}, {a: after, b: before}, {a: after, b: after}):
+        found = await settle(counts)
+        least = min(counts.values())
+        assert [each.shards.get("crm", 1) for each in found] == [least] * 2
+        expected = ["crm"] if least == 1 else [f"crm/{number}" for number in range(least)]
+        assert sorted(a.scope.mine | b.scope.mine) == expected
+        assert not a.scope.mine & b.scope.mine
+
+
+@needs_postgres
+async def test_a_held_shard_delays_a_change_and_a_node_that_has_missed_it_takes_none(cluster):
+    a, b = await cluster.join("a", lanes=("crm",)), await cluster.join("b", lanes=("crm",))
+    await cluster.age()
+    await settle({a: 4, b: 4})
+    [keeper] = [node for node in (a, b) if "crm" in node.scope.kept]
+    other = b if keeper is a else a
+    held = [name for name in other.scope.mine if "/" in name]
+    assert held
+    for _ in range(3):  # the other node is frozen: its leases last
+        owned = await divide(keeper, 2)
+        await cluster.run("UPDATE nodes SET seen = seen - interval '1 minute' WHERE name = $1", other._name)
+    assert owned.shards == {"crm": CHANGING}
+    assert not keeper.scope.mine
+    assert keeper.scope.shards == {"crm": CHANGING}
+    await cluster.run("UPDATE leases SET until = clock_timestamp() WHERE name LIKE 'lane:crm/%'")
+    for _ in range(3):
+        owned = await divide(keeper, 2)
+    assert numbers(owned) == ["crm/0", "crm/1"]
+    await cluster.run("UPDATE leases SET until = clock_timestamp() WHERE name = 'lane:crm/0'")
+    former = (["lane:crm/0", "lane:crm/3"], [30.0, 30.0], ["lane:crm", "lane:crm"], [4, 4])
+    assert not await other._locked(TAKE_SHARDS_SQL, other.incarnation, *former)
+
+
+@needs_postgres
+async def test_no_shard_is_taken_while_the_number_is_being_changed(cluster):
+    node = await cluster.join("a", lanes=("crm",))
+    await settle({node: 4}, 4)
+    await node.give(["crm/1"])
+    changing = await asyncpg.connect(cluster.url)
+    async with changing.transaction():
+        await changing.execute("""UPDATE leases SET standing = '{"shards": 0}' WHERE name = 'lane:crm'""")
+        taking = asyncio.create_task(
+            node._locked(TAKE_SHARDS_SQL, node.incarnation, ["lane:crm/1"], [30.0], ["lane:crm"], [4])
+        )
+        waiting = """
+            SELECT count(*) FROM pg_stat_activity
+             WHERE datname = current_database() AND wait_event_type = 'Lock'
+        """
+        async with asyncio.timeout(30):
+            while not await changing.fetchval(waiting):  # noqa: ASYNC110 - the server knows
+                await asyncio.sleep(0.01)
+    assert not await taking
+    await changing.close()

@@ -262,11 +262,13 @@ class PostgresCommitter(Committer):
 
     def _wake_others(self, batch: Batch, nodes: PostgresNodes) -> None:
         """Announce the due deliveries of lanes that other nodes own; this node does not claim them."""
-        mine = nodes.scope.mine
+        scope, mine = nodes.scope, nodes.scope.mine
         late = self._clock.steady() - batch.steady > LATE
+        if scope.shards:
+            mine = scope.whole
         names = {delivery.destination for delivery in batch.due}
         if names - mine:
-            batch.due = [delivery for delivery in batch.due if delivery.destination in mine]
+            batch.due = [each for each in batch.due if scope.owns(each.destination, each.slot)]
         if others := (names | batch.woken | batch.later.keys()) - mine:
             nodes.announce(others, late=late)
         if hurried := set(batch.made_due.values()) - mine:

@@ -38,7 +38,7 @@ NEXT_SQL = """
      WHERE destination = $1 AND attempts {share} 0 AND next_attempt_at > $2
      ORDER BY next_attempt_at LIMIT 1
 """
-DESTINATIONS_SQL = "SELECT id, destination FROM owed WHERE id = ANY($1::bigint[])"
+DESTINATIONS_SQL = "SELECT id, destination, slot FROM owed WHERE id = ANY($1::bigint[])"
 FOLLOWERS_SQL = f"""
     SELECT {CLAIM_COLUMNS} FROM owed
      WHERE destination = $1 AND group_key = $2 AND attempts {{share}} 0 AND next_attempt_at <= $3
@@ -128,7 +128,7 @@ class PostgresDeliveries(StoredDeliveries):
 
     async def set_destination(self, state: DestinationState, event: GeneratedEvent | None = None) -> None:
         """See `Deliveries.set_destination`; an attempt of a former owner may end late."""
-        if self._nodes is not None and state.name not in self._nodes.scope.mine:
+        if self._nodes is not None and state.name not in self._nodes.scope.kept:
             raise StorageError(f"{state.name}: another node delivers to it now", hint="try again")
         await super().set_destination(state, event)
 
@@ -138,9 +138,9 @@ class PostgresDeliveries(StoredDeliveries):
             return await super().cancel(delivery_ids)
         scope = self._nodes.scope
         others: dict[str, list[int]] = {}
-        for id_, name in await self._postgres.fetch(DESTINATIONS_SQL, list(delivery_ids)):
-            if not scope.covers(name):
-                others.setdefault(name, []).append(id_)
+        for id_, name, slot in await self._postgres.fetch(DESTINATIONS_SQL, list(delivery_ids)):
+            if not scope.covers(name, slot):
+                others.setdefault(scope.lane_of(name, slot) or name, []).append(id_)
         elsewhere = {id_ for ids in others.values() for id_ in ids}
         done = await super().cancel([id_ for id_ in delivery_ids if id_ not in elsewhere])
         ended, in_flight = done.ended, done.in_flight

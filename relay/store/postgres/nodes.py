@@ -6,7 +6,6 @@ of name and epoch that it took, so it never renews what it has lost.
 """
 
 import asyncio
-import hashlib
 import logging
 import socket
 import uuid
@@ -19,11 +18,28 @@ import msgspec
 
 from relay import __version__
 from relay.base.clock import SECOND, Clock
+from relay.base.shards import destination_of
 from relay.errors import StorageError
 from relay.model import Caution, Node
-from relay.store import Answers, Attendant, Ownership
+from relay.store import Answers, Attendant, Ownership, Standing
 from relay.store.batch import Scope
-from relay.store.postgres.clock import SLEW, ServerClock
+from relay.store.postgres.clock import ServerClock
+from relay.store.postgres.leases import (
+    CHANGING,
+    JOB,
+    LANE,
+    SETTLE_IN,
+    SLOTS,
+    Lease,
+    Peer,
+    free_slot,
+    in_force,
+    length_of,
+    next_shards,
+    plan,
+    trusted_until,
+    wanted_shards,
+)
 from relay.store.postgres.replies import Replies
 from relay.store.postgres.requests import NODE, Handle, Requests
 from relay.store.postgres.wakeups import POLL, Notifications, WakeUp, WakeUps
@@ -32,12 +48,6 @@ log = logging.getLogger("relay.store")
 
 LIVE = 5.0
 """Seconds after its latest renewal for which a node counts as live, or the length of a lease if shorter."""
-
-SETTLE_IN = 30.0
-"""Seconds after its start in which a node takes no lane that another node holds; or one lease, if shorter."""
-
-NEGLECTED = 5.0
-"""Seconds after which any node takes a free lease, even if another live node should take it."""
 
 FORGET_AFTER = 3600.0
 """Seconds without a renewal after which a node's row is deleted and its slot is used again."""
@@ -48,135 +58,28 @@ CROWDED = 60.0
 COMPARISONS = 5
 """Comparisons of the clocks at the start; the one with the shortest round trip counts."""
 
-SLOTS = 256
-"""Nodes at a time; row ids contain the slot of the node that made them."""
-
-LANE, JOB = "lane:", "job:"
+ASSIGN_EVERY = 60 * SECOND
+"""Microseconds between two searches for deliveries of a divided destination without a slot."""
 
 ORPHANS = "retention"
 """The job whose node ends the deliveries of destinations that no node has in its config."""
-
-
-# --- decisions, without I/O -----------------------------------------------------------------------
-
-
-class Lease(msgspec.Struct, frozen=True):
-    """A row of `leases` at one moment."""
-
-    name: str  # `lane:DESTINATION` or `job:NAME`
-    incarnation: str | None
-    epoch: int
-    is_held: bool
-    free_for: float | None = None  # seconds since it became free; None: it never was held, or is held
-
-
-class Peer(msgspec.Struct, frozen=True):
-    """A live node, this one included."""
-
-    incarnation: str
-    name: str
-    age: float  # seconds since it started
-    destinations: frozenset[str]
-    config: str = ""  # digest of its config, in hexadecimal
-
-    def may_hold(self, name: str) -> bool:
-        """Return whether the node can run a lane or a job."""
-        return name.startswith(JOB) or name.removeprefix(LANE) in self.destinations
-
-
-class Plan(msgspec.Struct, frozen=True):
-    """The leases that one node takes and hands over now."""
-
-    missing: tuple[str, ...]  # names without a row
-    take: tuple[str, ...]
-    adopt: Mapping[str, int]  # taken by this incarnation, but the server's response was lost; with epochs
-    hand_over: str | None  # one held lease that another node should hold
-
-
-def due_to(name: str, peers: Iterable[Peer]) -> Peer | None:
-    """Return the node that should hold a lease: the highest hash of name and node (rendezvous hashing).
-
-    So all nodes come to the same result, and a node that joins or leaves moves only its share.
-    """
-    able = [peer for peer in peers if peer.may_hold(name)]
-    return max(able, key=lambda peer: _weight(name, peer.incarnation), default=None)
-
-
-def plan(
-    me: str,
-    held: Mapping[str, int],
-    wanted: AbstractSet[str],
-    leases: Sequence[Lease],
-    peers: Sequence[Peer],
-    *,
-    settle_in: float = SETTLE_IN,
-) -> Plan:
-    """Decide which leases node `me` takes and hands over.
-
-    `held` has the epochs of the leases that it holds and is not handing over; `wanted` are the names that it
-    could hold. Free leases are taken at once by the node that they are due to. Held ones move one at a time,
-    and only to a node that has settled in.
-    """
-    known = {lease.name: lease for lease in leases}
-    take, adopt, movable = [], {}, []
-    for name in sorted(wanted):
-        lease = known.get(name, Lease(name, None, 0, is_held=False))
-        due = due_to(name, peers)
-        is_mine = due is None or due.incarnation == me
-        if not lease.is_held:
-            if is_mine or (lease.free_for is not None and lease.free_for > NEGLECTED):
-                take.append(name)
-        elif lease.incarnation == me and held.get(name) != lease.epoch:
-            adopt[name] = lease.epoch
-    for name in sorted(held):
-        due = due_to(name, peers)
-        if due is not None and due.incarnation != me and due.age >= settle_in:
-            movable.append(name)
-    return Plan(
-        missing=tuple(name for name in sorted(wanted) if name not in known),
-        take=tuple(take),
-        adopt=adopt,
-        hand_over=movable[0] if movable else None,
-    )
-
-
-def length_of(lease: float, timeout: float) -> float:
-    """Return the length of a lane's lease in seconds; `timeout` is that of one attempt."""
-    return max(lease, 2 * timeout)
-
-
-def trusted_until(asked: int, length: float, timeout: float) -> int:
-    """Return the time (steady clock) at which a node stops beginning attempts under a lease.
-
-    `asked` is the time before the request for the lease. So the result is earlier than the lease's end by
-    the server's clock, by at least the `timeout` of an attempt, even if the steady clock runs slow by one
-    part in `SLEW`.
-    """
-    return asked + int((length - timeout) * SECOND) * (SLEW - 1) // SLEW
-
-
-def free_slot(used: Collection[int]) -> int | None:
-    """Return the smallest slot that no node has; None: all are in use."""
-    return next((slot for slot in range(SLOTS) if slot not in used), None)
-
-
-def _weight(name: str, incarnation: str) -> bytes:
-    return hashlib.blake2b(f"{name}\n{incarnation}".encode(), digest_size=8).digest()
 
 
 # --- the rows -------------------------------------------------------------------------------------
 
 JOIN_SQL = """
     INSERT INTO nodes (incarnation, slot, name, version, schema, config_digest, destinations, internal_url,
-                       started, seen)
-    VALUES ($1::uuid, $2, $3, $4, $5, $6, $7::text[], NULL, clock_timestamp(), clock_timestamp())
+                       started, seen, shards)
+    VALUES ($1::uuid, $2, $3, $4, $5, $6, $7::text[], NULL, clock_timestamp(), clock_timestamp(),
+            $8::text::jsonb)
         ON CONFLICT DO NOTHING
 """
 
 FORGET_SQL = "DELETE FROM nodes WHERE seen < clock_timestamp() - $1::float8 * interval '1 second'"
 
 SEEN_SQL = """
-    UPDATE nodes SET seen = clock_timestamp(), destinations = $2::text[], config_digest = $3
+    UPDATE nodes SET seen = clock_timestamp(), destinations = $2::text[], config_digest = $3,
+                     shards = $4::text::jsonb
      WHERE incarnation = $1::uuid
     RETURNING slot
 """
@@ -187,8 +90,11 @@ LEAVE_SQL = """
 """
 
 RENEW_SQL = """
-    UPDATE leases AS l SET until = clock_timestamp() + h.length * interval '1 second'
-      FROM unnest($2::text[], $3::bigint[], $4::float8[]) AS h (name, epoch, length)
+    UPDATE leases AS l
+       SET until = clock_timestamp() + h.length * interval '1 second',
+           standing = CASE WHEN h.standing IS NULL THEN l.standing
+                           ELSE coalesce(l.standing, '{}') || h.standing::jsonb END
+      FROM unnest($2::text[], $3::bigint[], $4::float8[], $5::text[]) AS h (name, epoch, length, standing)
      WHERE l.name = h.name AND l.epoch = h.epoch AND l.incarnation = $1::uuid AND l.until > clock_timestamp()
     RETURNING l.name
 """
@@ -206,6 +112,34 @@ TAKE_SQL = """
     RETURNING l.name, l.epoch
 """
 
+# A shard is free only as long as the number of shards is in force. Whoever changes it waits for this lock.
+TAKE_SHARDS_SQL = """
+    WITH valid AS MATERIALIZED (
+        SELECT g.name FROM leases AS g
+          JOIN (SELECT DISTINCT * FROM unnest($4::text[], $5::int[])) AS s (name, shards) USING (name)
+         WHERE (g.standing ->> 'shards')::int = s.shards ORDER BY g.name FOR SHARE OF g
+    ),
+    free AS MATERIALIZED (
+        SELECT l.name, h.length
+          FROM unnest($2::text[], $3::float8[], $4::text[]) AS h (name, length, lane)
+          JOIN valid ON valid.name = h.lane
+          JOIN leases AS l ON l.name = h.name
+         WHERE l.until <= clock_timestamp()
+         ORDER BY l.name FOR UPDATE OF l SKIP LOCKED
+    )
+    UPDATE leases AS l
+       SET incarnation = $1::uuid, epoch = l.epoch + 1, standing = NULL,
+           until = clock_timestamp() + free.length * interval '1 second'
+      FROM free WHERE l.name = free.name
+    RETURNING l.name, l.epoch
+"""
+
+DIVIDE_SQL = """
+    UPDATE leases SET standing = coalesce(standing, '{}') || jsonb_build_object('shards', $4::int)
+     WHERE name = $2 AND epoch = $3 AND incarnation = $1::uuid AND until > clock_timestamp()
+    RETURNING name
+"""
+
 GIVE_SQL = """
     UPDATE leases AS l SET until = clock_timestamp()
       FROM unnest($2::text[], $3::bigint[]) AS h (name, epoch)
@@ -215,13 +149,14 @@ GIVE_SQL = """
 LEASES_SQL = """
     SELECT name, incarnation::text, epoch, until > clock_timestamp() AS is_held,
            CASE WHEN until <= clock_timestamp() AND until > '-infinity'
-                THEN extract(epoch FROM clock_timestamp() - until)::float8 END AS free_for
+                THEN extract(epoch FROM clock_timestamp() - until)::float8 END AS free_for,
+           CASE WHEN name LIKE 'lane:%' THEN standing::text END AS standing
       FROM leases
 """
 
 PEERS_SQL = """
     SELECT incarnation::text, name, destinations, encode(config_digest, 'hex') AS config,
-           extract(epoch FROM clock_timestamp() - started)::float8 AS age
+           extract(epoch FROM clock_timestamp() - started)::float8 AS age, shards::text AS shards
       FROM nodes WHERE seen > clock_timestamp() - $1::float8 * interval '1 second'
 """
 
@@ -279,6 +214,11 @@ class PostgresNodes:
         self._schema = schema
         self._digest = digest
         self._lanes: Mapping[str, float] = {}  # with timeouts in seconds
+        self._wanted: Mapping[str, int] = {}  # numbers of shards in the config
+        self._standing: Mapping[str, Mapping[str, Any]] = {}  # of this node's lanes
+        self._shards: dict[str, int] = {}  # numbers of shards in force, by destination; 1 is left out
+        self._dividing: dict[str, int] = {}  # of own lanes whose attempts must end before they are divided
+        self._assigned: dict[str, int] = {}  # destinations whose deliveries have slots, since (steady clock)
         self._held: dict[str, int] = {}  # epochs by name
         self._handing_over: set[str] = set()
         self._trusted: dict[str, int] = {}  # by name; steady clock
@@ -368,25 +308,25 @@ class PostgresNodes:
             silent=tuple(peer.name for peer, each in pairs if not each.is_answered or each.error is not None),
         )
 
-    async def own(self, lanes: Mapping[str, float], jobs: Collection[str]) -> Ownership:
+    async def own(
+        self,
+        lanes: Mapping[str, float],
+        jobs: Collection[str],
+        shards: Mapping[str, int] = {},
+        standing: Mapping[str, Mapping[str, Any]] = {},
+    ) -> Ownership:
         """See `Nodes.own`."""
-        self._lanes = dict(lanes)
+        self._lanes, self._wanted, self._standing = dict(lanes), dict(shards), standing
         async with self._lock:
             await self._compare_clocks()
             if not self._has_left:
                 await self._be_seen()
             await self._renew()
-            leases = [
-                Lease(row["name"], row["incarnation"], row["epoch"], row["is_held"], row["free_for"])
-                for row in await self._fetch(LEASES_SQL)
-            ]
-            peers = [
-                Peer(
-                    row["incarnation"], row["name"], row["age"], frozenset(row["destinations"]), row["config"]
-                )
-                for row in await self._fetch(PEERS_SQL, self._live)
-            ]
+            leases = [_lease_of(row) for row in await self._fetch(LEASES_SQL)]
+            peers = [_peer_of(row) for row in await self._fetch(PEERS_SQL, self._live)]
+            self._shards = in_force(leases)
             if not self._has_left:
+                await self._divide(leases, peers)
                 await self._follow(leases, peers, {*map(_lane, lanes), *map(_job, jobs)})
             self._known = frozenset().union(*(peer.destinations for peer in peers))
             await self.replies.refresh(self._fetch)
@@ -396,11 +336,17 @@ class PostgresNodes:
         return self._ownership(leases, peers)
 
     async def give(self, lanes: Collection[str]) -> None:
-        """See `Nodes.give`."""
+        """See `Nodes.give`; a lane that is being divided stays with this node."""
         async with self._lock:
-            await self._give([name for name in map(_lane, lanes) if name in self._held])
+            divided = self._dividing.keys() & set(lanes)
+            for name in divided:
+                await self._set_shards(name, self._dividing.pop(name))
+            given = [_lane(name) for name in lanes if name not in divided]
+            await self._give([name for name in given if name in self._held])
             self._scope_until = 0
         self.announce(leases=True)
+        if divided and self._attendant is not None:
+            self._attendant.renew_soon()
 
     def lead(self, job: str) -> bool:
         """See `Nodes.lead`."""
@@ -408,16 +354,23 @@ class PostgresNodes:
 
     @property
     def scope(self) -> Scope:
-        """The destinations whose deliveries this node ends now."""
+        """The lanes whose deliveries this node ends now."""
         now = self._clock.steady()
         if now >= self._scope_until:
-            self._scope = Scope(frozenset(self.owned), self._known, self.lead(ORPHANS))
+            owned = frozenset(self.owned)
+            self._scope = Scope(
+                frozenset(filter(self._sends, owned)),
+                self._known,
+                self.lead(ORPHANS),
+                owned,
+                dict(self._shards),
+            )
             self._scope_until = min((until for until in self._trusted.values() if until > now), default=now)
         return self._scope
 
     @property
     def owned(self) -> list[str]:
-        """The destinations whose lanes this node owns now, including those that it is handing over."""
+        """The lanes that this node owns now, including those that it is handing over."""
         now = self._clock.steady()
         return [
             name.removeprefix(LANE)
@@ -436,9 +389,11 @@ class PostgresNodes:
             rows = await self._fetch(NODES_SQL, self._live)
             leases = await self._fetch(LEASES_SQL)
         held: dict[str, list[str]] = {}
-        for lease in leases:
-            if lease["is_held"]:
-                held.setdefault(lease["incarnation"], []).append(lease["name"])
+        found = list(map(_lease_of, leases))
+        divided = {_lane(name) for name in in_force(found)}
+        for lease in found:
+            if lease.is_held and lease.incarnation is not None and lease.name not in divided:
+                held.setdefault(lease.incarnation, []).append(lease.name)
         return tuple(
             Node(
                 name=row["name"],
@@ -458,7 +413,7 @@ class PostgresNodes:
         """See `Nodes.figures`."""
         return {
             "nodes": len(self._peers),
-            "lanes": len(self.owned),
+            "lanes": len(set(map(destination_of, self.scope.mine))),
             "renewal_age": max(0, self._clock.steady() - self._renewed_at) / SECOND,
             "config_differs": float(bool(self._differing())),
             "wakeup_delay": 0.0 if self._wake_ups is None else self._wake_ups.delay,
@@ -588,6 +543,7 @@ class PostgresNodes:
                 self._schema,
                 self._digest(),
                 destinations,
+                msgspec.json.encode(self._wanted).decode(),
             )
             rows = await self._fetch("SELECT slot FROM nodes WHERE incarnation = $1::uuid", self.incarnation)
             if rows:  # else another node was faster
@@ -595,7 +551,8 @@ class PostgresNodes:
                 return
 
     async def _be_seen(self) -> None:
-        rows = await self._fetch(SEEN_SQL, self.incarnation, sorted(self._lanes), self._digest())
+        shards = msgspec.json.encode(self._wanted).decode()
+        rows = await self._fetch(SEEN_SQL, self.incarnation, sorted(self._lanes), self._digest(), shards)
         if not rows:  # this process was stopped for so long that the others have forgotten it
             log.warning("the other nodes had forgotten this node; it joins again")
             await self._join()
@@ -607,9 +564,10 @@ class PostgresNodes:
             return
         asked = self._clock.steady()
         lengths = [self._length(name) for name in names]
-        rows = await self._fetch(
-            RENEW_SQL, self.incarnation, names, [self._held[name] for name in names], lengths
-        )
+        epochs = [self._held[name] for name in names]
+        shown = [self._standing.get(name.removeprefix(LANE)) for name in names]
+        standing = [None if each is None else msgspec.json.encode(each).decode() for each in shown]
+        rows = await self._fetch(RENEW_SQL, self.incarnation, names, epochs, lengths, standing)
         renewed = {row["name"] for row in rows}
         for name in names:
             if name in renewed:
@@ -617,12 +575,72 @@ class PostgresNodes:
             else:
                 self._forget(name)
 
+    @property
+    def to_assign(self) -> list[str]:
+        """The destinations whose deliveries need slots, because this node divides them or has divided them.
+
+        Nodes store deliveries with slots only if their config divides the destination, so a late one of a
+        former config may be without.
+        """
+        now = self._clock.steady()
+        return [
+            name
+            for name in self._lanes
+            if self._is_trusted(_lane(name))
+            and (name in self._shards or wanted_shards(name, self._peers) > 1)
+            and now - self._assigned.get(name, -ASSIGN_EVERY) >= ASSIGN_EVERY
+        ]
+
+    def note_assigned(self, destination: str) -> None:
+        """Note that the deliveries of a destination have slots."""
+        self._assigned[destination] = self._clock.steady()
+
+    async def _divide(self, leases: Sequence[Lease], peers: Sequence[Peer]) -> None:
+        """Change the numbers of shards of destinations whose leases this node holds, as far as possible."""
+        self._dividing.clear()
+        for name in self._lanes:
+            if not self._is_trusted(_lane(name)) or _lane(name) in self._handing_over:
+                continue
+            now = self._shards.get(name, 1)
+            count = next_shards(name, now, wanted_shards(name, peers), leases)
+            if now != 1 and count is not None:
+                await self._set_shards(name, count)
+            elif count is not None and name in self._assigned:
+                self._dividing[name] = count  # by `give`, after the last attempt
+            elif now == count is None:
+                self._assigned.pop(name, None)
+
+    async def _set_shards(self, destination: str, count: int) -> None:
+        """Store the number of shards of a destination, unless another node holds its lease now."""
+        name = _lane(destination)
+        if await self._fetch(DIVIDE_SQL, self.incarnation, name, self._held.get(name, -1), count):
+            log.info("%s: %s", destination, _divided(count))
+            self._shards[destination] = count
+            if count == 1:
+                del self._shards[destination]
+            elif count != CHANGING:  # deliveries may have come without a slot meanwhile
+                self._assigned.pop(destination, None)
+            self.announce(leases=True)
+
     async def _follow(self, leases: Sequence[Lease], peers: Sequence[Peer], wanted: AbstractSet[str]) -> None:
         """Take and hand over leases."""
+        shards = {name: count for name, count in self._shards.items() if name in self._lanes}
+        for name, count in shards.items():
+            wanted |= {_lane(f"{name}/{number}") for number in range(count)}
         self._handing_over |= {name for name in self._held.keys() - wanted if name.startswith(LANE)}
         wanted -= self._handing_over
-        held = {name: epoch for name, epoch in self._held.items() if name in wanted}
-        steps = plan(self.incarnation, held, wanted, leases, peers, settle_in=min(SETTLE_IN, self._lease))
+        fixed = {_lane(name) for name, count in shards.items() if count == CHANGING}
+        fixed |= set(map(_lane, self._dividing))
+        held = {name: epoch for name, epoch in self._held.items() if name in wanted and name not in fixed}
+        steps = plan(
+            self.incarnation,
+            held,
+            wanted,
+            leases,
+            peers,
+            settle_in=min(SETTLE_IN, self._lease),
+            shards=shards,
+        )
         if (moving := steps.hand_over) is not None:
             if moving.startswith(LANE):
                 self._handing_over.add(moving)
@@ -634,12 +652,20 @@ class PostgresNodes:
                 "INSERT INTO leases (name) SELECT unnest($1::text[]) ON CONFLICT (name) DO NOTHING",
                 list(steps.missing),
             )
-        if steps.take:
-            asked = self._clock.steady()
-            lengths = [self._length(name) for name in steps.take]
-            for row in await self._fetch(TAKE_SQL, self.incarnation, list(steps.take), lengths):
-                self._held[row["name"]] = row["epoch"]
-                self._trust(row["name"], asked)
+        of_shards = [name for name in steps.take if name.startswith(LANE) and "/" in name]
+        if others := [name for name in steps.take if name not in of_shards]:
+            await self._take(TAKE_SQL, others)
+        if of_shards:
+            lanes = [destination_of(name) for name in of_shards]
+            counts = [shards[lane.removeprefix(LANE)] for lane in lanes]
+            await self._take(TAKE_SHARDS_SQL, of_shards, lanes, counts)
+
+    async def _take(self, sql: str, names: list[str], *more: Any) -> None:
+        asked = self._clock.steady()
+        lengths = [self._length(name) for name in names]
+        for row in await self._fetch(sql, self.incarnation, names, lengths, *more):
+            self._held[row["name"]] = row["epoch"]
+            self._trust(row["name"], asked)
 
     async def _give(self, names: Sequence[str]) -> None:
         if names:
@@ -663,8 +689,24 @@ class PostgresNodes:
                 for lease in leases
                 if lease.is_held and lease.incarnation != self.incarnation and lease.name.startswith(LANE)
             },
-            hand_over=frozenset(name.removeprefix(LANE) for name in self._handing_over),
+            hand_over=frozenset(name.removeprefix(LANE) for name in self._handing_over)
+            | self._dividing.keys(),
+            shards=dict(self._shards),
+            standing={
+                lease.name.removeprefix(LANE): lease.standing
+                for lease in leases
+                if lease.is_held and lease.name.startswith(LANE)
+            },
         )
+
+    def _is_trusted(self, name: str) -> bool:
+        return self._trusted.get(name, 0) > self._clock.steady()
+
+    def _sends(self, lane: str) -> bool:
+        """Return whether a lane is one that sends, with the numbers of shards in force."""
+        name, _, number = lane.partition("/")
+        count = self._shards.get(name, 1)
+        return int(number) < count if number else count == 1
 
     def _trust(self, name: str, asked: int) -> None:
         self._trusted[name] = trusted_until(asked, self._length(name), self._timeout(name))
@@ -681,7 +723,7 @@ class PostgresNodes:
         """Return how many seconds before its end a lease counts as lost."""
         if name.startswith(JOB):
             return self._lease / 2
-        return self._lanes.get(name.removeprefix(LANE), self._lease / 2)
+        return self._lanes.get(destination_of(name.removeprefix(LANE)), self._lease / 2)
 
 
 def _lane(destination: str) -> str:
@@ -690,6 +732,29 @@ def _lane(destination: str) -> str:
 
 def _job(name: str) -> str:
     return JOB + name
+
+
+def _divided(count: int) -> str:
+    if count == CHANGING:
+        return "the number of its shards changes; its attempts in flight end first"
+    return "it is divided no longer" if count == 1 else f"it is divided into {count} shards"
+
+
+def _lease_of(row: Any) -> Lease:
+    given = row["standing"]
+    standing = Standing() if given is None else msgspec.json.decode(given, type=Standing)
+    return Lease(row["name"], row["incarnation"], row["epoch"], row["is_held"], row["free_for"], standing)
+
+
+def _peer_of(row: Any) -> Peer:
+    return Peer(
+        row["incarnation"],
+        row["name"],
+        row["age"],
+        frozenset(row["destinations"]),
+        row["config"],
+        None if row["shards"] is None else msgspec.json.decode(row["shards"], type=dict[str, int]),
+    )
 
 
 def _of_kind(kind: str, names: Iterable[str]) -> tuple[str, ...]:

@@ -1,9 +1,19 @@
-"""Statements for the shards of destinations: claims of some slots, and slots for deliveries without one."""
+"""The slots of deliveries in PostgreSQL: claims of some of them, and slots for deliveries without one."""
 
+import asyncio
+import logging
 from functools import lru_cache
 
 from relay.base.shards import SLOTS, Shards
+from relay.store.postgres.connection import Database
+from relay.store.postgres.nodes import PostgresNodes
 from relay.store.postgres.rows import CLAIM_COLUMNS
+
+log = logging.getLogger("relay.store")
+
+LOOK_EVERY = 0.5  # seconds
+AT_ONCE = 5000
+"""Deliveries of one statement that get slots; it takes about 100 ms."""
 
 SLOT_SQL = f"""
     (CASE WHEN coalesce(order_key, group_key, latest_key) IS NULL
@@ -59,8 +69,23 @@ def next_sql(share: str, shards: Shards) -> str:
 def _merged(sql: str, shards: Shards, slots: str, limit: str) -> str:
     """Repeat a statement for each slot in the parameter `slots`, and merge the results."""
     order = f"ORDER BY next_attempt_at, id {limit}"
-    if shards.is_all:  # those without a slot are left out; they get one soon
-        return f"{sql} AND slot IS NOT NULL AND {slots}::int[] IS NOT NULL {order}"
+    if shards.is_all:  # Without those that get a slot soon. Only the index for all deliveries fits coalesce.
+        return f"{sql} AND coalesce(slot, -1) >= 0 AND {slots}::int[] IS NOT NULL {order}"
     numbers = range(1, len(shards.slots) + 1)
     parts = (f"({sql} AND slot = ({slots}::int[])[{number}] {order})" for number in numbers)
     return f"{' UNION ALL '.join(parts)} {order}"
+
+
+async def assign_for_ever(database: Database, nodes: PostgresNodes) -> None:
+    """Give slots to the deliveries without one, for the destinations that this node divides."""
+    while True:
+        await asyncio.sleep(LOOK_EVERY)
+        for name in nodes.to_assign:
+            last = 0
+            try:
+                while (found := await database.value(ASSIGN_SQL, name, last, AT_ONCE)) is not None:
+                    last = found
+            except Exception as error:  # noqa: BLE001 - the next look tries again
+                log.debug("%s: cannot give slots to its deliveries: %s", name, error)
+            else:
+                nodes.note_assigned(name)

@@ -46,6 +46,7 @@ from relay.store.postgres.queries import PostgresQueries
 from relay.store.postgres.refused import PostgresRefused
 from relay.store.postgres.rows import IdSequences
 from relay.store.postgres.schema import META, MIGRATIONS, REMOVALS, problem_of
+from relay.store.postgres.shards import assign_for_ever
 from relay.store.postgres.upkeep import PostgresUpkeep
 from relay.store.postgres.workers import SharedWorkers, load_roster
 from relay.store.postgres.writer import PostgresWriter
@@ -177,6 +178,7 @@ class PostgresStore:
         if self._shared is not None:
             self._committer.limits = SharedLimits(self._shared, self.ledger)
         self._maintenance: asyncio.Task[None] | None = None
+        self._assigning: asyncio.Task[None] | None = None  # of slots, in a cluster
         self.opened = False
         self.failure: str | None = None  # see `Store.failure`; of the latest `open`, then of the writer
 
@@ -242,6 +244,8 @@ class PostgresStore:
         self.database.set_open()
         writer.start()
         self._maintenance = asyncio.create_task(self._maintain(), name="store lease")
+        if self._shared is not None:
+            self._assigning = asyncio.create_task(assign_for_ever(self.database, self._shared))
 
     async def _check(self, connection: Connection) -> None:
         if connection.server_version < OLDEST:
@@ -414,10 +418,11 @@ class PostgresStore:
             if writer.failure is None:
                 with suppress(StorageError):  # heartbeats only; the next ones report the same
                     await self.workers.flush()
-            if self._maintenance is not None:
-                self._maintenance.cancel()
-                with suppress(asyncio.CancelledError):
-                    await self._maintenance
+            for task in (self._maintenance, self._assigning):
+                if task is not None:
+                    task.cancel()
+                    with suppress(asyncio.CancelledError):
+                        await task
             await writer.stop()
             if self._shared is not None:
                 await self._shared.close()

@@ -15,6 +15,7 @@ from typing import Any
 
 import asyncpg
 
+from relay.base.shards import Shards, destination_of
 from relay.model import Delivery
 from relay.store.batch import Batch, Ending, HeldDestinations, Scope
 from relay.store.claims import Claims
@@ -55,14 +56,18 @@ FORGET_SQL = """
     DELETE FROM order_keys AS k USING unnest($1::text[], $2::text[]) AS f (destination, order_key)
      WHERE k.destination = f.destination AND k.order_key = f.order_key AND k.pending <= 0
 """
-# A node that was frozen meanwhile must not end deliveries that another node may be sending.
+# A node that was frozen meanwhile must not end deliveries that another node may be sending. It may believe in
+# a former number of shards: then the lease of its shard is free, but it does not hold it.
 END_SQL = """
     WITH gone AS (
-         DELETE FROM owed AS o USING unnest($1::bigint[]) AS e (id)
+         DELETE FROM owed AS o USING unnest($1::bigint[], $6::text[]) AS e (id, lane)
           WHERE o.id = e.id
-            AND NOT EXISTS (
-                SELECT FROM leases AS l WHERE l.name = 'lane:' || o.destination
-                   AND l.incarnation <> $5::uuid AND l.until > clock_timestamp())
+            AND CASE WHEN strpos(e.lane, '/') = 0 THEN NOT EXISTS (
+                     SELECT FROM leases AS l WHERE l.name = 'lane:' || e.lane
+                        AND l.incarnation <> $5::uuid AND l.until > clock_timestamp())
+                ELSE EXISTS (
+                     SELECT FROM leases AS l WHERE l.name = 'lane:' || e.lane
+                        AND l.incarnation = $5::uuid AND l.until > clock_timestamp()) END
          RETURNING o.id, o.event_id, o.destination, o.attempts, o.last_status, o.last_error)
     INSERT INTO ends (delivery_id, event_id, destination, state, reason, attempts, finished_at, last_status,
                       last_error)
@@ -70,22 +75,25 @@ END_SQL = """
     RETURNING delivery_id
 """
 EXPIRED_SQL = """
-    SELECT id, destination, order_key FROM owed
+    SELECT id, destination, order_key, slot FROM owed
      WHERE expires_at <= $1
-       AND ($3::bool OR destination = ANY($4::text[]) OR ($5::bool AND destination <> ALL($6::text[])))
+       AND ($3::bool OR destination = ANY($4::text[]) OR ($5::bool AND destination <> ALL($6::text[]))
+            OR (destination, coalesce(slot, 0)) IN (SELECT * FROM unnest($7::text[], $8::int[])))
      ORDER BY expires_at LIMIT $2
 """
 SUPERSEDED_SQL = """
-    SELECT o.id, o.destination, o.order_key FROM owed AS o
+    SELECT o.id, o.destination, o.order_key, o.slot FROM owed AS o
      WHERE o.destination = ANY($1::text[]) AND o.latest_key IS NOT NULL
+       AND (o.destination <> ALL($3::text[])
+            OR (o.destination, coalesce(o.slot, 0)) IN (SELECT * FROM unnest($3::text[], $4::int[])))
        AND EXISTS (SELECT 1 FROM owed AS n
                     WHERE n.destination = o.destination AND n.latest_key = o.latest_key
                       AND (n.event_id, n.id) > (o.event_id, o.id))
      LIMIT $2
 """
-CHOSEN_SQL = "SELECT id, destination, order_key FROM owed WHERE id = ANY($1::bigint[])"
+CHOSEN_SQL = "SELECT id, destination, order_key, slot FROM owed WHERE id = ANY($1::bigint[])"
 LATEST_SQL = """
-    SELECT o.id, o.destination, o.order_key, o.latest_key, o.event_id
+    SELECT o.id, o.destination, o.order_key, o.latest_key, o.event_id, o.slot
       FROM unnest($1::text[], $2::text[]) AS w (destination, latest_key)
       JOIN owed AS o USING (destination, latest_key)
 """
@@ -121,18 +129,23 @@ STORED_SQL = "SELECT public_id FROM events WHERE public_id = ANY($1::uuid[])"
 # A delivery that waits behind an earlier one of its order key has no due time; its creation time counts.
 # Waiting deliveries end first, so that the end of an earlier one does not make them due.
 WAITING_SQL = """
-    SELECT id, destination, order_key FROM (
-           SELECT id, destination, order_key, created_at FROM owed
+    SELECT id, destination, order_key, slot FROM (
+           SELECT id, destination, order_key, slot, created_at FROM owed
             WHERE destination = $1 AND attempts = 0 AND next_attempt_at IS NULL
+              AND ($4::int[] IS NULL OR coalesce(slot, 0) = ANY($4))
             ORDER BY id LIMIT $3) AS w
      WHERE created_at <= $2
 """
 DUE_SQL = """
-    SELECT id, destination, order_key FROM owed
+    SELECT id, destination, order_key, slot FROM owed
      WHERE destination = $1 AND attempts {share} 0 AND next_attempt_at <= $2
+       AND ($4::int[] IS NULL OR coalesce(slot, 0) = ANY($4))
      ORDER BY next_attempt_at, id LIMIT $3
 """
-FIRST_SQL = "SELECT min(next_attempt_at) FROM owed WHERE destination = $1 AND attempts {share} 0"
+FIRST_SQL = """
+    SELECT min(next_attempt_at) FROM owed
+     WHERE destination = $1 AND attempts {share} 0 AND ($2::int[] IS NULL OR coalesce(slot, 0) = ANY($2))
+"""
 SUPERSEDED: Ending = ("expired", "superseded")
 SHARES = ("=", ">")  # first attempts and retries, as the partial indexes have them
 
@@ -194,9 +207,9 @@ async def write_requested(batch: Batch, transaction: Transaction, claims: Claims
         await _expire_held(batch, transaction, claims, batch.held)
     if batch.to_cancel:
         rows = await transaction.fetch(CHOSEN_SQL, list(dict.fromkeys(batch.to_cancel)))
-        rows = [row for row in rows if _ends_here(batch, row["destination"])]
+        rows = [row for row in rows if _ends_here(batch, row["destination"], row["slot"])]
         await end(batch, transaction, claims, rows, ("cancelled", "operator"))
-        batch.cancelled_in_flight = {id_ for id_, _, _ in rows} - batch.ended.keys()
+        batch.cancelled_in_flight = {row["id"] for row in rows} - batch.ended.keys()
     if batch.to_make_due:
         made_due = await transaction.fetch(MAKE_DUE_SQL, batch.to_make_due, batch.steady)
         batch.made_due = dict(made_due)
@@ -212,33 +225,41 @@ async def _expire_overdue(batch: Batch, transaction: Transaction, claims: Claims
     mine = sorted(scope.mine)
     rows = await transaction.fetch(
         EXPIRED_SQL, batch.steady, EXPIRE_AT_ONCE, batch.scope is None, mine, scope.has_orphans,
-        sorted(scope.known),
+        sorted(scope.known), *scope.slots,
     )  # fmt: skip
     await end(batch, transaction, claims, rows, ("expired", "ttl"))
     if mine:
-        older = await transaction.fetch(SUPERSEDED_SQL, mine, EXPIRE_AT_ONCE)
+        names = sorted(set(map(destination_of, mine)))
+        older = await transaction.fetch(SUPERSEDED_SQL, names, EXPIRE_AT_ONCE, *scope.slots)
         ended = batch.ended.keys()
         await end(batch, transaction, claims, [row for row in older if row["id"] not in ended], SUPERSEDED)
 
 
-def _ends_here(batch: Batch, destination: str) -> bool:
-    """Return whether this node may end a delivery of a destination without an attempt."""
-    return batch.scope is None or batch.scope.covers(destination)
+def _ends_here(batch: Batch, destination: str, slot: int | None) -> bool:
+    """Return whether this node may end a delivery without an attempt."""
+    return batch.scope is None or batch.scope.covers(destination, slot)
+
+
+def _lane_of(batch: Batch, pending: Pending) -> str:
+    """Return the lane whose lease permits to end a delivery."""
+    name, slot, scope = pending.destination, pending.slot, batch.scope
+    return name if scope is None or not scope.owns(name, slot) else scope.lane_of(name, slot)
 
 
 async def end(
     batch: Batch, transaction: Transaction, claims: Claims, rows: Iterable[Any], ending: Ending
 ) -> None:
-    """End pending deliveries (id, destination, order key) without an attempt, except those in flight.
+    """End pending deliveries (id, destination, order key, slot) without an attempt, except those in flight.
 
     A delivery whose outcome this transaction has written is no longer in flight.
     """
-    candidates = {id_: Pending(id_, name, order_key) for id_, name, order_key in rows}
+    candidates = {row[0]: Pending(*row) for row in rows}
     chosen = sorted(id_ for id_ in candidates if id_ in batch.settled or claims.end(id_))
     if not chosen:
         return
     state, reason = ending
-    gone = await transaction.fetch(END_SQL, chosen, state, reason, batch.wall, batch.incarnation)
+    lanes = [_lane_of(batch, candidates[id_]) for id_ in chosen]
+    gone = await transaction.fetch(END_SQL, chosen, state, reason, batch.wall, batch.incarnation, lanes)
     ended = [candidates[id_] for (id_,) in gone]
     batch.ended.update({each.id: (each.destination, ending) for each in ended})
     await free(
@@ -320,7 +341,9 @@ async def _supersede(
     places = sorted({(d.destination, d.latest_key or "") for d in new})
     pending = await transaction.fetch(LATEST_SQL, [name for name, _ in places], [key for _, key in places])
     # The owner of another lane ends its older deliveries within a second: they may be in flight.
-    older = [each for each in supersede(batch, new, pending) if _ends_here(batch, each.destination)]
+    older = [
+        each for each in supersede(batch, new, pending) if _ends_here(batch, each.destination, each.slot)
+    ]
     await end(batch, transaction, claims, older, SUPERSEDED)
 
 
@@ -341,36 +364,52 @@ async def _group_times(batch: Batch, transaction: Transaction) -> dict[int, int]
 async def _expire_held(
     batch: Batch, transaction: Transaction, claims: Claims, held: HeldDestinations
 ) -> None:
-    """Expire deliveries of destinations that accept nothing."""
+    """Expire deliveries of destinations that accept nothing; the rows of shards have the names of lanes."""
     rows = await transaction.fetch("SELECT destination, since, warned FROM held")
     changes = held_changes(batch, held, {name: (since, warned) for name, since, warned in rows})
+    warned_of = {destination_of(name) for name, _, warned in rows if warned}
     if changes.gone:
         await transaction.fetch("DELETE FROM held WHERE destination = ANY($1::text[])", changes.gone)
     if changes.new:
         sql = "INSERT INTO held (destination, since) SELECT name, $2 FROM unnest($1::text[]) AS n (name)"
         await transaction.fetch(sql, changes.new, batch.steady)
-    for name, since in changes.to_warn.items():
-        await _warn(batch, transaction, name, held.kept, since)
+    for lane, since in changes.to_warn.items():
+        seconds = await _seconds_to_expiry(batch, transaction, lane, held.kept, since)
+        if seconds is not None:
+            await transaction.fetch("UPDATE held SET warned = true WHERE destination = $1", lane)
+            if (name := destination_of(lane)) not in warned_of:  # once for all shards
+                warned_of.add(name)
+                warn_of_expiry(batch, name, seconds, held.kept)
     for name in changes.to_expire:
         await _expire_destination(batch, transaction, claims, name, changes.before)
 
 
-async def _warn(batch: Batch, transaction: Transaction, name: str, kept: int, since: int) -> None:
-    found = [(await transaction.fetch(FIRST_SQL.format(share=share), name))[0][0] for share in SHARES]
+def _part_of(batch: Batch, lane: str) -> tuple[str, tuple[int, ...] | None]:
+    """Return the destination and the slots of a lane; None: all slots."""
+    name, _, number = lane.partition("/")
+    if not number or batch.scope is None:
+        return name, None
+    return name, Shards(batch.scope.shards.get(name, 1), frozenset({int(number)})).slots
+
+
+async def _seconds_to_expiry(
+    batch: Batch, transaction: Transaction, lane: str, kept: int, since: int
+) -> int | None:
+    """Return after how many seconds the first delivery expires, if the operator must know that now."""
+    name, slots = _part_of(batch, lane)
+    found = [(await transaction.fetch(FIRST_SQL.format(share=share), name, slots))[0][0] for share in SHARES]
     first = min((due for due in found if due is not None), default=None)
-    seconds = is_warning_due(batch, since, kept, first)
-    if seconds is not None:
-        await transaction.fetch("UPDATE held SET warned = true WHERE destination = $1", name)
-        warn_of_expiry(batch, name, seconds, kept)
+    return is_warning_due(batch, since, kept, first)
 
 
 async def _expire_destination(
-    batch: Batch, transaction: Transaction, claims: Claims, name: str, before: int
+    batch: Batch, transaction: Transaction, claims: Claims, lane: str, before: int
 ) -> None:
-    rows: list[asyncpg.Record] = await transaction.fetch(WAITING_SQL, name, before, HELD_AT_ONCE)
+    name, slots = _part_of(batch, lane)
+    rows: list[asyncpg.Record] = await transaction.fetch(WAITING_SQL, name, before, HELD_AT_ONCE, slots)
     if not rows:
         for share in SHARES:
-            rows += await transaction.fetch(DUE_SQL.format(share=share), name, before, HELD_AT_ONCE)
+            rows += await transaction.fetch(DUE_SQL.format(share=share), name, before, HELD_AT_ONCE, slots)
     await end(batch, transaction, claims, rows, ("expired", "held"))
 
 
