@@ -7,14 +7,13 @@ from relay.store import Queries
 from relay.store.deliveries import StoredDeliveries
 from relay.store.events import StoredEvents
 from relay.store.postgres.connection import Connection, Database
+from relay.store.postgres.queries import LOAD_SQL
 from relay.store.postgres.rows import stored_event
-from relay.store.rows import EVENT_COLUMNS
 from relay.store.workers import StoredWorkers
 
 EXPUNGE_EVENTS = 500
 """Events whose deliveries one transaction cancels and deletes."""
 
-LOAD_SQL = f"SELECT {EVENT_COLUMNS} FROM events WHERE id = ANY($1::bigint[])"  # noqa: S608 - constants
 PENDING_SQL = "SELECT id FROM owed WHERE event_id = ANY($1::bigint[])"
 
 # An event with a pending delivery stays: an attempt is under way.
@@ -55,7 +54,10 @@ class PostgresEvents(StoredEvents):
 
     async def load(self, event_ids: Sequence[int]) -> dict[int, StoredEvent]:
         """See `Events.load`."""
-        events = map(stored_event, await self._postgres.fetch(LOAD_SQL, list(event_ids)))
+        if not event_ids:
+            return {}
+        rows = await self._postgres.fetch(LOAD_SQL, list(event_ids), min(event_ids), max(event_ids))
+        events = map(stored_event, rows)
         return {event.id: event for event in events}
 
     async def expunge(self, event_ids: Sequence[int]) -> Expunged:

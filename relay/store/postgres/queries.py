@@ -34,10 +34,24 @@ MOST_ODD = 2000
 DAY = 86_400_000 << 22
 """Difference of two row ids that are a day apart."""
 
+
+def by_ids(table: str, alias: str, columns: str = "*") -> str:
+    """Return the rows of a partitioned table whose ids are in `$1`, of which `$2` and `$3` are the extremes.
+
+    Each id is looked up in its own partition. `id = ANY($1)` would look for each id in every partition.
+    """
+    return f"""unnest($1::bigint[]) AS chosen (number)
+     CROSS JOIN LATERAL (
+           SELECT {columns} FROM {table}
+            WHERE id = chosen.number AND id BETWEEN $2 AND $3 OFFSET 0) AS {alias}"""  # noqa: S608 - constants
+
+
 OF_EVENTS_SQL = f"""
     WITH late AS MATERIALIZED (
         SELECT event_id, id, destination FROM deliveries
-         WHERE id - event_id > {DAY} AND event_id BETWEEN $2 AND $3 AND event_id = ANY($1::bigint[]))
+         WHERE id - event_id > {DAY} AND event_id BETWEEN $2 AND $3 AND event_id = ANY($1::bigint[])
+           AND (SELECT EXISTS (
+                SELECT FROM deliveries WHERE id - event_id > {DAY} AND event_id BETWEEN $2 AND $3)))
     SELECT e.id, found.ids, found.names, found.states
       FROM unnest($1::bigint[]) AS e (id)
      CROSS JOIN LATERAL (
@@ -51,45 +65,48 @@ OF_EVENTS_SQL = f"""
 """  # noqa: S608 - constants
 """The deliveries of events. Nearly all are in the partition of their event, or in one beside it.
 
-Replays may be much younger; they have a partial index. The aggregate keeps the planner from joining whole
-partitions, whatever it believes about their size.
+Replays may be much younger; they have a partial index, which is usually empty. The aggregate keeps the
+planner from joining whole partitions, whatever it believes about their size.
 """
 
-EVENTS_SQL = """
+EVENTS_SQL = f"""
     SELECT e.id AS row, 'evt_' || e.public_id AS id, e.source, e.type, left(e.subject, 256) AS subject,
            e.received_at, e.size,
            EXISTS (SELECT FROM repetitions AS r WHERE r.event_id = e.id) AS duplicate
-      FROM events AS e WHERE e.id = ANY($1::bigint[]) AND e.id BETWEEN $2 AND $3
-"""
-DELIVERIES_SQL = """
+      FROM {by_ids("events", "e", "id, public_id, source, type, subject, received_at, size")}
+"""  # noqa: S608 - constants
+DELIVERIES_SQL = f"""
     SELECT d.id AS row, 'dlv_' || d.public_id AS id, d.event_id AS event, d.destination,
            coalesce(x.state, 'pending') AS state, x.reason, coalesce(x.attempts, o.attempts, 0) AS attempts,
            o.next_attempt_at, coalesce(x.last_status, o.last_status) AS last_status,
            coalesce(x.last_error, o.last_error) AS last_error, d.created_at, x.finished_at,
            d.replay_of AS replayed,
            CASE WHEN x.state IS NULL THEN o.group_key ELSE d.group_key END AS group_key
-      FROM deliveries AS d
-      LEFT JOIN ends AS x ON x.delivery_id = d.id
-           AND x.delivery_id = ANY($1::bigint[]) AND x.delivery_id BETWEEN $2 AND $3
-      LEFT JOIN owed AS o ON o.id = d.id AND o.id = ANY($1::bigint[])
-     WHERE d.id = ANY($1::bigint[]) AND d.id BETWEEN $2 AND $3
-"""
-ATTEMPTS_SQL = """
+      FROM {by_ids("deliveries", "d")}
+      LEFT JOIN LATERAL (
+           SELECT * FROM ends
+            WHERE delivery_id = d.id AND delivery_id BETWEEN $2 AND $3 OFFSET 0) AS x ON true
+      LEFT JOIN LATERAL (SELECT * FROM owed WHERE id = d.id OFFSET 0) AS o ON true
+"""  # noqa: S608 - constants
+ATTEMPTS_SQL = f"""
     SELECT a.id AS row, a.delivery_id AS delivery, a.started_at, a.duration_ms, a.result, a.status, a.error,
            a.truncated, a.group_id, a.group_size, a.answer
-      FROM attempts AS a WHERE a.id = ANY($1::bigint[]) AND a.id BETWEEN $2 AND $3
-"""
+      FROM {by_ids("attempts", "a")}
+"""  # noqa: S608 - constants
 """Rows of each list by row id."""
 
+LOAD_SQL = f"SELECT {EVENT_COLUMNS} FROM {by_ids('events', 'e')}"  # noqa: S608 - constants
+"""Events with their bodies."""
+
 IDS_SQL = {
-    "events": """
-        SELECT id, 'evt_' || public_id AS public_id, type
-          FROM events WHERE id = ANY($1::bigint[]) AND id BETWEEN $2 AND $3
-    """,
-    "deliveries": """
-        SELECT id, 'dlv_' || public_id AS public_id, event_id, destination
-          FROM deliveries WHERE id = ANY($1::bigint[]) AND id BETWEEN $2 AND $3
-    """,
+    "events": f"""
+        SELECT e.id, 'evt_' || e.public_id AS public_id, e.type
+          FROM {by_ids("events", "e", "id, public_id, type")}
+    """,  # noqa: S608 - constants
+    "deliveries": f"""
+        SELECT d.id, 'dlv_' || d.public_id AS public_id, d.event_id, d.destination
+          FROM {by_ids("deliveries", "d", "id, public_id, event_id, destination")}
+    """,  # noqa: S608 - constants
 }
 ATTEMPTS_OF_DELIVERY_SQL = """
     SELECT id FROM attempts
@@ -103,10 +120,16 @@ NEAR_ATTEMPTS_SQL = f"""
             WHERE delivery_id = d.id AND id >= d.id - {DAY} AND id <= d.id + {2 * DAY} OFFSET 0) AS a
 """  # noqa: S608 - constants
 FAR_DELIVERIES_SQL = f"""
-    SELECT delivery_id FROM ends
-     WHERE delivery_id = ANY($1::bigint[]) AND delivery_id BETWEEN $2 AND $3
-       AND abs(finished_at - (delivery_id >> 22) * 1000 - {EPOCH}) > 43200000000
+    SELECT x.delivery_id FROM unnest($1::bigint[]) AS chosen (number)
+     CROSS JOIN LATERAL (
+           SELECT delivery_id, finished_at FROM ends
+            WHERE delivery_id = chosen.number AND delivery_id BETWEEN $2 AND $3 OFFSET 0) AS x
+     WHERE abs(x.finished_at - (x.delivery_id >> 22) * 1000 - {EPOCH}) > 43200000000
 """  # noqa: S608 - constants
+PENDING_OF_SQL = """
+    SELECT DISTINCT event_id FROM owed
+     WHERE event_id = ANY($1::bigint[]) AND ($2::text[] IS NULL OR destination = ANY($2::text[]))
+"""
 PENDING_AMONG_SQL = "SELECT id FROM owed WHERE id = ANY($1::bigint[]) AND id BETWEEN $2 AND $3"
 """The attempts of most deliveries are in the partition of the delivery, or in one beside it. Those of a
 pending delivery, and of one that ended more than half a day after the time in its row id, may be in any."""
@@ -231,6 +254,7 @@ EVENT_PATHS = {
     "destination and state": IndexPath(
         "ends", ("destination", "state"), "event_id", _LOST, is_partition_key=False
     ),
+    "pending": IndexPath("owed", key="event_id"),
 }
 DELIVERY_PATHS = {
     "all": IndexPath("deliveries"),
@@ -274,7 +298,7 @@ WORKER_LISTS: Mapping[str, tuple[str, str, Mapping[str, str]]] = {
 class PostgresReader:
     """`relay.store.queries.reader.Reader` over PostgreSQL."""
 
-    delivery_paths = frozenset(DELIVERY_PATHS)
+    has_queue = True
 
     def __init__(self, database: Database) -> None:
         self._database = database
@@ -330,7 +354,7 @@ class PostgresReader:
 
     async def events_of(self, delivery_ids: Sequence[int]) -> set[int]:
         """See `Reader.events_of`."""
-        sql = "SELECT event_id FROM deliveries WHERE id = ANY($1::bigint[]) AND id BETWEEN $2 AND $3"
+        sql = f"SELECT d.event_id FROM {by_ids('deliveries', 'd', 'id, event_id')}"  # noqa: S608 - constants
         return {id_ for (id_,) in await self._by_ids(sql, delivery_ids)}
 
     async def span(self, since: int | None, until: int | None) -> Span | None:
@@ -387,6 +411,10 @@ class PostgresReader:
         events = await self._matching_events(conditions, ids)
         if not conditions.deliveries and selection.destination is None and selection.state is None:
             return [(id_, id_, *event, None) for id_, event in events.items()]
+        if selection.state == "pending":  # a small table shows which events may match
+            names = None if selection.destination is None else [selection.destination]
+            rows = await self._database.fetch(PENDING_OF_SQL, list(events), names)
+            events = {id_: events[id_] for (id_,) in rows}
         latest = conditions.latest or not conditions.deliveries
         matches: list[Row] = []
         for id_, deliveries in (await self._deliveries_of(list(events))).items():
@@ -509,10 +537,9 @@ class PostgresReader:
     async def matching_attempts(self, filters: Mapping[str, Any], ids: Sequence[int]) -> set[int]:
         """See `Reader.matching_attempts`."""
         own = {name: value for name, value in filters.items() if name != "destination"}
-        conditions = [_CHOSEN.format("a")]
-        conditions += [OF_ATTEMPT[name].format(f"${number}") for number, name in enumerate(own, 4)]
+        conditions = [OF_ATTEMPT[name].format(f"${number}") for number, name in enumerate(own, 4)]
         values = [bool(value) if name == "failed" else value for name, value in own.items()]
-        sql = f"SELECT a.id, a.delivery_id FROM attempts AS a WHERE {_and(conditions)}"  # noqa: S608 - constants
+        sql = f"SELECT a.id, a.delivery_id FROM {by_ids('attempts', 'a')} {_where(conditions)}"  # noqa: S608 - constants
         found: dict[int, int] = dict(await self._by_ids(sql, ids, *values))
         if "destination" in filters:  # a join would look for each delivery in every partition
             selection = Selection(destination=filters["destination"])
@@ -570,8 +597,7 @@ class PostgresReader:
 
     async def load_events(self, event_ids: Sequence[int]) -> dict[int, StoredEvent]:
         """See `Reader.load_events`."""
-        sql = f"SELECT {EVENT_COLUMNS} FROM events WHERE id = ANY($1::bigint[]) AND id BETWEEN $2 AND $3"  # noqa: S608 - constants
-        events = map(stored_event, await self._by_ids(sql, event_ids))
+        events = map(stored_event, await self._by_ids(LOAD_SQL, event_ids))
         return {event.id: event for event in events}
 
     async def delivery_lines(self, event_ids: Sequence[int]) -> dict[int, list[DeliveryLine]]:
@@ -642,8 +668,8 @@ def _of_events(wanted: Conditions) -> tuple[str, list[Any]]:
         conditions.append(f"e.type = ANY(${len(values) + 3}::text[])")
     if not wanted.operator_events:
         conditions.append(f"e.source <> '{OPERATOR_SOURCE}'")
-    columns = "e.id, e.type, e.size, e.received_at"
-    return f"SELECT {columns} FROM events AS e WHERE {_and([_CHOSEN.format('e'), *conditions])}", values  # noqa: S608 - constants
+    rows = by_ids("events", "e", "id, type, size, received_at, source, subject")
+    return f"SELECT e.id, e.type, e.size, e.received_at FROM {rows} {_where(conditions)}", values  # noqa: S608 - constants
 
 
 def _of_deliveries(selection: Selection) -> tuple[str, list[Any]]:
@@ -657,13 +683,12 @@ def _of_deliveries(selection: Selection) -> tuple[str, list[Any]]:
     elif selection.state is not None:
         values.append(selection.state)
         conditions.append(_STATE.format(len(values) + 3))
-    columns = "d.event_id, d.id, d.destination"
-    return f"SELECT {columns} FROM deliveries AS d WHERE {_and([_CHOSEN.format('d'), *conditions])}", values  # noqa: S608 - constants
+    rows = by_ids("deliveries", "d", "id, event_id, destination")
+    return f"SELECT d.event_id, d.id, d.destination FROM {rows} {_where(conditions)}", values  # noqa: S608 - constants
 
 
 _STATE = "(SELECT x.state FROM ends AS x WHERE x.delivery_id = d.id) = ${}"
-_CHOSEN = "{0}.id = ANY($1::bigint[]) AND {0}.id BETWEEN $2 AND $3"
 
 
-def _and(conditions: Iterable[str]) -> str:
-    return " AND ".join(conditions)
+def _where(conditions: Sequence[str]) -> str:
+    return f"WHERE {' AND '.join(conditions)}" if conditions else ""

@@ -100,6 +100,8 @@ async def plans_of_events(reader: Reader, wanted: Selection, types: Sequence[str
         found.append(QueryPlan(events_by("state"), [(wanted.state,)]))
     elif (listed := await few_deliveries(reader, wanted)) is not None:
         found.append(QueryPlan(ids=await _events_of(reader, listed)))
+    elif wanted.state == "pending" and reader.has_queue:
+        found.append(QueryPlan(events_by("pending")))
     if types is not None:
         found.append(QueryPlan(events_by("type"), [(type_,) for type_ in types]))
     elif wanted.source is not None:
@@ -116,7 +118,7 @@ async def plan_of_deliveries(reader: Reader, wanted: Selection) -> QueryPlan:
             return QueryPlan(deliveries_by("destination and state"), terms) if terms else QueryPlan()
     elif wanted.state == "pending" and (listed := await few_deliveries(reader, wanted)) is not None:
         return QueryPlan(ids=sorted(listed, reverse=True))
-    elif wanted.state == "pending" and "pending" in reader.delivery_paths:
+    elif wanted.state == "pending" and reader.has_queue:
         return QueryPlan(deliveries_by("pending"))
     if wanted.destination is not None:
         return QueryPlan(deliveries_by("destination"), [(wanted.destination,)])

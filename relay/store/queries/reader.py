@@ -3,7 +3,7 @@
 Row ids follow the order of acceptance. Times are microseconds UTC, wall clock.
 """
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 import msgspec
@@ -12,7 +12,7 @@ from relay.model import DestinationState, Selection, Stat, StoredEvent
 from relay.store import Span
 from relay.store.export import DeliveryLine
 
-EventPath = Literal["all", "source", "type", "subject", "state", "destination and state"]
+EventPath = Literal["all", "source", "type", "subject", "state", "destination and state", "pending"]
 DeliveryPath = Literal["all", "event_id", "destination", "destination and state", "pending"]
 
 
@@ -50,8 +50,8 @@ class Reader(Protocol):
     """Reads of one engine; each statement reads few rows and ends soon."""
 
     @property
-    def delivery_paths(self) -> Collection[str]:
-        """Names of the paths to deliveries that the engine has an index for."""
+    def has_queue(self) -> bool:
+        """Whether pending deliveries have a table of their own, which the paths `pending` read."""
         ...
 
     async def candidates(

@@ -234,7 +234,7 @@ WORKER_LISTS: Mapping[str, WorkerList] = {
 class SqliteReader:
     """`relay.store.queries.reader.Reader` over SQLite."""
 
-    delivery_paths = frozenset(DELIVERY_PATHS)
+    has_queue = False
 
     def __init__(self, database: Database) -> None:
         self._database = database
