@@ -4,7 +4,9 @@ import gzip
 import json
 import os
 import re
+import shutil
 import subprocess
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -29,7 +31,12 @@ def package(wheels, tmp_path_factory):
     done = subprocess.run(
         build.split(),
         cwd=folder,
-        env={**os.environ, **offline(wheels), "DPKG_DEB_COMPRESSOR_TYPE": "none"},  # it is a test: be quick
+        env={
+            **os.environ,
+            **offline(wheels),
+            "DPKG_DEB_COMPRESSOR_TYPE": "none",  # it is a test: be quick
+            "PIP": str(Path(sysconfig.get_path("scripts"), "pip")),
+        },
         capture_output=True,
         text=True,
         check=False,
@@ -44,7 +51,8 @@ def package(wheels, tmp_path_factory):
 def installed(package, tmp_path_factory):
     """A clean root after the second command."""
     root = Root(tmp_path_factory.mktemp("root"), *DEBIAN)
-    deb = _put(root, package)
+    [deb] = (package / "dist").iterdir()
+    deb = _put(root, deb)
     root.run("sh", "-c", BLOCK.splitlines()[1], cwd=HERE)
     deb.unlink()
     yield root
@@ -59,25 +67,29 @@ def root(installed, tmp_path):
     root.remove()
 
 
-def _put(root, package):
-    [deb] = (package / "dist").iterdir()
+def _put(root, deb):
     there = root.path / HERE.removeprefix("/") / "dist" / deb.name
     there.parent.mkdir(parents=True, exist_ok=True)
     there.write_bytes(deb.read_bytes())
     return there
 
 
-def _newer(deb, tmp_path):
-    """Make a package of a later version, with another configuration, in the folder of a package."""
-    tree = tmp_path / "newer"
+@pytest.fixture(scope="module")
+def newer(package, tmp_path_factory):
+    """A package of a later version, with another configuration, and without the libraries, to save time."""
+    [deb] = (package / "dist").iterdir()
+    tree = tmp_path_factory.mktemp("newer") / "tree"
     subprocess.run(["dpkg-deb", "--raw-extract", deb, tree], check=True)
+    [site] = (tree / "opt/relay/lib").glob("python3.*/site-packages")
+    for folder in site.iterdir():
+        if folder.is_dir() and not folder.name.startswith(("relay", "hookferry")):
+            shutil.rmtree(folder)
     control = tree / "DEBIAN/control"
     control.write_text(control.read_text().replace(f"Version: {__version__}", "Version: 99"))
     (tree / "etc/relay/config.toml").write_text("# theirs\n")
-    newer = deb.with_name("hookferry_99.deb")
-    built = ("dpkg-deb", "-Znone", "--build", tree, newer)
-    subprocess.run(built, check=True, capture_output=True)
-    return newer
+    made = tree.with_name("hookferry_99.deb")
+    subprocess.run(("dpkg-deb", "-Znone", "--build", tree, made), check=True, capture_output=True)
+    return made
 
 
 def test_the_package_has_a_valid_configuration_that_only_the_service_can_read(installed):
@@ -176,7 +188,7 @@ async def test_the_installed_relay_serves_as_the_user_of_the_unit(root):
     assert not (root.path / "etc/relay/relay.db").exists()
 
 
-def test_data_outlives_an_upgrade_and_a_removal_but_only_backups_a_purge(root, package, tmp_path):
+def test_data_outlives_an_upgrade_and_a_removal_but_only_backups_a_purge(root, newer):
     for path in STATE:
         root.add(path, "# mine\n", 0o640)
 
@@ -185,7 +197,7 @@ def test_data_outlives_an_upgrade_and_a_removal_but_only_backups_a_purge(root, p
 
     environment = root.path / "etc/relay/environment"
     environment.unlink()
-    newer = _newer(_put(root, package), tmp_path)
+    _put(root, newer)
     unasked = ("-o", "Dpkg::Options::=--force-confdef")  # the default answer: keep mine
     root.run("apt-get", "install", "-y", *unasked, f"./{newer.name}", cwd=f"{HERE}/dist")
     assert root.run("dpkg-query", "--show", "--showformat=${Version}", "hookferry") == "99"
@@ -218,9 +230,8 @@ def test_a_purge_without_backups_leaves_nothing(root):
     assert not Path(root.path / "var/lib/relay").exists()
 
 
-def test_an_upgrade_restarts_and_a_removal_stops_only_running_units(root, package, tmp_path):
-    deb = _put(root, package)
-    newer = _newer(deb, tmp_path)
+def test_an_upgrade_restarts_and_a_removal_stops_only_running_units(root, newer):
+    _put(root, newer)
     (root.path / "run/systemd/system").mkdir(parents=True)
     root.add("usr/bin/systemctl", '#!/bin/sh\necho "$*" >>/calls\n', 0o755)
 
@@ -235,4 +246,4 @@ def test_an_upgrade_restarts_and_a_removal_stops_only_running_units(root, packag
     ]
     assert calls("remove", "hookferry") == ["stop relay.socket relay-admin.socket relay.service"]
     assert calls("purge", "hookferry") == []
-    assert calls("install", f"./{deb.name}") == []
+    assert calls("install", f"./{newer.name}") == []  # a first installation
