@@ -21,6 +21,8 @@ _SUSPECT = re.compile(rb"\\u[dD][89a-fA-F]")
 _ESCAPES = re.compile(  # escaped backslashes, surrogate pairs, lone surrogates
     rb"((?:\\\\)+|\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|\\u[dD][89a-fA-F][0-9a-fA-F]{2})"
 )
+_TOKENS = re.compile(r'"(?:[^"\\]|\\.)*"|[{}\[\],:]|[^\s{}\[\],:"]+')
+_EMPTY = re.compile(r"([{\[])\n *\n *([}\]])")
 _encode = msgspec.json.Encoder().encode
 _read: "msgspec.json.Decoder[Any]" = msgspec.json.Decoder()
 _skim: "msgspec.json.Decoder[msgspec.Raw]" = msgspec.json.Decoder(msgspec.Raw)
@@ -107,6 +109,35 @@ def check(text: bytes) -> None:
         _skim.decode(text)
     except msgspec.DecodeError:
         decode(_skim, text)  # lone surrogates are valid
+
+
+def indented(text: str) -> str:
+    r"""Return JSON with line breaks and indentation; escapes become characters, numbers stay as sent.
+
+    Raises:
+        ValueError: invalid JSON.
+        RecursionError: the value is nested too deeply.
+
+    >>> indented('{"a": [1.50, {}], "b": "K\\u00f6ln"}').splitlines()
+    ['{', '  "a": [', '    1.50,', '    {}', '  ],', '  "b": "Köln"', '}']
+    """
+    json.loads(text)
+    parts: list[str] = []
+    depth = 0
+    for piece in _TOKENS.findall(text):
+        if piece in "{[":
+            depth += 1
+            parts += [piece, "\n" + "  " * depth]
+        elif piece in "}]":
+            depth -= 1
+            parts += ["\n" + "  " * depth, piece]
+        elif piece == ",":
+            parts += [piece, "\n" + "  " * depth]
+        elif piece == ":":
+            parts.append(": ")
+        else:
+            parts.append(json.dumps(json.loads(piece), ensure_ascii=False) if "\\" in piece else piece)
+    return _EMPTY.sub(r"\1\2", "".join(parts))
 
 
 def escape(text: str) -> str:

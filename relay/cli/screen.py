@@ -3,7 +3,6 @@
 Output for programs (pipes and `--json`) does not use this module; `relay.cli.output` chooses.
 """
 
-import json
 import re
 import shutil
 import time
@@ -15,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 import click
 
+from relay.base.json_text import indented
 from relay.base.text import Colour, paint, printable
 from relay.base.units import render_duration
 
@@ -31,8 +31,6 @@ _UTC, _DIGITS = "relay.utc", "relay.digits"  # in click's `Context.meta`
 _ID = re.compile(r"(?:[a-z]{3}_)?([0-9a-f]{8})-([0-9a-f]{4})-([0-9a-f]{4})-([0-9a-f]{4})-([0-9a-f]{12})")
 _WORDS = re.compile(r"(?:`[^`]*`|\S)+")
 _PIECES = re.compile(r"\x1b\[[0-9;]*m|.")
-_TOKENS = re.compile(r'"(?:[^"\\]|\\.)*"|[{}\[\],:]|[^\s{}\[\],:"]+')
-_EMPTY = re.compile(r"([{\[])\n *\n *([}\]])")
 _ROUNDED = ((86_400 * 10, 86_400), (86_400, 3600), (3600, 60), (10, 1))  # from this age on, the unit
 _LONG = 9_999.5  # milliseconds
 _THOUSAND = 999.5  # rounds to 1000, which takes four columns
@@ -522,31 +520,10 @@ def payload_lines(payload: str, most: int) -> list[str]:
     ['  {', '    "a": [', '      1.50,', '      {}']
     """
     try:
-        json.loads(payload)
-        text_ = _indented(payload)
+        text_ = indented(payload)
     except (ValueError, RecursionError):
         text_ = payload
     return [f"  {printable(line.expandtabs(4))}".rstrip() for line in text_.splitlines()[:most]]
-
-
-def _indented(json_text: str) -> str:
-    """Return valid JSON with line breaks and indentation; escapes become characters, numbers stay as sent."""
-    parts: list[str] = []
-    depth = 0
-    for piece in _TOKENS.findall(json_text):
-        if piece in "{[":
-            depth += 1
-            parts += [piece, "\n" + "  " * depth]
-        elif piece in "}]":
-            depth -= 1
-            parts += ["\n" + "  " * depth, piece]
-        elif piece == ",":
-            parts += [piece, "\n" + "  " * depth]
-        elif piece == ":":
-            parts.append(": ")
-        else:
-            parts.append(json.dumps(json.loads(piece), ensure_ascii=False) if piece[0] == '"' else piece)
-    return _EMPTY.sub(r"\1\2", "".join(parts))
 
 
 class Field(NamedTuple):

@@ -26,6 +26,7 @@ from relay.ui import (
 )
 from relay.ui.markup import tag
 from relay.ui.page import STATIC, Ask, Screen, Visit
+from relay.ui.parts import linked
 
 log = logging.getLogger("relay.ui")
 
@@ -101,7 +102,8 @@ def _failed(visit: Visit, error: RelayError) -> web.Response:
     status, shown = error_of(error)
     hint = tag("p", shown["hint"]) if shown["hint"] else None
     title = {404: "Not found", 503: "Unavailable"}.get(status, "Invalid request")
-    return visit.page(title, tag("p", shown["message"], class_="error", role="alert"), hint, status=status)
+    what = tag("p", linked(visit, shown["message"]), class_="error", role="alert")
+    return visit.page(title, what, hint, status=status)
 
 
 async def _missing(visit: Visit) -> web.Response:

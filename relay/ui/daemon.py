@@ -77,7 +77,7 @@ def _job(visit: Visit, job: Mapping[str, Any]) -> tuple[Content, ...]:
         result,
         job["every"],
         when(visit, job["started_at"]),
-        NONE if job["seconds"] is None else f"{job['seconds']:,.3f} s",
+        NONE if job["seconds"] is None else f"{job['seconds'] * 1000:,.1f} ms",
         when(visit, job["next_run_at"]),
         action(visit, "Run now", "jobs", "run", name, call=f"POST jobs/{name}/run", count="one run"),
     )
@@ -131,7 +131,11 @@ async def config(visit: Visit) -> web.Response:
             "Effective settings, with defaults; secrets are masked. File: ",
             tag("code", shown["path"]),
         ),
-        tag("ul", [tag("li", state("expired", each)) for each in shown["warnings"]], class_="problems")
+        tag(
+            "ul",
+            [tag("li", state("expired", each), class_="mild") for each in shown["warnings"]],
+            class_="problems",
+        )
         if shown["warnings"]
         else None,
         tag("p", compare, " ", reload, class_="actions"),

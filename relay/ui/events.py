@@ -1,5 +1,6 @@
 """Events: the list with its filters, and one event with the result of each of its deliveries."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 from urllib.parse import urlencode
@@ -15,6 +16,7 @@ from relay.ui.parts import (
     NONE,
     action,
     api_query,
+    body_text,
     command,
     command_of_list,
     exact,
@@ -87,14 +89,17 @@ def _new(visit: Visit, items: Sequence[Mapping[str, Any]], *, is_last: bool) -> 
 
 
 def _row(visit: Visit, event: Mapping[str, Any]) -> tuple[Content, ...]:
-    states = [[state(name, f"{count} {name}"), " "] for name, count in event["deliveries"].items()]
     return (
         tag("a", event["type"], href=visit.link("events", event["id"])),
         event["subject"] or NONE,
         when(visit, event["received_at"]),
-        states or "none",
+        _states(event["deliveries"]) or "none",
         size(event["size"]),
     )
+
+
+def _states(counts: Mapping[str, int]) -> list[Content]:
+    return [[state(name, f"{count:,} {name}"), " "] for name, count in counts.items()]
 
 
 async def show(visit: Visit) -> web.Response:
@@ -103,6 +108,7 @@ async def show(visit: Visit) -> web.Response:
     event = await visit.ask("showEvent", given)
     explanation = await visit.ask("explainEvent", given)
     ids = [each["id"] for each in event["owed"] if each["state"] != "pending" and not each["replayed_by"]]
+    counts = Counter(each["state"] for each in event["owed"] if not each["replayed_by"])
     return visit.page(
         event["type"],
         fields(
@@ -130,10 +136,11 @@ async def show(visit: Visit) -> web.Response:
             call="POST deliveries/retry", body={"ids": ids}, counts=True,
         ) if len(ids) > 1 else None,
         tag("h2", "Body"),
-        tag("pre", "\n", event["payload"], tabindex=0, aria_label="Body"),
+        body_text(event["payload"], "Body"),
         tag("p", f"The first 16 KiB of {size(event['size'])}.") if event["payload_truncated"] else None,
         tag("p", command("events", "show", event["id"])),
         section=SECTION,
+        heading=[event["type"], ": ", _states(counts) or "sent nowhere"],
     )  # fmt: skip
 
 

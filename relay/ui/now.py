@@ -23,6 +23,9 @@ from relay.ui.parts import (
 )
 from relay.ui.sources import NO_SOURCES, state_of
 
+YEAR = 365
+"""Days after which a full disk is nobody's concern yet."""
+
 PERIODS = 30
 """Bars of a history of an hour."""
 
@@ -107,7 +110,7 @@ def _summary(visit: Visit, status: Item, nodes: Sequence[Item]) -> Markup:
         ready,
         f" · up {duration(status['uptime_seconds'])}",
         [" · ", tag("a", f"{len(nodes)} nodes", href=visit.link("nodes"))] if len(nodes) > 1 else None,
-        f" · disk full in {days:,.0f} days" if days is not None else None,
+        f" · disk full in {days:,.0f} days" if days is not None and days < YEAR else None,
         class_="summary",
     )
 

@@ -94,7 +94,7 @@ class Visit:
         self,
         title: str,
         *content: Content,
-        section: str = "",
+        section: str | None = None,
         status: int = 200,
         problems: int = 0,
         heading: Content = None,
@@ -104,7 +104,7 @@ class Visit:
         Args:
             title: of the browser's tab, and above the page.
             content: below the title.
-            section: its path in the navigation.
+            section: its path in the navigation; None: it is not there.
             status: of the response.
             problems: their number, with which the title of the browser's tab begins.
             heading: what stands above the page in place of the title.
@@ -125,13 +125,13 @@ class Visit:
         html = join(Markup("<!doctype html>"), tag("html", _head(self.root, tab), body, lang="en"))
         return web.Response(status=status, body=html.encode(), content_type="text/html", charset="utf-8")
 
-    def _header(self, section: str) -> Markup:
+    def _header(self, section: str | None) -> Markup:
         """Return the daemon's name, the search and the pages. On a phone, the pages are a line to scroll."""
-        name = tag("a", "hookferry · ", tag("b", self.node), href=self.link(), class_="brand")
+        name = tag("a", tag("span", "hookferry · "), tag("b", self.node), href=self.link(), class_="brand")
         bar = tag("div", self._navigation(section), self._whoami(), class_="bar")
         return tag("header", tag("div", name, _search(), class_="top"), bar)
 
-    def _navigation(self, section: str) -> Markup:
+    def _navigation(self, section: str | None) -> Markup:
         items = [
             tag("li", tag("a", name, href=self.link(path), aria_current="page" if path == section else None))
             for name, path in SECTIONS
@@ -167,13 +167,13 @@ def _head(root: str, title: str) -> Markup:
 
 def _zone() -> Markup:
     """Return the button with which the script shows times in UTC or in the browser's time zone."""
-    return tag("button", "Times in UTC", type="button", class_="scripted", data_zone=True)
+    return tag("button", "Show local times", type="button", class_="scripted", data_zone=True)
 
 
 def _search() -> Markup:
     """Return the search field; the script opens the page that it finds."""
     field = tag(
-        "input", type="search", name="find", placeholder="Find id, subject or type",
+        "input", type="search", name="find", placeholder="Id, subject or type",
         aria_label="Find an id, subject or type", aria_keyshortcuts="/", autocomplete="off",
     )  # fmt: skip
     return tag("form", field, role="search", data_find=True)

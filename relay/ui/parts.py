@@ -12,6 +12,7 @@ import msgspec
 
 from relay.api.query_params import filters_of, read_field
 from relay.base.clock import SECOND
+from relay.base.json_text import indented
 from relay.base.units import render_size
 from relay.config.schema import Scope
 from relay.routing.condition_text import read_conditions
@@ -339,10 +340,39 @@ MOST_TEXT = 16 * 1024
 """Characters of a body that are shown."""
 
 
+MOST_INDENTED = 3 * MOST_TEXT
+"""Characters that a body may have with indentation; a deeply nested one has many times more than without."""
+
+
 def body_text(text: str, label: str) -> Content:
-    """Return the beginning of a body; `label` names it for screen readers."""
-    cut = tag("p", f"The first {MOST_TEXT:,} of {len(text):,} characters.") if text[MOST_TEXT:] else None
-    return [tag("pre", "\n", text[:MOST_TEXT], tabindex=0, aria_label=label), cut]
+    """Return the beginning of a body, JSON with indentation; `label` names it for screen readers."""
+    shown, note = text[:MOST_TEXT], None
+    if text[MOST_TEXT:]:
+        note = f"The first {MOST_TEXT:,} of {len(text):,} characters."
+    elif (better := _readable(text)) != text:
+        shown, note = better, "Shown with indentation; the relay stores and sends it without changes."
+    pre = tag("pre", "\n", shown, tabindex=0, aria_label=label)
+    return [pre, tag("p", note, class_="note") if note else None]
+
+
+def _readable(text: str) -> str:
+    try:
+        better = indented(text)
+    except (ValueError, RecursionError):
+        return text
+    return better if len(better) <= MOST_INDENTED else text
+
+
+_ID = re.compile(r"\b((?:evt|dlv)_[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12})\b")
+
+
+def linked(visit: Visit, text: str) -> Content:
+    """Return a text in which ids of events and deliveries are links."""
+    pages = {"evt": "events", "dlv": "deliveries"}
+    return [
+        tag("a", part, href=visit.link(pages[part[:3]], part)) if index % 2 else part
+        for index, part in enumerate(_ID.split(text))
+    ]
 
 
 def spark(values: Sequence[float | None], title: str, failed: Sequence[float | None] = ()) -> Content:

@@ -89,7 +89,7 @@ def _sources(
 
 def _row(visit: Visit, each: Mapping[str, Any]) -> tuple[Content, ...]:
     return (
-        tag("a", each["problem"] or each["reason"], href=visit.link(SECTION, each["id"])),
+        tag("a", _problem(each), href=visit.link(SECTION, each["id"])),
         each["source"] or NONE,
         when(visit, each["at"]),
         f"{each['status']} {each['reason']}",
@@ -97,6 +97,11 @@ def _row(visit: Visit, each: Mapping[str, Any]) -> tuple[Content, ...]:
         each["remote"],
         _retried(visit, each),
     )
+
+
+def _problem(each: Mapping[str, Any]) -> str:
+    text: str = each["problem"] or each["reason"]
+    return text[:1].upper() + text[1:]
 
 
 def _retried(visit: Visit, each: Mapping[str, Any]) -> Content:
@@ -118,13 +123,13 @@ async def show(visit: Visit) -> web.Response:
         count="1 request; if the source accepts it now, it becomes an event and is delivered",
     )  # fmt: skip
     return visit.page(
-        shown["problem"] or shown["reason"],
+        _problem(shown),
         tag("p", state("dead", f"{shown['status']} {shown['reason']}"), class_="summary"),
         tag("p", retry, class_="actions") if shown["can_retry"] and shown["event_id"] is None else None,
         fields(
             ("Request", tag("code", shown["id"], data_copy=shown["id"])),
             ("Source", _source(visit, shown["source"])),
-            ("Field", shown["field"] or NONE),
+            *([("Field", shown["field"])] if shown["field"] else []),
             ("Sender", shown["remote"]),
             ("Received", exact(visit, shown["at"])),
             ("Body", size(shown["size"]) + ("" if shown["can_retry"] else ", not kept")),
@@ -132,7 +137,7 @@ async def show(visit: Visit) -> web.Response:
         ),
         tag("h2", "What to do"),
         tag("p", *_advice(shown)),
-        tag("h2", "Head"),
+        tag("h2", "Request"),
         tag("pre", "\n", "\n".join(head), tabindex=0, aria_label="Head"),
         *_body(shown),
         tag("p", command("refused", "show", shown["id"])),

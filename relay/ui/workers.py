@@ -104,7 +104,7 @@ async def show(visit: Visit) -> web.Response:
         tag("p", *_actions(visit, shown), class_="actions"),
         fields(
             ("Source", tag("a", source, href=visit.link("sources", source))),
-            ("Last heartbeat", when(visit, shown["last_heartbeat"])),
+            ("Last heartbeat", exact(visit, shown["last_heartbeat"])),
             ("Registered", exact(visit, shown["registered_at"])),
             ("Endpoint", shown["endpoint"] or NONE),
             ("Version", shown["version"] or NONE),

@@ -242,7 +242,7 @@ function full(time) {
 }
 
 function times() {
-  zone.textContent = localStorage.getItem("zone") === "local" ? "Times in this browser's zone" : "Times in UTC";
+  zone.textContent = localStorage.getItem("zone") === "local" ? "Show times in UTC" : "Show local times";
   for (const element of document.querySelectorAll("time[datetime]")) {
     const text = full(new Date(element.dateTime));
     if (element.dataset.exact === undefined) element.title = text;
