@@ -243,3 +243,17 @@ def test_after_any_sequence_of_results_the_limit_is_in_range_and_a_probe_follows
             assert circuit.open_until <= destination.now + 300 * SECOND
         else:
             assert 1 <= destination.limit <= concurrency
+
+
+def test_another_number_of_slots_keeps_the_state():
+    destination = Destination()
+    for slots, limit in ((3, 3), (0, 0), (5, 5)):
+        destination.circuit.resize(slots)
+        assert destination.limit == limit
+    assert destination.ends(*["timeout"] * 10) == "opened"
+    destination.circuit.resize(4)
+    assert destination.limit == 0
+    assert destination.after(30).ends("ok") == "recovered"
+    assert destination.ends("ok", "ok", "ok") is None
+    destination.circuit.resize(2)
+    assert destination.limit == 2

@@ -9,6 +9,8 @@ from stores import accept, hooks, make_store
 from support import until
 
 from relay.base.clock import SECOND
+from relay.base.shards import Shards
+from relay.base.units import Rate
 from relay.config.schema import DestinationConfig, Retention
 from relay.config.secrets import Url
 from relay.delivery.destination_health import ELSEWHERE, NO_STORAGE
@@ -112,6 +114,73 @@ async def test_only_the_owner_sends_and_a_gained_lane_sends_what_waited(store, r
         assert (lane.held, lane.node, lane.is_owned) == (None, "", True)
         await ended(store, 3, "crm")
         assert store.nodes.asked == [({"crm": 2.0, "erp": 2.0}, {"sweep"})] * 2
+
+
+def owned_shards(*numbers, count=4, keeps=True, hand_over=(), **fields):
+    names = [*(f"crm/{number}" for number in numbers), *(["crm"] if keeps else [])]
+    return owned(*names, shards={"crm": count}, hand_over=frozenset(hand_over), **fields)
+
+
+async def test_a_shard_is_handed_over_when_its_part_of_the_limits_is_free(store, receiver):
+    crm = destination("crm", receiver.url, shards=4, concurrency=4, rate_limit=Rate(4000, 1))
+    async with dispatcher_for(store, crm) as dispatcher:
+        owner, lane = Owner(dispatcher, store, set), dispatcher.lanes["crm"]
+        store.nodes.ownership = owned_shards(0, 1, 2, 3)
+        await owner.renew()
+        assert (lane.shards, lane.is_owned, lane.is_keeper) == (Shards(4, frozenset(range(4))), True, True)
+        receiver.gate.clear()
+        await send_many(store, 30)
+        await until(lambda: len(receiver.requests) == 4)
+        store.nodes.ownership = owned_shards(0, 1, 2, 3, hand_over={"crm/3"})
+        await owner.renew()
+        assert lane.shards == Shards(4, frozenset({0, 1, 2}))
+        assert all(each.slot % 4 != 3 for window in lane._windows for each in window.deliveries)
+        assert lane.has_foreign  # four attempts, and a limit of three
+        await owner.renew()
+        assert store.nodes.given == []
+        receiver.gate.set()
+        await until(lambda: store.nodes.given == ["crm/3"])
+        receiver.most_busy = 0
+        store.nodes.ownership = owned_shards(0, 1, 2, elsewhere={"crm/3": "b"}, keeps=False)
+        await owner.renew()
+        await send_many(store, 30)
+        await until(lambda: len(receiver.requests) > 30 and not lane.in_flight)
+        assert receiver.most_busy <= 3
+        assert [(each.number, each.node) for each in lane.others] == [(3, "b")]
+        assert not lane.is_keeper
+        assert lane.leases == ["crm/0", "crm/1", "crm/2"]
+        sent = len(receiver.requests)
+        for changing in (owned_shards(count=0), owned_shards(keeps=False)):
+            store.nodes.ownership = changing
+            await owner.renew()
+            assert (lane.is_owned, lane.held) == (False, ELSEWHERE)
+        await send_many(store, 3)
+        assert len(receiver.requests) == sent
+        store.nodes.ownership = owned("crm")
+        await owner.renew()
+        await ended(store, 63)
+        assert lane.shards is None
+        assert len(receiver.requests) == 63
+
+
+async def test_a_node_without_the_state_of_a_destination_asks_its_keeper_to_disable_it(store, receiver):
+    receiver.usual = (410, {})
+    async with dispatcher_for(store, destination("crm", receiver.url, shards=2)) as dispatcher:
+        owner, lane = Owner(dispatcher, store, set), dispatcher.lanes["crm"]
+        store.nodes.ownership = owned_shards(0, 1, count=2, keeps=False)
+        await owner.renew()
+        store.nodes.owner_there = owner  # which refuses: it is not the keeper
+        await send(store)
+        await until(lambda: store.nodes.requests)
+        assert store.nodes.requests == [("crm", "disable", {"reason": "gone", "is_quiet": False})]
+        await until(lambda: lane.held == "disabled: gone")
+        assert await store.queries.destination_states() == {}
+        store.nodes.ownership = owned_shards(0, 1, count=2)
+        await owner.renew()
+        assert lane.held is None  # as stored, until the next response
+        await owner.answer("crm", "disable", {"reason": "gone", "is_quiet": False})
+        assert lane.held == "disabled: gone"
+        assert (await store.queries.destination_states())["crm"].disabled_reason == "gone"
 
 
 async def test_no_attempt_begins_after_the_end_of_a_lease(store, receiver):

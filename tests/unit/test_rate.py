@@ -109,3 +109,20 @@ def _bought(bucket, now, price):
     while not bucket.take(now, price):
         count += 1
     return count
+
+
+@given(st.lists(st.tuples(st.floats(0, 2), st.booleans(), st.integers(0, 4)), max_size=30))
+def test_shares_of_a_rate_never_allow_more_than_the_whole(steps):
+    rate, now, count, quarters = Rate(40, 1), NOW, 0, [4, 0]
+    buckets = [TokenBucket(rate, now) for _ in quarters]
+    buckets[1].resize(rate, now, 0.0)
+    for seconds, takes, moved in steps:
+        now += int(seconds * SECOND)
+        if takes:
+            count += sum(taken(each, now) for each, part in zip(buckets, quarters, strict=True) if part)
+        loser = 0 if moved < quarters[0] else 1
+        quarters = [moved, 4 - moved]
+        for index in (loser, 1 - loser):
+            buckets[index].resize(rate, now, quarters[index] / 4)
+    count += sum(taken(each, now) for each, part in zip(buckets, quarters, strict=True) if part)
+    assert count <= 40 + 40 * (now - NOW) / SECOND + 1

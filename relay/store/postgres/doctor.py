@@ -71,12 +71,16 @@ NODES_SQL = """
      WHERE seen > clock_timestamp() - interval '5 seconds' ORDER BY name, started
 """
 FREE_SQL = """
-    SELECT substr(name, 6) FROM leases
-     WHERE name LIKE 'lane:%' AND until < clock_timestamp() - $1::float8 * interval '1 second'
-       AND EXISTS (SELECT FROM nodes WHERE substr(leases.name, 6) = ANY(destinations)
+    SELECT substr(l.name, 6) FROM leases AS l
+     WHERE l.name LIKE 'lane:%' AND l.until < clock_timestamp() - $1::float8 * interval '1 second'
+       AND EXISTS (SELECT FROM nodes WHERE split_part(substr(l.name, 6), '/', 1) = ANY(destinations)
                       AND seen > clock_timestamp() - interval '5 seconds'
                       AND started < clock_timestamp() - $1::float8 * interval '1 second')
-     ORDER BY name
+       AND (l.name NOT LIKE '%/%' OR EXISTS (  -- a shard with a number that is in force
+            SELECT FROM leases AS d
+             WHERE d.name = split_part(l.name, '/', 1)
+               AND (d.standing ->> 'shards')::int > split_part(l.name, '/', 2)::int))
+     ORDER BY l.name
 """
 STUCK_SQL = """
     SELECT 'dlv_' || o.public_id FROM owed AS o

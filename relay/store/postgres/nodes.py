@@ -585,11 +585,16 @@ class PostgresNodes:
         now = self._clock.steady()
         return [
             name
-            for name in self._lanes
+            for name in self._divisible
             if self._is_trusted(_lane(name))
             and (name in self._shards or wanted_shards(name, self._peers) > 1)
             and now - self._assigned.get(name, -ASSIGN_EVERY) >= ASSIGN_EVERY
         ]
+
+    @property
+    def _divisible(self) -> list[str]:
+        """The destinations in the config that are divided, or that the config divides."""
+        return [name for name in self._wanted.keys() | self._shards.keys() if name in self._lanes]
 
     def note_assigned(self, destination: str) -> None:
         """Note that the deliveries of a destination have slots."""
@@ -598,7 +603,7 @@ class PostgresNodes:
     async def _divide(self, leases: Sequence[Lease], peers: Sequence[Peer]) -> None:
         """Change the numbers of shards of destinations whose leases this node holds, as far as possible."""
         self._dividing.clear()
-        for name in self._lanes:
+        for name in self._divisible:
             if not self._is_trusted(_lane(name)) or _lane(name) in self._handing_over:
                 continue
             now = self._shards.get(name, 1)

@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 
 from relay.base.json_text import encode
+from relay.base.shards import destination_of
 from relay.errors import RelayError, StorageUnavailableError, UnknownError
 from relay.process.logs import in_one_line
 
@@ -101,7 +102,7 @@ class Requests:
         what = "may still be executed" if outcome.is_taken else "was not executed"
         who, hint = (
             f"{to}: the node that delivers to it",
-            f"; check the destination: relay destinations show {to}",
+            f"; check the destination: relay destinations show {destination_of(to)}",
         )
         if ":" in to:
             kind, _, name = to.partition(":")
