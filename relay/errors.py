@@ -42,6 +42,10 @@ class SetInConfigError(RelayError):
     """config.toml decides this, so a command cannot change it."""
 
 
+class UnsupportedError(RelayError):
+    """The database engine does not support this operation."""
+
+
 class ForbiddenError(RelayError):
     """The token of a request to the admin API does not allow it."""
 

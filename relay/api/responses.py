@@ -24,6 +24,7 @@ from relay.errors import (
     StorageUnavailableError,
     ThrottledError,
     UnknownError,
+    UnsupportedError,
 )
 from relay.model import Selection
 from relay.store.opening import is_storage_failure
@@ -60,6 +61,7 @@ _STATUSES: Mapping[type[RelayError], tuple[int, str]] = {
     RestartNeededError: (409, "restart_needed"),
     BusyError: (409, "busy"),
     SetInConfigError: (409, "set_in_config"),
+    UnsupportedError: (409, "unsupported"),
     ThrottledError: (429, "too_many_requests"),
     StorageError: (503, "unavailable"),
     RelayError: (400, "bad_request"),

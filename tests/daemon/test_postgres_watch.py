@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+from unittest.mock import ANY
 
 import asyncpg
 import pytest
@@ -62,6 +63,11 @@ async def test_metrics_status_and_doctor_describe_the_server(tmp_path, url):
         assert ready == {"ready": True, "reasons": [], "warnings": [what]}
         status = await relay.operator("GET", "/api/status")
         assert (what, "relay doctor") in [(each["what"], each["next"]) for each in status["problems"]]
+        for verb, reason in (("backup", "makes no backups"), ("compact", "returns free space by itself")):
+            refused = await exchange(relay.addresses.socket, request("POST", f"/api/db/{verb}"))
+            assert (refused.status, refused.json["error"]["code"]) == (409, "unsupported")
+            assert reason in refused.json["error"]["message"]
+        assert await relay.operator("GET", "/api/status") == {**status, "uptime_seconds": ANY}
 
 
 async def test_nodes_with_different_configurations_are_reported(tmp_path, url):

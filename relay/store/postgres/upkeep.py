@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Never
 
 from relay.base.clock import Clock, SystemClock
-from relay.errors import StorageError
+from relay.errors import UnsupportedError
 from relay.model import Backup, Check, Compacted, Measured, Observed, Pruned
 from relay.store.postgres.connection import Connection, Database
 from relay.store.postgres.doctor import LONG, Examined, examine
@@ -73,7 +73,7 @@ class PostgresUpkeep:
 
     async def compact(self) -> Compacted:
         """See `Upkeep.compact`."""
-        raise StorageError(
+        raise UnsupportedError(
             "PostgreSQL reuses and returns free space by itself",
             hint="autovacuum and the daily partitions do it; `relay doctor` checks both",
         )
@@ -121,9 +121,9 @@ def refuse_backup() -> Never:
     """Raise the error of every command that would copy a file.
 
     Raises:
-        StorageError: always.
+        UnsupportedError: always.
     """
-    raise StorageError(
+    raise UnsupportedError(
         "the relay makes no backups of a PostgreSQL database",
         hint="use pg_basebackup, pgBackRest or WAL-G: see docs/storage.md, section PostgreSQL",
     )
