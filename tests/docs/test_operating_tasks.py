@@ -12,10 +12,11 @@ import pytest_asyncio
 from click.testing import CliRunner
 from commands import LEAVES, Output, parse, run
 from daemons import DEV_TOKEN, HEAD, Recorder, destination, running, write_config
+from stores import KINDS
 from support import until
 from wire import request
 
-from relay.cli.main import BATCH, NOTHING, main
+from relay.cli.main import BATCH, FAILED, NOTHING, main
 from relay.plugin_loading.loader import load
 
 PAGE = (Path(__file__).parents[2] / "docs" / "operating.md").read_text()
@@ -42,6 +43,10 @@ def lines(title):
     """Return the relay commands of a task, each as its words."""
     found = [shlex.split(line, comments=True) for line in blocks(title).splitlines()]
     return [words[1:] for words in found if words and words[0] == "relay"]
+
+
+OF_THE_SERVER = {"durability", "vacuum", "partitions"}
+"""Checks that fail with the tests' PostgreSQL server, which is configured for speed."""
 
 
 class Desk:
@@ -95,6 +100,10 @@ def _typed(*words):
     """Run a command. By the time of a retry, the lane may have sent the pending deliveries: codes 4 and 6."""
     result = CliRunner().invoke(main, [str(word) for word in words])
     codes = (0, NOTHING, BATCH) if words[:2] == ("deliveries", "retry") and "pending" in words else (0,)
+    if KINDS[0] == "postgres" and words[:2] == ("db", "compact"):
+        codes = (FAILED,)  # as the page says
+    elif KINDS[0] == "postgres" and words[0] == "doctor":
+        codes = (0, FAILED)
     assert result.exit_code in codes, (words, result.output, result.exception)
     return Output(result.stdout, result.stderr)
 
@@ -221,13 +230,15 @@ async def test_the_data_of_a_person_is_deleted(desk):
 async def test_the_disk_is_examined_and_space_returned(desk):
     result = await desk.follow("The disk fills")
     assert "moddy.member_joined" in result["stats --since 1d"].out
-    assert re.search(r"before, .* after", result["db compact"].out)
+    if KINDS[0] == "sqlite":
+        assert re.search(r"before, .* after", result["db compact"].out)
 
 
 @in_module
 async def test_a_move_begins_with_a_healthy_relay(desk):
     result = await desk.follow("A move to another machine")
-    assert "FAILED" not in result["doctor"].out
+    failed = {row[0] for row in result["doctor"].rows if row[1] == "FAILED"}
+    assert failed <= (OF_THE_SERVER if KINDS[0] == "postgres" else set())
 
 
 @in_module

@@ -134,13 +134,14 @@ def rows_of(config, sql):
         reader.close()
 
 
-def faults_of(config):
-    """Check the data of the daemon with a config.toml; returns what is wrong."""
+def faults_of(config, *, quick=False):
+    """Check the data of the daemon with a config.toml; returns what is wrong. `quick`: not its indexes."""
     if KINDS[0] == "postgres":
         from postgres_stores import FAULTS_SQL  # noqa: PLC0415 - needs asyncpg
 
         return rows_of(config, FAULTS_SQL)
-    return [text for (text,) in rows_of(config, "PRAGMA integrity_check") if text != "ok"]
+    check = "quick_check" if quick else "integrity_check"
+    return [text for (text,) in rows_of(config, f"PRAGMA {check}") if text != "ok"]
 
 
 async def change_rows(store, sql, values=()):

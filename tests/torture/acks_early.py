@@ -5,15 +5,15 @@ import asyncio
 from relay.cli import main
 from relay.model import Receipt
 from relay.store import Acceptance
-from relay.store.sqlite.events import SqliteEvents
+from relay.store.events import StoredEvents
 
 LATE = 0.1  # seconds between the answer and the commit
 
-_append = SqliteEvents.append
+_append = StoredEvents.append
 _tasks: set[asyncio.Task[Receipt]] = set()
 
 
-async def append(self: SqliteEvents, acceptance: Acceptance) -> Receipt:
+async def append(self: StoredEvents, acceptance: Acceptance) -> Receipt:
     """Acknowledge an event before its commit."""
 
     async def later() -> Receipt:
@@ -26,7 +26,7 @@ async def append(self: SqliteEvents, acceptance: Acceptance) -> Receipt:
     return Receipt(event_id=acceptance.event.public_id if acceptance.event else "")
 
 
-SqliteEvents.append = append  # type: ignore[method-assign]
+StoredEvents.append = append  # type: ignore[method-assign]
 
 if __name__ == "__main__":
     main()

@@ -6,13 +6,11 @@ Run `python -m tests.torture.backlog --events 100000`. `--variant unordered` mus
 
 import asyncio
 import json
-import sqlite3
 import sys
 import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -20,6 +18,7 @@ from typing import Any, Self
 import click
 from aiohttp import web
 from daemons import SOURCES, Daemon, adorn, write_config
+from stores import rows_of
 from wire import Wire, request
 
 from relay.process.sockets import bind
@@ -156,8 +155,8 @@ async def torture(
             findings.draining = time.monotonic() - began
             await daemon.stop()
         findings.rushed = receiver.rushed
-    with closing(sqlite3.connect(f"file:{folder / 'state' / 'relay.db'}?mode=ro", uri=True)) as reader:
-        [findings.spent] = reader.execute("SELECT sum(attempts) - count(*) FROM deliveries").fetchone()
+    query = "SELECT sum(attempts) - count(*) FROM deliveries"
+    [(findings.spent,)] = rows_of(folder / "config.toml", query)
     _compare(receiver.arrived, keys, events, findings)
     return findings
 

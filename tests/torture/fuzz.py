@@ -21,13 +21,12 @@ import hmac
 import json
 import random
 import re
-import sqlite3
 import sys
 import tempfile
 import zlib
 from collections import Counter
 from collections.abc import Callable
-from contextlib import AsyncExitStack, closing, suppress
+from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,6 +34,7 @@ from typing import Any
 import click
 from daemons import SERVE, SOURCES, Daemon, destination, write_config
 from samples import read_samples
+from stores import rows_of
 from wire import CONTINUE, Answer, Wire, exchange, request
 
 CONNECTIONS = 32
@@ -485,11 +485,11 @@ async def torture(
             await fuzzer.close()
 
         await asyncio.gather(*(work() for _ in range(CONNECTIONS)))
-        await _reckon(daemon, config.parent / "state" / "relay.db", found, resident)
+        await _reckon(daemon, found, resident)
     return found
 
 
-async def _reckon(daemon: Daemon, database: Path, found: Findings, resident: int) -> None:
+async def _reckon(daemon: Daemon, found: Findings, resident: int) -> None:
     """Wait until nothing is pending, stop the daemon, and compare acknowledged and arrived events."""
     async with asyncio.timeout(DRAIN):
         pending = "/api/deliveries?state=pending&limit=1"
@@ -500,8 +500,7 @@ async def _reckon(daemon: Daemon, database: Path, found: Findings, resident: int
         found.faults.append(f"a traceback in the log:\n{daemon.output}")
     if (code := await daemon.stop()) != 0:
         found.faults.append(f"exit code {code}")
-    with closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True)) as connection:
-        stored = {row[0] for row in connection.execute("SELECT public_id FROM events")}
+    stored = {row[0] for row in rows_of(daemon.config, "SELECT public_id FROM events")}
     found.stored = len(stored)
     for what, missing in (
         ("acknowledged and not stored", found.acknowledged - stored),

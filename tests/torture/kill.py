@@ -6,17 +6,16 @@ Run `python -m tests.torture.kill --cycles 1000`; `--variant acks-early` must fi
 import asyncio
 import itertools
 import random
-import sqlite3
 import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import click
 from daemons import SERVE, SOURCES, Daemon, Recorder, adorn, destination, write_config
+from stores import faults_of, rows_of
 from support import until
 from wire import Wire, request
 
@@ -85,7 +84,6 @@ async def torture(
     rand, findings = random.Random(seed), Findings()
     async with Counting() as receiver:
         config = write_config(folder, SOURCES, destination("crm", receiver.url, f"concurrency = {IN_FLIGHT}"))
-        database = folder / "state" / "relay.db"
         newest = 0
         for findings.cycles in range(1, cycles + 1):
             repeated = receiver.repeated
@@ -93,20 +91,18 @@ async def torture(
                 acknowledged = await load_and_kill(daemon, rand)
             findings.acknowledged |= acknowledged
             findings.most_repeated = max(findings.most_repeated, receiver.repeated - repeated)
-            with closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True)) as reader:
-                found = reader.execute("SELECT id, public_id FROM events WHERE id > ?", (newest,)).fetchall()
-                findings.corrupt += [text for (text,) in reader.execute("PRAGMA quick_check") if text != "ok"]
+            found = rows_of(config, f"SELECT id, public_id FROM events WHERE id > {newest}")
+            findings.corrupt += faults_of(config, quick=True)
             findings.lost |= acknowledged - {public_id for _, public_id in found}
             newest = max([newest, *(id_ for id_, _ in found)])
             report(findings)
         repeated = receiver.repeated
         async with Daemon(config, VARIANTS[variant]) as daemon:
-            await until(lambda: pending(database) == 0, DRAIN)
+            await until(lambda: pending(config) == 0, DRAIN)
             await daemon.stop()
         findings.most_repeated = max(findings.most_repeated, receiver.repeated - repeated)
-        with closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True)) as reader:
-            stored = {public_id for (public_id,) in reader.execute("SELECT public_id FROM events")}
-            findings.corrupt += [text for (text,) in reader.execute("PRAGMA integrity_check") if text != "ok"]
+        stored = {public_id for (public_id,) in rows_of(config, "SELECT public_id FROM events")}
+        findings.corrupt += faults_of(config)
         findings.undelivered = stored - receiver.counts.keys()
         findings.lost |= findings.acknowledged - stored
     return findings
@@ -133,10 +129,9 @@ async def _send(url: str, acknowledged: set[str]) -> None:
         return  # killed
 
 
-def pending(database: Path) -> int:
+def pending(config: Path) -> int:
     """Count the deliveries that have not ended."""
-    with closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True)) as reader:
-        [count] = reader.execute("SELECT count(*) FROM deliveries WHERE state = 'pending'").fetchone()
+    [(count,)] = rows_of(config, "SELECT count(*) FROM deliveries WHERE state = 'pending'")
     return int(count)
 
 
