@@ -19,7 +19,7 @@ from relay.api.context import Context
 from relay.api.listener import listen
 from relay.base.clock import SECOND, Clock
 from relay.base.units import render_size
-from relay.config.effective import shared_digest
+from relay.config.effective import Digests, digests
 from relay.config.paths import socket_path
 from relay.config.schema import Config
 from relay.delivery.dispatcher import StuckLanes
@@ -91,8 +91,8 @@ class App:
     def __init__(self, setup: Setup, clock: Clock | None = None) -> None:
         config = setup.config
         self._setup = setup
-        url = config.storage.url.reveal()
-        self.clock = clock = clock or clock_of(url, shared=config.cluster.enabled)
+        is_node = config.is_node and clock is None  # nodes follow the clock of the server
+        self.clock = clock = clock or clock_of(config.storage.url.reveal(), shared=is_node)
         self.health = Health()
         self.state_dir = StateDir(config.state_dir)
         self.listener, _ = implementation_of(config.server.implementation)
@@ -116,8 +116,8 @@ class App:
             min_free=config.storage.min_free_disk,
             reserve=DISK_RESERVE,
             node=config.cluster.node,
-            cluster=config.cluster.lease if config.cluster.enabled else None,
-            digest=self._config_digest,
+            cluster=config.cluster.lease if is_node else None,
+            digests=self._digests,
             listen_url=None if (listen := config.storage.listen_url) is None else listen.reveal(),
         )
         self.state = State(
@@ -206,16 +206,16 @@ class App:
         self.reloads.waits_for = lambda: self.store.failure
         self.stopping = asyncio.Event()
         self._announced = False
-        self._digested: tuple[Config, bytes] | None = None  # the latest configuration and its digest
+        self._digested: tuple[Config, Digests] | None = None  # the latest configuration and its digests
         self._retention: asyncio.Task[Past] | None = None  # a pass that started because the disk is full
         self._retention_due = 0  # steady clock: earliest start of the next such pass
         self._deadline = 0.0  # loop time by which requests and attempts in flight must end
 
-    def _config_digest(self) -> bytes:
-        """Return the digest of the configuration that all nodes of a cluster should share."""
+    def _digests(self) -> Digests:
+        """Return the digests of the configuration that all nodes of a cluster should share."""
         config = self.config
         if self._digested is None or self._digested[0] is not config:
-            self._digested = config, shared_digest(config)
+            self._digested = config, digests(config)
         return self._digested[1]
 
     @property

@@ -12,7 +12,7 @@ import msgspec
 from relay.base.units import Rate, render_duration, render_rate
 from relay.config.problems import dotted
 from relay.config.schema import AdminToken, Config, DestinationConfig, SourceConfig
-from relay.config.secrets import Secret, Secrets
+from relay.config.secrets import Secret, Secrets, Url
 from relay.config.signatures import SignatureConfig
 
 _NAMED = ("sources", "destinations")
@@ -33,14 +33,62 @@ def effective(config: Config) -> dict[str, Any]:
     return tables
 
 
-_SHARED = ("retention", "workers", "sources", "destinations")
-"""Tables that all nodes of a cluster should have in common."""
+_AGREED = ("shards",)
+"""Keys of a destination about which the nodes agree, whatever each one has."""
 
 
-def shared_digest(config: Config) -> bytes:
-    """Return a digest of the tables that the nodes of a cluster should share; secrets do not count."""
-    shared = {name: table for name, table in effective(config).items() if name in _SHARED}
-    return hashlib.sha256(json.dumps(shared, sort_keys=True, default=str).encode()).digest()
+class Digests(msgspec.Struct, frozen=True):
+    """Digests of the settings that the nodes of a cluster should share, in hexadecimal.
+
+    Secrets other than URLs do not count. Neither do defaults, because a newer version has more of them.
+    """
+
+    whole: str = ""
+    jobs: str = ""  # of retention, sources and rules of workers, which jobs of a cluster use
+    destinations: dict[str, str] = {}  # by name
+
+
+def digests(config: Config) -> Digests:
+    """Return the digests of a configuration."""
+    sources = {name: (_set(source), _set(source.settings)) for name, source in config.sources.items()}
+    jobs = _digest([_set(config.retention), _set(config.workers), sources])
+    settings = {name: _set(each) for name, each in sorted(config.destinations.items())}
+    destinations = {
+        name: _digest({key: value for key, value in table.items() if key not in _AGREED})[:16]
+        for name, table in settings.items()
+    }
+    return Digests(_digest([jobs, settings]), jobs[:16], destinations)
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _set(record: msgspec.Struct) -> dict[str, Any]:
+    """Return the keys of a table that differ from their defaults."""
+    values: dict[str, Any] = {}
+    for key, name, unit in _keys(type(record)):
+        value = getattr(record, name)
+        if value == _defaults(type(record)).get(name, msgspec.NODEFAULT):
+            continue
+        if isinstance(value, Url):
+            values[key] = value.reveal()
+        elif isinstance(value, msgspec.Struct) and not isinstance(value, SignatureConfig):
+            values[key] = _set(value)
+        else:
+            values[key] = _value(value, unit)
+    return values
+
+
+@lru_cache(_TYPES)
+def _defaults(type_: type[msgspec.Struct]) -> dict[str, Any]:
+    found = {}
+    for field in msgspec.structs.fields(type_):
+        if field.default is not msgspec.NODEFAULT:
+            found[field.name] = field.default
+        elif field.default_factory is not msgspec.NODEFAULT:
+            found[field.name] = field.default_factory()
+    return found
 
 
 def effective_source(source: SourceConfig) -> dict[str, Any]:

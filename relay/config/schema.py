@@ -243,12 +243,12 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True):
     """`[cluster]`: this daemon as one of several nodes on a PostgreSQL database."""
 
     enabled: Annotated[
-        bool,
+        bool | None,
         _help(
-            "share the database with other nodes, which also set this key; without it, a second daemon is "
-            "refused"
+            "whether other daemons may use the same PostgreSQL database; they share the work. `false`: a "
+            "second daemon is refused. If the key is not set: `true` with PostgreSQL"
         ),
-    ] = False
+    ] = None
     node: Annotated[
         str,
         _check(validators.printable),
@@ -683,3 +683,9 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     sources: dict[str, SourceConfig] = {}
     destinations: dict[str, DestinationConfig] = {}
     warnings: tuple[str, ...] = ()
+
+    @property
+    def is_node(self) -> bool:
+        """Whether the daemon is a node of a cluster, which other daemons may join."""
+        is_shareable = self.storage.url.reveal().partition(":")[0] in validators.POSTGRES
+        return is_shareable and self.cluster.enabled is not False

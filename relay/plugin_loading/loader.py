@@ -132,8 +132,8 @@ def _complete(
         if source is not None and not wrong:
             sources[name] = source
     _check_claims(binder, claiming)
-    if config.cluster.enabled:
-        _check_cluster(binder, config)
+    if config.cluster.enabled and not config.is_node:
+        binder.report(("cluster", "enabled"), "several nodes need a postgresql:// URL in [storage] url")
     if blame:
         _check_formats(binder, config, formats)
     if binder.problems:
@@ -143,12 +143,6 @@ def _complete(
         binder.warn(("server", "implementation"), problem)
     warnings = tuple(str(warning) for warning in sorted(binder.warnings))
     return msgspec.structs.replace(config, sources=sources, warnings=warnings)
-
-
-def _check_cluster(binder: Binder, config: Config) -> None:
-    """Report settings that need a daemon that is alone on its database."""
-    if config.storage.url.reveal().partition(":")[0] not in validators.POSTGRES:
-        binder.report(("cluster", "enabled"), "several nodes need a postgresql:// URL in [storage] url")
 
 
 class _Manager(pluggy.PluginManager):

@@ -6,6 +6,7 @@ from typing import Any
 
 from relay import __version__
 from relay.base.clock import Clock
+from relay.config.effective import Digests
 from relay.errors import UnknownError
 from relay.model import Caution, Node
 from relay.store import FOREVER, Answers, Attendant, Ownership
@@ -18,10 +19,10 @@ class OneNode:
     replies = None
     incarnation = ""
 
-    def __init__(self, clock: Clock, name: str = "", digest: Callable[[], bytes] = lambda: b"") -> None:
+    def __init__(self, clock: Clock, name: str = "", digests: Callable[[], Digests] = Digests) -> None:
         self._clock = clock
         self._name = name or socket.gethostname()
-        self._digest = digest  # of the config
+        self._digests = digests  # of the config
         self._started_at = clock.wall()
 
     async def own(
@@ -78,7 +79,7 @@ class OneNode:
                 started_at=self._started_at,
                 seen_at=self._clock.wall(),
                 is_self=True,
-                config=self._digest().hex(),
+                config=self._digests().whole,
             ),
         )
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from relay.base.clock import Clock, SystemClock
+from relay.config.effective import Digests
 from relay.config.schema import WorkerRules
 from relay.config.validators import POSTGRES
 from relay.errors import RelayError
@@ -63,7 +64,7 @@ def make_store(
     reserve: int = 0,
     node: str = "",
     cluster: float | None = None,
-    digest: Callable[[], bytes] = lambda: b"",
+    digests: Callable[[], Digests] = Digests,
     listen_url: str | None = None,
 ) -> Store:
     """Make a store that is not open yet.
@@ -87,7 +88,7 @@ def make_store(
         node: name of this node in lists; "": the host name.
         cluster: seconds after which other nodes take over the lanes of a node that does not answer; None: no
             other daemon uses the data.
-        digest: returns the digest of the configuration that all nodes should share.
+        digests: returns the digests of the configuration that all nodes should share.
         listen_url: of the same database, for notifications; None: `url`, unless that is a pooler.
 
     Raises:
@@ -113,7 +114,7 @@ def make_store(
             full=durability == "full",
             node=node,
             cluster=cluster,
-            digest=digest,
+            digests=digests,
             listen_address=None if listen_url is None else read_url(listen_url, "listen_url"),
         )
     from relay.store.sqlite.disk import Disk  # noqa: PLC0415 - see above
@@ -137,7 +138,7 @@ def make_store(
         on_fatal=on_fatal,
         full=durability == "full",
         node=node,
-        digest=digest,
+        digests=digests,
         disk=Disk(path, floor=min_free, ballast=reserve),
     )
 

@@ -8,6 +8,7 @@ import msgspec
 import pytest
 
 from relay import __version__
+from relay.config.effective import digests
 from relay.config.problems import ConfigError
 from relay.formats import FORMATS
 from relay.plugin_loading.loader import discover, load
@@ -729,4 +730,74 @@ def test_a_cluster_needs_postgresql(problems_of, setup):
         "cluster.enabled: several nodes need a postgresql:// URL in [storage] url",
     ]
     whatsapp = '[sources.wa]\nplugin = "whatsapp"\ntokens = [{ env = "TOKEN" }]\n'
-    setup(head.format("postgresql://db/relay") + whatsapp)
+    assert setup(head.format("postgresql://db/relay") + whatsapp).config.is_node
+
+
+@pytest.mark.parametrize(
+    ("url", "more", "is_node"),
+    [
+        ("postgresql://db/relay", "", True),
+        ("postgres://db/relay", "[cluster]\nenabled = true\n", True),
+        ("postgresql://db/relay", "[cluster]\nenabled = false\n", False),
+        ("sqlite:relay.db", "", False),
+        ("sqlite:relay.db", "[cluster]\nenabled = false\n", False),
+    ],
+)
+def test_a_daemon_on_postgresql_is_a_node_unless_the_config_says_no(setup, url, more, is_node):
+    text = f'[storage]\nurl = "{url}"\n{more}[sources.adorn]\nplugin = "adorn"\n'
+    assert setup(text).config.is_node is is_node
+
+
+NODE = """
+[storage]
+url = "postgresql://db/relay"
+[sources.adorn]
+plugin = "adorn"
+[destinations.crm]
+url = "https://crm.example.com/hook"
+[destinations.erp]
+url = "https://erp.example.com/hook"
+"""
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "changed"),
+    [
+        ("[storage]", 'state_dir = "other"\n[cluster]\nnode = "b"\n[storage]', set()),
+        ("crm.example.com/hook", "crm.example.com/staging", {"crm"}),
+        ("crm.example.com/hook", 'crm.example.com/hook"\ntimeout = "15s', set()),  # the default
+        ("crm.example.com/hook", 'crm.example.com/hook"\ntimeout = "16s', {"crm"}),
+        ("erp", "slack", {"erp", "slack"}),
+        ('plugin = "adorn"', 'plugin = "adorn"\nrate_limit = "5/s"', {"jobs"}),
+        ("[sources", '[retention]\nevents = "1d"\n[sources', {"jobs"}),
+    ],
+)
+def test_only_shared_settings_that_differ_from_their_defaults_change_the_digests(setup, old, new, changed):
+    assert old in NODE
+    before = digests(setup(NODE).config)
+    after = digests(setup(NODE.replace("[sources", "# a comment\n[sources", 1).replace(old, new)).config)
+    found = {
+        name
+        for name in before.destinations.keys() | after.destinations.keys()
+        if before.destinations.get(name) != after.destinations.get(name)
+    }
+    assert found | ({"jobs"} if before.jobs != after.jobs else set()) == changed
+    assert (before.whole != after.whole) is bool(changed)
+
+
+def test_the_number_of_shards_is_no_reason_to_keep_a_lane(setup):
+    before, after = (digests(setup(f"{NODE}\nshards = {number}\n").config) for number in (1, 4))
+    assert before.destinations == after.destinations
+    assert before.whole != after.whole
+
+
+def test_a_secret_url_counts_in_the_digest_and_other_secrets_do_not(setup, tmp_path):
+    text = NODE.replace(
+        'url = "https://crm.example.com/hook"', "url = { file = 'url' }\nsecrets = [{ file = 'key' }]"
+    )
+    found = []
+    for url, key in (("a", "A"), ("a", "B"), ("b", "B")):
+        (tmp_path / "url").write_text(f"https://crm.example.com/{url}")
+        (tmp_path / "key").write_text("whsec_" + key * 32)
+        found.append(digests(setup(text).config).destinations["crm"])
+    assert found[0] == found[1] != found[2]

@@ -3,20 +3,24 @@
 import asyncio
 from functools import partial
 
+import msgspec
 import pytest
 from postgres import database_of, drop_databases, needs_postgres
 from support import FakeClock, until
 
 from relay.base.clock import SECOND, SystemClock
+from relay.config.effective import Digests
 from relay.errors import StorageError, StorageUnavailableError
 from relay.store import Answers
 from relay.store.postgres.clock import SLEW, ServerClock
 from relay.store.postgres.leases import (
+    ABSENT,
     CHANGING,
     NEGLECTED,
     SETTLE_IN,
     Lease,
     Peer,
+    bar,
     due_to,
     free_slot,
     length_of,
@@ -112,6 +116,53 @@ def test_what_a_node_does_about_a_lease(me, held, leases, ages, expected):
     assert found == {"missing": (), "take": (), "adopt": {}, "hand_over": None, **expected}
 
 
+def with_settings(incarnation, settings, place=None):
+    definitions = None if settings is None else {"d1": settings, "": settings}
+    return msgspec.structs.replace(peer(incarnation), definitions=definitions, place=place)
+
+
+@pytest.mark.parametrize("name", [D1, "job:sweep"])
+@pytest.mark.parametrize(
+    ("lease", "peers", "able"),
+    [
+        ({"definition": None}, {"a": "new", "b": "old"}, "ab"),  # never held
+        ({"definition": "old", "held": "b"}, {"a": "new", "b": "old"}, "b"),
+        ({"definition": "old"}, {"a": "new", "b": "old"}, "b"),
+        ({"definition": "old", "free_for": ABSENT - 1}, {"a": "new"}, ""),
+        ({"definition": "old", "free_for": ABSENT + 1}, {"a": "new", "c": "newest"}, "ac"),
+        ({"definition": "old", "free_for": 1.0, "place": "at a"}, {"a": "new", "c": "newest"}, "a"),
+        ({"definition": "old", "free_for": 1.0, "place": "at b"}, {"a": "new", "c": "newest"}, ""),
+        ({"definition": "old", "held": "b", "place": "at a"}, {"a": "new", "c": "newest"}, ""),  # b is frozen
+        ({"definition": "old"}, {"a": None, "b": "new"}, "a"),  # a has an older version
+        ({"definition": "old"}, {"a": "new", "b": "old", "c": "old"}, "bc"),
+        ({"definition": "old", "held": "a"}, {"a": "new", "b": "old"}, "ab"),  # a has reloaded its config
+    ],
+)
+def test_only_nodes_with_the_settings_in_force_may_have_a_lease(name, lease, peers, able):
+    held = lease.get("held")
+    row = Lease(
+        name, held or "x", 3, is_held=held is not None, free_for=lease.get("free_for", None if held else 1.0),
+        definition=lease["definition"], place=lease.get("place"),
+    )  # fmt: skip
+    live = [with_settings(node, settings, f"at {node}") for node, settings in peers.items()]
+    found = bar(live, [row])
+    assert "".join(each.incarnation for each in found if each.may_hold(name)) == able
+    assert all(each.may_hold("lane:d2") and each.may_hold("job:other") for each in found)
+
+
+def test_shards_follow_the_lease_of_their_destination():
+    live = [with_settings("a", "new"), with_settings("b", "old")]
+    own = Lease(D1, "a", 3, is_held=True, definition="new")  # a has reloaded its config
+    shard = Lease(f"{D1}/0", "b", 3, is_held=True, definition="old")
+    assert [each.may_hold(f"{D1}/0") for each in bar(live, [own, shard])] == [True, False]
+
+
+def test_a_node_without_a_destination_does_not_keep_its_settings_in_force():
+    live = [with_settings("a", "new"), peer("b", destinations={"d2"})]
+    [with_it, _] = bar(live, [Lease(D1, "x", 3, is_held=False, free_for=ABSENT + 1, definition="old")])
+    assert with_it.may_hold(D1)
+
+
 def test_held_leases_move_one_at_a_time():
     names = {f"lane:{name}" for name in LANES}
     leases = [Lease(name, "a", 1, is_held=True) for name in names]
@@ -193,10 +244,11 @@ TABLES = """
     CREATE TABLE IF NOT EXISTS nodes (
         incarnation uuid PRIMARY KEY, slot int NOT NULL UNIQUE, name text, version text, schema int,
         config_digest bytea, destinations text[], internal_url text, started timestamptz,
-        seen timestamptz, shards jsonb);
+        seen timestamptz, shards jsonb, place text, definitions jsonb);
     CREATE TABLE IF NOT EXISTS leases (
         name text PRIMARY KEY, incarnation uuid, epoch bigint NOT NULL DEFAULT 0,
-        until timestamptz NOT NULL DEFAULT '-infinity', standing jsonb) WITH (fillfactor = 50);
+        until timestamptz NOT NULL DEFAULT '-infinity', standing jsonb, definition text,
+        place text) WITH (fillfactor = 50);
     CREATE TABLE IF NOT EXISTS requests (
         id uuid PRIMARY KEY, destination text NOT NULL, verb text NOT NULL, argument bytea NOT NULL,
         asked timestamptz NOT NULL DEFAULT clock_timestamp(), taken timestamptz, answered timestamptz,
@@ -235,7 +287,9 @@ class Cluster:
     async def connect(self):
         return Link(await asyncpg.connect(self.url), self)
 
-    async def join(self, name="a", lease=30.0, clock=None, lanes=("crm", "erp"), *, listens=False):
+    async def join(
+        self, name="a", lease=30.0, clock=None, lanes=("crm", "erp"), *, place="", settings="", listens=False
+    ):
         node = PostgresNodes(
             self.connect,
             clock or FakeClock(),
@@ -243,7 +297,12 @@ class Cluster:
             lease=lease,
             schema=1,
             listen=partial(asyncpg.connect, self.url) if listens else None,
+            place=lambda: place,
+            digests=lambda: node.digests,
         )
+        node.digests = Digests()
+        if settings:
+            node.digests = Digests(settings.encode().hex(), settings, dict.fromkeys(lanes, settings))
         node.lanes = dict.fromkeys(lanes, 10.0)
         await node.join()
         self.nodes.append(node)
@@ -365,6 +424,61 @@ async def test_a_joining_node_gets_its_share_one_by_one_after_it_has_settled_in(
     await second.leave()
     await second.give(moved)
     assert (await own(first)).until.keys() == set(lanes)
+
+
+@needs_postgres
+async def test_a_node_takes_over_at_once_from_a_dead_one_with_the_same_state_folder(cluster, caplog):
+    dead = await cluster.join("a", place="boot 1 2")
+    assert set((await own(dead)).until) == {"crm", "erp"}
+    stranger = await cluster.join("b", lanes=("crm",), place="boot 1 3")
+    assert not (await own(stranger)).until
+    await cluster.run("UPDATE nodes SET seen = seen - interval '6 s' WHERE name = 'a'")
+    assert not (await own(stranger)).until
+    [caution] = stranger.cautions()
+    assert caution.what.startswith(
+        "the node that ran these lanes does not answer: crm, erp; others take them"
+    )
+    await stranger.close()
+    cluster.nodes.remove(stranger)
+    caplog.clear()
+    again = await cluster.join("a", place="boot 1 2")
+    assert set((await own(again)).until) == {"crm", "erp"}
+    assert again.lead("sweep")
+    assert again.cautions() == ()
+    assert not (await own(dead)).until  # if it was not dead, it notices
+    assert [row["epoch"] for row in await cluster.run("SELECT epoch FROM leases")] == [2, 2, 2]
+
+
+@needs_postgres
+async def test_a_node_with_other_settings_gets_nothing_until_those_in_force_are_gone(cluster, caplog):
+    first = await cluster.join("a", lanes=("crm",), settings="old", place="at a")
+    assert (await own(first)).until
+    stranger = await cluster.join("b", lanes=("crm",), settings="new", place="at b")
+    await cluster.age()
+    assert not (await own(first)).hand_over
+    assert not (await own(stranger)).until
+    differs, barred = (caution.what for caution in stranger.cautions())
+    assert differs == "nodes with a configuration that differs from this node's: a"
+    assert barred == (
+        "this node does not deliver to crm and runs no jobs, because its settings differ from those in force "
+        "on another node, or until 30 s ago"
+    )
+    assert caplog.text.count("this node does not deliver to crm") == 1
+    first.digests = Digests("aa", "newest", {"crm": "newest"})  # a reload: the owner's settings are in force
+    assert (await own(first)).until
+    assert not (await own(stranger)).until
+    await first.close()  # a restart with other settings
+    cluster.nodes.remove(first)
+    assert not (await own(stranger)).until
+    again = await cluster.join("a", lanes=("crm",), settings="other", place="at a")
+    assert (await own(again)).until
+    assert again.lead("sweep")
+    await again.close()
+    cluster.nodes.remove(again)
+    assert not (await own(stranger)).until
+    await cluster.run("UPDATE leases SET until = until - interval '31 s'")
+    assert (await own(stranger)).until
+    assert stranger.cautions() == ()
 
 
 @needs_postgres

@@ -542,6 +542,9 @@ async def test_a_cluster_does_not_join_a_daemon_alone(tmp_path):
     try:
         with pytest.raises(StorageError, match="another daemon uses this database"):
             await Node(url_of(tmp_path, CLOCK), tmp_path / "b", "b").open()
+        same = Node(url_of(tmp_path, CLOCK), tmp_path, "same")  # as if the other one had been killed
+        await same.open()
+        await same.store.close()
     finally:
         await alone.close()
 

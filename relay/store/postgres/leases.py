@@ -25,6 +25,9 @@ SETTLE_IN = 30.0
 NEGLECTED = 5.0
 """Seconds after which any node takes a free lease, even if another live node should take it."""
 
+ABSENT = 30.0
+"""Seconds after which a node with another definition takes a free lease; see `bar`."""
+
 SLOTS = 256
 """Nodes at a time; row ids contain the slot of the node that made them."""
 
@@ -43,6 +46,8 @@ class Lease(msgspec.Struct, frozen=True):
     is_held: bool
     free_for: float | None = None  # seconds since it became free; None: it never was held, or is held
     standing: Standing = Standing()
+    definition: str | None = None  # of the node that held it last; None: of a node of an older version
+    place: str | None = None  # the state folder of that node
 
     @property
     def is_shard(self) -> bool:
@@ -59,10 +64,24 @@ class Peer(msgspec.Struct, frozen=True):
     destinations: frozenset[str]
     config: str = ""  # digest of its config, in hexadecimal
     shards: Mapping[str, int] | None = {}  # numbers in its config; None: its version has no shards
+    definitions: Mapping[str, str] | None = None  # by destination, "" for jobs; None: an older version
+    place: str | None = None  # its state folder
+    barred: frozenset[str] = frozenset()  # jobs that it must leave to other nodes
 
     def may_hold(self, name: str) -> bool:
         """Return whether the node can run a lane or a job."""
-        return name.startswith(JOB) or destination_of(name.removeprefix(LANE)) in self.destinations
+        if name.startswith(JOB):
+            return name not in self.barred
+        return destination_of(name.removeprefix(LANE)) in self.destinations
+
+    def was_at(self, place: str | None) -> bool:
+        """Return whether it is the successor of a node with this state folder."""
+        return place is not None and self.place == place
+
+    def defines(self, name: str) -> str | None:
+        """Return its definition of a lane or of all jobs."""
+        key = "" if name.startswith(JOB) else name.removeprefix(LANE)
+        return None if self.definitions is None else self.definitions.get(key)
 
     def wants(self, destination: str) -> int:
         """Return the number of shards in its config."""
@@ -76,6 +95,39 @@ class Plan(msgspec.Struct, frozen=True):
     take: tuple[str, ...]
     adopt: Mapping[str, int]  # taken by this incarnation, but the server's response was lost; with epochs
     hand_over: str | None  # one held lease that another node should hold
+
+
+def bar(peers: Sequence[Peer], leases: Iterable[Lease]) -> list[Peer]:
+    """Take from each node the lanes and jobs that it must leave to nodes with the definition in force.
+
+    That is the definition of the node that held the lease last. Another one comes into force when no live
+    node has the former one and the lease has been free for a while, or at once on the node that had it last.
+    So a daemon that was started on the wrong database, with destinations of the same names, gets nothing. The
+    shards of a destination follow its own lease.
+    """
+    barred: dict[str, set[str]] = {peer.incarnation: set() for peer in peers}
+    for lease in leases:
+        if lease.definition is None or lease.is_shard or (lease.free_for or 0.0) > ABSENT:
+            continue
+        able = [peer for peer in peers if peer.may_hold(lease.name)]
+        others = [peer for peer in able if peer.defines(lease.name) not in (None, lease.definition)]
+        if len(others) == len(able):  # no node has the definition in force
+            others = [peer for peer in others if lease.is_held or not peer.was_at(lease.place)]
+        for peer in others:
+            if not (lease.is_held and peer.incarnation == lease.incarnation):
+                barred[peer.incarnation].add(lease.name)
+    return [
+        msgspec.structs.replace(
+            peer,
+            destinations=peer.destinations.difference(
+                name.removeprefix(LANE) for name in names if name.startswith(LANE)
+            ),
+            barred=frozenset(name for name in names if name.startswith(JOB)),
+        )
+        if (names := barred[peer.incarnation])
+        else peer
+        for peer in peers
+    ]
 
 
 def due_to(name: str, peers: Iterable[Peer]) -> Peer | None:

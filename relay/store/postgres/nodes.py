@@ -19,12 +19,14 @@ import msgspec
 from relay import __version__
 from relay.base.clock import SECOND, Clock
 from relay.base.shards import destination_of
+from relay.config.effective import Digests
 from relay.errors import StorageError
 from relay.model import Caution, Node
 from relay.store import Answers, Attendant, Ownership, Standing
 from relay.store.batch import Scope
 from relay.store.postgres.clock import ServerClock
 from relay.store.postgres.leases import (
+    ABSENT,
     CHANGING,
     JOB,
     LANE,
@@ -32,6 +34,7 @@ from relay.store.postgres.leases import (
     SLOTS,
     Lease,
     Peer,
+    bar,
     free_slot,
     in_force,
     length_of,
@@ -69,17 +72,29 @@ ORPHANS = "retention"
 
 JOIN_SQL = """
     INSERT INTO nodes (incarnation, slot, name, version, schema, config_digest, destinations, internal_url,
-                       started, seen, shards)
+                       started, seen, shards, definitions, place)
     VALUES ($1::uuid, $2, $3, $4, $5, $6, $7::text[], NULL, clock_timestamp(), clock_timestamp(),
-            $8::text::jsonb)
+            $8::text::jsonb, $9::text::jsonb, nullif($10, ''))
         ON CONFLICT DO NOTHING
+"""
+
+SUCCEED_SQL = """
+    WITH dead AS (
+        UPDATE nodes SET place = NULL,
+               seen = least(seen, clock_timestamp() - $3::float8 * interval '1 second')
+         WHERE place = $2 AND incarnation <> $1::uuid
+        RETURNING incarnation
+    )
+    UPDATE leases AS l SET until = clock_timestamp()
+      FROM dead WHERE l.incarnation = dead.incarnation AND l.until > clock_timestamp()
+    RETURNING l.name
 """
 
 FORGET_SQL = "DELETE FROM nodes WHERE seen < clock_timestamp() - $1::float8 * interval '1 second'"
 
 SEEN_SQL = """
     UPDATE nodes SET seen = clock_timestamp(), destinations = $2::text[], config_digest = $3,
-                     shards = $4::text::jsonb
+                     shards = $4::text::jsonb, definitions = $5::text::jsonb
      WHERE incarnation = $1::uuid
     RETURNING slot
 """
@@ -91,10 +106,11 @@ LEAVE_SQL = """
 
 RENEW_SQL = """
     UPDATE leases AS l
-       SET until = clock_timestamp() + h.length * interval '1 second',
+       SET until = clock_timestamp() + h.length * interval '1 second', definition = h.definition,
            standing = CASE WHEN h.standing IS NULL THEN l.standing
                            ELSE coalesce(l.standing, '{}') || h.standing::jsonb END
-      FROM unnest($2::text[], $3::bigint[], $4::float8[], $5::text[]) AS h (name, epoch, length, standing)
+      FROM unnest($2::text[], $3::bigint[], $4::float8[], $5::text[], $6::text[])
+           AS h (name, epoch, length, standing, definition)
      WHERE l.name = h.name AND l.epoch = h.epoch AND l.incarnation = $1::uuid AND l.until > clock_timestamp()
     RETURNING l.name
 """
@@ -105,9 +121,9 @@ TAKE_SQL = """
          ORDER BY name FOR UPDATE SKIP LOCKED
     )
     UPDATE leases AS l
-       SET incarnation = $1::uuid, epoch = l.epoch + 1,
+       SET incarnation = $1::uuid, epoch = l.epoch + 1, definition = h.definition, place = nullif($5, ''),
            until = clock_timestamp() + h.length * interval '1 second'
-      FROM free JOIN unnest($2::text[], $3::float8[]) AS h (name, length) USING (name)
+      FROM free JOIN unnest($2::text[], $3::float8[], $4::text[]) AS h (name, length, definition) USING (name)
      WHERE l.name = free.name
     RETURNING l.name, l.epoch
 """
@@ -150,13 +166,14 @@ LEASES_SQL = """
     SELECT name, incarnation::text, epoch, until > clock_timestamp() AS is_held,
            CASE WHEN until <= clock_timestamp() AND until > '-infinity'
                 THEN extract(epoch FROM clock_timestamp() - until)::float8 END AS free_for,
-           CASE WHEN name LIKE 'lane:%' THEN standing::text END AS standing
+           CASE WHEN name LIKE 'lane:%' THEN standing::text END AS standing, definition, place
       FROM leases
 """
 
 PEERS_SQL = """
     SELECT incarnation::text, name, destinations, encode(config_digest, 'hex') AS config,
-           extract(epoch FROM clock_timestamp() - started)::float8 AS age, shards::text AS shards
+           extract(epoch FROM clock_timestamp() - started)::float8 AS age, shards::text AS shards,
+           definitions::text AS definitions, place
       FROM nodes WHERE seen > clock_timestamp() - $1::float8 * interval '1 second'
 """
 
@@ -194,14 +211,15 @@ class PostgresNodes:
         name: str,
         lease: float,
         schema: int,
-        digest: Callable[[], bytes] = lambda: b"",
+        digests: Callable[[], Digests] = Digests,
         listen: Callable[[], Awaitable[Notifications]] | None = None,
         send: Callable[[], Awaitable[Notifications]] | None = None,
+        place: Callable[[], str] = str,
     ) -> None:
         """Take the length of a `lease` in seconds, and functions.
 
-        `digest` returns the digest of the config; `listen` and `send` connect for notifications, see
-        `WakeUps`.
+        `place` returns the id of the state folder, which this process has locked; "": unknown. `digests`
+        returns those of the config; `listen` and `send` connect for notifications, see `WakeUps`.
         """
         self.incarnation = str(uuid.uuid4())
         self.slot = 0  # after `join`
@@ -212,7 +230,8 @@ class PostgresNodes:
         self._lease = lease
         self._live = min(LIVE, lease)
         self._schema = schema
-        self._digest = digest
+        self._digests = digests
+        self._place = place
         self._lanes: Mapping[str, float] = {}  # with timeouts in seconds
         self._wanted: Mapping[str, int] = {}  # numbers of shards in the config
         self._standing: Mapping[str, Mapping[str, Any]] = {}  # of this node's lanes
@@ -226,6 +245,8 @@ class PostgresNodes:
         self._scope = Scope(frozenset(), frozenset(), has_orphans=False)
         self._scope_until = 0  # steady clock
         self._peers: Sequence[Peer] = ()  # the live nodes at the latest renewal
+        self._barred: frozenset[str] = frozenset()  # names of leases that it leaves to other nodes
+        self._unanswered: tuple[str, ...] = ()  # lanes of a node that does not answer
         self._renewed_at = clock.steady()
         self._lock = asyncio.Lock()  # held while the connection is used
         self._has_left = False
@@ -332,6 +353,7 @@ class PostgresNodes:
             await self.replies.refresh(self._fetch)
             self._scope_until = 0
             self._peers, self._renewed_at = peers, self._clock.steady()
+            self._note_unanswered(leases)
         self._answer_requests()
         return self._ownership(leases, peers)
 
@@ -427,6 +449,10 @@ class PostgresNodes:
             found.append(
                 Caution(f"nodes with a configuration that differs from this node's: {shown}", "relay nodes")
             )
+        if self._barred:
+            found.append(Caution(self._barred_text(), "relay nodes"))
+        if self._unanswered:
+            found.append(Caution(self._unanswered_text(), "relay nodes"))
         if self._wake_ups is not None and (why := self._wake_ups.failure) is not None:
             found.append(
                 Caution(
@@ -437,9 +463,45 @@ class PostgresNodes:
             )
         return tuple(found)
 
+    def _note_unanswered(self, leases: Iterable[Lease]) -> None:
+        """Note the lanes whose node does not answer, which nobody runs until their leases end."""
+        live = {self.incarnation, *(peer.incarnation for peer in self._peers)}
+        names = (lease.name for lease in leases if lease.is_held and lease.incarnation not in live)
+        former, self._unanswered = self._unanswered, _of_kind(LANE, names)
+        if set(self._unanswered) - set(former):
+            log.warning("%s", self._unanswered_text())
+
+    def _unanswered_text(self) -> str:
+        longest = max(self._length(_lane(name)) for name in self._unanswered)
+        return (
+            f"the node that ran these lanes does not answer: {', '.join(self._unanswered)}; others take "
+            f"them over when its leases end, after at most {longest:g} s"
+        )
+
+    def _note_barred(self, wanted: AbstractSet[str], peers: Sequence[Peer]) -> None:
+        """Note the lanes and jobs that this node leaves to others; see `bar`."""
+        me = next((peer for peer in peers if peer.incarnation == self.incarnation), None)
+        former, self._barred = (
+            self._barred,
+            frozenset(
+                name for name in wanted - self._held.keys() if me is not None and not me.may_hold(name)
+            ),
+        )
+        if self._barred - former:
+            log.warning("%s", self._barred_text())
+
+    def _barred_text(self) -> str:
+        lanes = _of_kind(LANE, self._barred)
+        shown = [f"does not deliver to {', '.join(lanes)}"] if lanes else []
+        shown += ["runs no jobs"] if len(lanes) < len(self._barred) else []
+        return (
+            f"this node {' and '.join(shown)}, because its settings differ from those in force on another "
+            f"node, or until {ABSENT:g} s ago"
+        )
+
     def _differing(self) -> list[str]:
         """Return the names of live nodes whose config differs from this node's."""
-        mine = self._digest().hex()
+        mine = self._digests().whole
         return sorted(
             peer.name for peer in self._peers if peer.incarnation != self.incarnation and peer.config != mine
         )
@@ -533,7 +595,7 @@ class PostgresNodes:
                     break
             else:
                 raise StorageError(f"the cluster already has {SLOTS} nodes", hint="stop a node")
-            destinations = sorted(self._lanes)
+            destinations, digests = sorted(self._lanes), self._digests()
             await self._fetch(
                 JOIN_SQL,
                 self.incarnation,
@@ -541,18 +603,36 @@ class PostgresNodes:
                 self._name,
                 __version__,
                 self._schema,
-                self._digest(),
+                bytes.fromhex(digests.whole),
                 destinations,
                 msgspec.json.encode(self._wanted).decode(),
+                _definitions(digests),
+                self._place(),
             )
             rows = await self._fetch("SELECT slot FROM nodes WHERE incarnation = $1::uuid", self.incarnation)
             if rows:  # else another node was faster
                 self.slot = rows[0]["slot"]
+                await self._succeed()
                 return
 
+    async def _succeed(self) -> None:
+        """End the leases of a node that had the same state folder: it has ended without giving them."""
+        rows = await self._fetch(SUCCEED_SQL, self.incarnation, self._place(), FORGET_AFTER / 2)
+        if names := _of_kind(LANE, (row["name"] for row in rows)):
+            log.info(
+                "this node has ended without handing over its lanes, which are free now: %s", ", ".join(names)
+            )
+
     async def _be_seen(self) -> None:
-        shards = msgspec.json.encode(self._wanted).decode()
-        rows = await self._fetch(SEEN_SQL, self.incarnation, sorted(self._lanes), self._digest(), shards)
+        shards, digests = msgspec.json.encode(self._wanted).decode(), self._digests()
+        rows = await self._fetch(
+            SEEN_SQL,
+            self.incarnation,
+            sorted(self._lanes),
+            bytes.fromhex(digests.whole),
+            shards,
+            _definitions(digests),
+        )
         if not rows:  # this process was stopped for so long that the others have forgotten it
             log.warning("the other nodes had forgotten this node; it joins again")
             await self._join()
@@ -567,7 +647,8 @@ class PostgresNodes:
         epochs = [self._held[name] for name in names]
         shown = [self._standing.get(name.removeprefix(LANE)) for name in names]
         standing = [None if each is None else msgspec.json.encode(each).decode() for each in shown]
-        rows = await self._fetch(RENEW_SQL, self.incarnation, names, epochs, lengths, standing)
+        definitions = list(map(self._definition, names))
+        rows = await self._fetch(RENEW_SQL, self.incarnation, names, epochs, lengths, standing, definitions)
         renewed = {row["name"] for row in rows}
         for name in names:
             if name in renewed:
@@ -634,6 +715,9 @@ class PostgresNodes:
             wanted |= {_lane(f"{name}/{number}") for number in range(count)}
         self._handing_over |= {name for name in self._held.keys() - wanted if name.startswith(LANE)}
         wanted -= self._handing_over
+        peers = bar(peers, leases)
+        self._note_barred(wanted, peers)
+        wanted -= self._barred
         fixed = {_lane(name) for name, count in shards.items() if count == CHANGING}
         fixed |= set(map(_lane, self._dividing))
         held = {name: epoch for name, epoch in self._held.items() if name in wanted and name not in fixed}
@@ -659,7 +743,7 @@ class PostgresNodes:
             )
         of_shards = [name for name in steps.take if name.startswith(LANE) and "/" in name]
         if others := [name for name in steps.take if name not in of_shards]:
-            await self._take(TAKE_SQL, others)
+            await self._take(TAKE_SQL, others, list(map(self._definition, others)), self._place())
         if of_shards:
             lanes = [destination_of(name) for name in of_shards]
             counts = [shards[lane.removeprefix(LANE)] for lane in lanes]
@@ -724,11 +808,24 @@ class PostgresNodes:
     def _length(self, name: str) -> float:
         return length_of(self._lease, self._timeout(name))
 
+    def _definition(self, name: str) -> str | None:
+        """Return the digest of this node's settings of a lane or of all jobs."""
+        digests = self._digests()
+        found = digests.jobs if name.startswith(JOB) else digests.destinations.get(name.removeprefix(LANE))
+        return found or None
+
     def _timeout(self, name: str) -> float:
         """Return how many seconds before its end a lease counts as lost."""
         if name.startswith(JOB):
             return self._lease / 2
         return self._lanes.get(destination_of(name.removeprefix(LANE)), self._lease / 2)
+
+
+def _definitions(digests: Digests) -> str | None:
+    """Return the digests of destinations and, as "", of jobs, in JSON; see `Peer.definitions`."""
+    if not digests.whole:
+        return None
+    return msgspec.json.encode({**digests.destinations, "": digests.jobs}).decode()
 
 
 def _lane(destination: str) -> str:
@@ -748,7 +845,16 @@ def _divided(count: int) -> str:
 def _lease_of(row: Any) -> Lease:
     given = row["standing"]
     standing = Standing() if given is None else msgspec.json.decode(given, type=Standing)
-    return Lease(row["name"], row["incarnation"], row["epoch"], row["is_held"], row["free_for"], standing)
+    return Lease(
+        row["name"],
+        row["incarnation"],
+        row["epoch"],
+        row["is_held"],
+        row["free_for"],
+        standing,
+        row["definition"],
+        row["place"],
+    )
 
 
 def _peer_of(row: Any) -> Peer:
@@ -759,6 +865,8 @@ def _peer_of(row: Any) -> Peer:
         frozenset(row["destinations"]),
         row["config"],
         None if row["shards"] is None else msgspec.json.decode(row["shards"], type=dict[str, int]),
+        None if row["definitions"] is None else msgspec.json.decode(row["definitions"], type=dict[str, str]),
+        row["place"],
     )
 
 

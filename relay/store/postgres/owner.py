@@ -2,7 +2,7 @@
 
 The lease is a row, not a lock of a session: a pooler gives each transaction another session, and a silent
 network would keep a dead session's lock. A daemon that starts again with the same state folder takes its own
-lease over at once, because the folder belongs to one process.
+lease over at once, because it has locked the folder, so the former process has ended.
 """
 
 import os
@@ -23,19 +23,29 @@ RENEW_EVERY = 5.0
 
 NAME = "daemon"
 
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")  # of Linux
+
 TAKE_SQL = """
     UPDATE leases
        SET epoch = CASE WHEN incarnation = $2 THEN epoch ELSE epoch + 1 END, incarnation = $2,
            until = clock_timestamp() + $3 * interval '1 second', standing = $4
-     WHERE name = $1 AND (until <= clock_timestamp() OR incarnation = $2 OR standing ->> 'owner' = $5)
+     WHERE name = $1
+       AND (until <= clock_timestamp() OR incarnation = $2 OR standing ->> 'owner' = nullif($5, ''))
     RETURNING epoch
 """
 RENEW_SQL = """
     UPDATE leases SET until = clock_timestamp() + $3 * interval '1 second'
      WHERE name = $1 AND incarnation = $2 RETURNING epoch
 """
-SHARED_SQL = "SELECT name FROM nodes WHERE seen > clock_timestamp() - interval '30 seconds' LIMIT 1"
+SHARED_SQL = """
+    SELECT name FROM nodes
+     WHERE seen > clock_timestamp() - interval '30 seconds' AND place IS DISTINCT FROM nullif($1, '') LIMIT 1
+"""
 GIVE_SQL = "UPDATE leases SET until = clock_timestamp() WHERE name = $1 AND incarnation = $2"
+ALONE_SQL = """
+    SELECT 1 FROM leases
+     WHERE name = $1 AND until > clock_timestamp() AND standing ->> 'owner' IS DISTINCT FROM nullif($2, '')
+"""
 HOLDER_SQL = """
     SELECT standing ->> 'host', standing ->> 'folder',
            ceil(extract(epoch FROM until - clock_timestamp()))::int
@@ -56,13 +66,13 @@ class Owner:
         Raises:
             StorageError: another daemon has it.
         """
-        if name := await connection.value(SHARED_SQL):
+        owner, host = place_of(self._folder), socket.gethostname()
+        if name := await connection.value(SHARED_SQL, owner):
             raise StorageError(
                 f"the nodes of a cluster use this database, among them {name}",
-                hint="set enabled = true in [cluster] to join them, or use another database",
+                hint="remove enabled = false from [cluster] to join them, or use another database",
             )
         await connection.execute("INSERT INTO leases (name) VALUES ($1) ON CONFLICT DO NOTHING", NAME)
-        owner, host = _identity(self._folder), socket.gethostname()
         standing = {"owner": owner, "host": host, "folder": str(self._folder), "pid": os.getpid()}
         shown = msgspec.json.encode(standing).decode()
         if await connection.fetch(TAKE_SQL, NAME, self._incarnation, LEASE, shown, owner):
@@ -78,14 +88,13 @@ class Owner:
         await connection.execute(GIVE_SQL, NAME, self._incarnation)
 
 
-async def refuse_single(connection: Connection) -> None:
-    """Check that no daemon uses the database alone, before this one shares it.
+async def refuse_single(connection: Connection, folder: Path) -> None:
+    """Check that no other daemon uses the database alone, before this one shares it.
 
     Raises:
         StorageError: a daemon uses it alone.
     """
-    sql = "SELECT 1 FROM leases WHERE name = $1 AND until > clock_timestamp()"
-    if await connection.fetch(sql, NAME):
+    if await connection.fetch(ALONE_SQL, NAME, place_of(folder)):
         raise await _taken(connection)
 
 
@@ -93,18 +102,19 @@ async def _taken(connection: Connection) -> StorageError:
     [(host, folder, seconds)] = await connection.fetch(HOLDER_SQL, NAME)
     return StorageError(
         f"another daemon uses this database: on {host}, with the state folder {folder}",
-        hint=f"stop it, or use another database; after a crash, start again in {seconds} s",
+        hint="stop it, or remove enabled = false from [cluster] of both, so that they work together, or use "
+        f"another database; after a crash, start again in {seconds} s",
     )
 
 
-def _identity(folder: Path) -> str:
-    """Return the id of a state folder, from a file in it that the first start writes."""
-    path = folder / "node.id"
+def place_of(folder: Path) -> str:
+    """Return an id of the state folder that this process has locked; "" if the system has no boot id.
+
+    While a process has the folder open, no other folder gets the same numbers. So if the id is that of an
+    earlier process, that process has ended. A copy of the folder, or of the machine, has another id.
+    """
     try:
-        return path.read_text().strip()
-    except FileNotFoundError:
-        identity = str(uuid.uuid4())
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-        with os.fdopen(descriptor, "w") as file:
-            file.write(f"{identity}\n")
-        return identity
+        boot, status = BOOT_ID.read_text().strip(), folder.stat()
+    except OSError:
+        return ""
+    return f"{boot} {status.st_dev} {status.st_ino}"

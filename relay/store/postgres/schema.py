@@ -329,7 +329,14 @@ CEILINGS = """
 ALTER TABLE ledger ADD COLUMN ceiling bigint;  -- for `created`, see backlog.py; NULL: the node has none
 """
 
-MIGRATIONS: tuple[str, ...] = (EVENTS + DELIVERIES + WORKERS + OTHERS, SHARED, SHARDS, CEILINGS)
+PLACES = """
+ALTER TABLE nodes ADD COLUMN place text;       -- of its state folder, see relay.store.postgres.owner
+ALTER TABLE nodes ADD COLUMN definitions jsonb; -- digests by destination, '' for jobs
+ALTER TABLE leases ADD COLUMN definition text; -- of the node that held it last
+ALTER TABLE leases ADD COLUMN place text;      -- of that node
+"""
+
+MIGRATIONS: tuple[str, ...] = (EVENTS + DELIVERIES + WORKERS + OTHERS, SHARED, SHARDS, CEILINGS, PLACES)
 """Each runs in one transaction; never edit one that has been released, append another.
 
 Nodes of the previous version run while the first node of a new version migrates the tables, and such a node

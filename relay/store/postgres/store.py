@@ -7,6 +7,7 @@ import re
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import asyncpg
 
 from relay import __version__
 from relay.base.clock import Clock
+from relay.config.effective import Digests
 from relay.errors import StorageError, StorageUnavailableError
 from relay.model import News, WorkerStatus
 from relay.store import Listener, Nodes, Resolve, Route, Rules
@@ -40,7 +42,7 @@ from relay.store.postgres.events import PostgresEvents
 from relay.store.postgres.ledger import TOTALS_SQL, PostgresLedger
 from relay.store.postgres.logins import PostgresLogins
 from relay.store.postgres.nodes import PostgresNodes
-from relay.store.postgres.owner import RENEW_EVERY, Owner, refuse_single
+from relay.store.postgres.owner import RENEW_EVERY, Owner, place_of, refuse_single
 from relay.store.postgres.partitions import LOCK_SQL, make_partitions
 from relay.store.postgres.queries import PostgresQueries
 from relay.store.postgres.refused import PostgresRefused
@@ -120,7 +122,7 @@ class PostgresStore:
         full: bool,
         node: str,
         cluster: float | None,
-        digest: Callable[[], bytes],
+        digests: Callable[[], Digests],
         listen_address: Address | None,
     ) -> None:
         """Take `cluster`: the length of a lease in seconds; None: this daemon uses the database alone."""
@@ -136,11 +138,12 @@ class PostgresStore:
         self._observers = observe_seconds, observe_requests
         self._on_fatal = on_fatal
         self._sync = "on" if full else "off"
+        self._folder = folder
         self._owner = Owner(folder)
         self.database = Database(address)
         self.claims = Claims()
         # None: this daemon uses the database alone, which its lease ensures.
-        self._shared = None if cluster is None else self._make_nodes(node, cluster, digest)
+        self._shared = None if cluster is None else self._make_nodes(node, cluster, digests)
         self._shared_workers: SharedWorkers | None = None
         if self._shared is not None and cluster is not None:
             self._shared_workers = SharedWorkers(
@@ -154,7 +157,7 @@ class PostgresStore:
         self.logins = PostgresLogins(self.database)
         self.audit = PostgresAudit(self.database)
         self.upkeep = PostgresUpkeep(self.database, clock)
-        self.nodes: Nodes = self._shared or OneNode(clock, node, digest)
+        self.nodes: Nodes = self._shared or OneNode(clock, node, digests)
         self.events = PostgresEvents(
             self.database,
             deliveries=self.deliveries,
@@ -220,7 +223,7 @@ class PostgresStore:
         if self._shared is None:
             await self._owner.take(connection)
         else:
-            await refuse_single(connection)
+            await refuse_single(connection, self._folder)
             await self._shared.join()
         await make_partitions(connection, self._clock.wall())
         roster = await load_roster(connection)
@@ -380,7 +383,7 @@ class PostgresStore:
         self.database.writer.halt(why)
         self._on_fatal(why)
 
-    def _make_nodes(self, name: str, lease: float, digest: Callable[[], bytes]) -> PostgresNodes:
+    def _make_nodes(self, name: str, lease: float, digests: Callable[[], Digests]) -> PostgresNodes:
         async def connect_for_leases() -> _Leases:
             return _Leases(self._address, await _reachable(self._address), max(1.0, min(5.0, lease / 6)))
 
@@ -399,9 +402,10 @@ class PostgresStore:
             name=name,
             lease=lease,
             schema=len(MIGRATIONS),
-            digest=digest,
             listen=None if listen is None else connecting(listen),
             send=send,
+            digests=digests,
+            place=partial(place_of, self._folder),
         )
 
     def _set_failure(self, why: str | None) -> None:

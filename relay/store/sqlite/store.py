@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from relay.base.clock import Clock
+from relay.config.effective import Digests
 from relay.errors import StorageError, StorageUnavailableError
 from relay.model import (
     WorkerStatus,
@@ -73,7 +74,7 @@ class SqliteStore:
         full: bool,
         disk: Disk,
         node: str,
-        digest: Callable[[], bytes],
+        digests: Callable[[], Digests],
     ) -> None:
         self.path = path
         self.location = str(path)
@@ -94,7 +95,7 @@ class SqliteStore:
         self.logins = SqliteLogins(self.database)
         self.audit = SqliteAudit(self.database)
         self.upkeep = SqliteUpkeep(self.database, clock, self.disk)
-        self.nodes = OneNode(clock, node, digest)
+        self.nodes = OneNode(clock, node, digests)
         self.events = SqliteEvents(
             self.database, deliveries=self.deliveries, queries=self.queries, workers=self.workers
         )
