@@ -138,7 +138,7 @@ async def _postgres(folder: Path, receiver: str, count: int, url: str | None) ->
         for number in range(count):
             more = _destinations(receiver)
             if count > 1:
-                more += f'[cluster]\nenabled = true\nnode = "{number}"\nlease = "{LEASE}s"\n'
+                more += f'[cluster]\nnode = "{number}"\nlease = "{LEASE}s"\n'
             daemons.append(
                 await stack.enter_async_context(
                     relay(_made(folder / str(number)), more=more, storage=f'url = "{url}"')

@@ -56,7 +56,6 @@ level = "error"
 [storage]
 url = {{ env = "{environment}" }}
 [cluster]
-enabled = true
 node = "{name}"
 lease = "3s"
 [sources.adorn]

@@ -52,7 +52,7 @@ async def nodes(tmp_path, receiver, monkeypatch):
 
 def config(folder, url, name, receiver):
     folder.mkdir()
-    cluster = f'[cluster]\nenabled = true\nlease = "3s"\nnode = "{name}"\n'
+    cluster = f'[cluster]\nlease = "3s"\nnode = "{name}"\n'
     source = '[sources.adorn]\nplugin = "adorn"\nrate_limit = "10/h"\n'
     lanes = [destination(f"d{number}", receiver, 'timeout = "60s"') for number in (1, 2)]
     path = write_config(folder, source, cluster, *lanes)

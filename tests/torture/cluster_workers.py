@@ -39,7 +39,6 @@ ACTIONS = ("report", "silence", "kill", "freeze", "cut", "away")
 
 CONFIG = f"""
 [cluster]
-enabled = true
 node = "n%d"
 lease = "{LEASE:g}s"
 [sources.whatsapp]

@@ -345,7 +345,7 @@ class Cluster:
         folder.mkdir(exist_ok=True)
         parts = [
             HEAD.format(port=0).replace("[storage]", f'[storage]\nurl = "{setup.url or self.url}"'),
-            f'[cluster]\nenabled = true\nnode = "n{number}"\nlease = "{LEASE:g}s"',
+            f'[cluster]\nnode = "n{number}"\nlease = "{LEASE:g}s"',
             '[sources.adorn]\nplugin = "adorn"',
             setup.more,
         ]
