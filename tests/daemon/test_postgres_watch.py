@@ -51,7 +51,7 @@ async def test_metrics_status_and_doctor_describe_the_server(tmp_path, url):
         assert relay.counted("relay_storage_size_bytes", file="database") > 1_000_000
         assert relay.counted("relay_storage_size_bytes", file="pending") > 0
         assert 0 < relay.counted("relay_database_connections_used_ratio") < 1
-        assert relay.counted("relay_cluster_nodes") == 0
+        assert relay.counted("relay_cluster_nodes") == 1
         samples = list(relay.app.metrics.registry.restricted_registry(["relay_build_info"]).collect())
         [build] = [sample.labels for family in samples for sample in family.samples]
         assert build["postgresql"].split(".")[0].isdigit()
