@@ -68,7 +68,8 @@ def delivery(number, **more):
         "next_attempt_at": at(47 * attempts - 2) if state == "pending" else None, "last_status": status,
         "last_error": error, "created_at": at(age),
         "finished_at": None if state == "pending" else at(age + 0.125),
-        "replay_of": id_("dlv_", -90_000) if number == 3 else None, "group_key": None, **more,
+        "replay_of": id_("dlv_", -90_000) if number == 3 else None, "replayed_by": None,
+        "group_key": None, **more,
     }  # fmt: skip
 
 
