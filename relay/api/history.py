@@ -48,7 +48,9 @@ class HistoryView(msgspec.Struct):
     """Figures in periods of equal length."""
 
     until: Annotated[str, _about("End of the last period.")]
-    step_seconds: Annotated[float, _about("Length of a period.")]
+    step_seconds: Annotated[
+        float, _about("Length of a period; with `running`, the last one is up to ten seconds shorter.")
+    ]
     sources: list[SourceHistory]
     destinations: list[DestinationHistory]
     silent: Annotated[list[str], _about("Nodes that did not answer in time, so their figures are missing.")]
@@ -69,9 +71,7 @@ class HistoryApi:
     )  # fmt: skip
     async def _show(self, _request: web.Request, query: HistoryQuery) -> dict[str, Any]:
         await self._check_names(query)
-        names = (query.source, query.destination)
-        # Nodes of earlier versions know no names.
-        asked = (query.minutes, query.periods, *(names if any(names) else ()))
+        asked = (query.minutes, query.periods, query.source, query.destination, query.running == "1")
         others = await self._nodes.ask_others(SHOW, asked, PATIENCE)
         parts, silent = [], list(others.silent)
         for name, part in others.given:
@@ -79,7 +79,7 @@ class HistoryApi:
                 parts.append(msgspec.convert(part, Hour))
             except msgspec.ValidationError:  # of another version
                 silent.append(name)
-        hour = await merged([await self._history.hour(*asked), *parts])
+        hour = await merged([await self._show_here("", asked), *parts])
         return {
             "until": rfc3339(hour.until),
             "step_seconds": hour.step,
@@ -89,8 +89,9 @@ class HistoryApi:
         }
 
     async def _show_here(self, _to: str, asked: tuple[Any, ...]) -> Hour:
-        """Return the history of this node for another one."""
-        return await self._history.hour(*asked)
+        """Return the history of this node, also for another one."""
+        minutes, periods, source, destination, running = asked
+        return await self._history.hour(minutes, periods, source, destination, running=running)
 
 
 async def _in_milliseconds(destinations: Iterable[Series]) -> list[dict[str, Any]]:

@@ -105,6 +105,10 @@ class HistoryQuery(msgspec.Struct, kw_only=True):
     destination: (
         Annotated[str, _about("Name of the destination; leaves out all others, and sources.")] | None
     ) = None
+    running: Annotated[
+        Literal["0", "1"],
+        _about("1: the last period ends now, so it may be up to ten seconds shorter; 0: all are complete."),
+    ] = "0"
 
 
 class NoQuery(msgspec.Struct):

@@ -4,6 +4,7 @@ Prometheus keeps metrics for longer, but not every relay has one, and a page or 
 without it. Every ten seconds, this job records how much the counters have grown since its last run.
 """
 
+import asyncio
 import math
 from array import array
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
@@ -21,7 +22,10 @@ SLOTS = 360
 """Slots that are kept: one hour."""
 
 MOST_MADE = 8
-"""Answers that are kept until the next slot: several pages and nodes ask for the same one."""
+"""Answers that are kept until the next reading: several pages and nodes ask for the same one."""
+
+FRESH = 1.0
+"""Seconds between two readings of the running slot."""
 
 SOURCE = ("events", "refused")
 DESTINATION = ("succeeded", "failed", "p50", "p95", "pending")
@@ -32,27 +36,28 @@ _EVENTS, _REFUSED = "relay_events_received_total", "relay_events_rejected_total"
 _ATTEMPTS, _BUCKETS = "relay_delivery_attempts_total", "relay_delivery_attempt_duration_seconds_bucket"
 _NAMES = (_EVENTS, _REFUSED, _ATTEMPTS, _BUCKETS)
 _SUMS = frozenset({"events", "refused", "succeeded", "failed"})
+_PLACES = SLOTS + 1
 _UNKNOWN = math.nan
 _NOTHING = array("d", [_UNKNOWN])
 
 
 class Ring:
-    """One figure of the last `SLOTS` slots."""
+    """One figure of the last `SLOTS` slots, and of the running one."""
 
     __slots__ = ("_values",)
 
     def __init__(self) -> None:
-        self._values = array("d", [_UNKNOWN] * SLOTS)
+        self._values = array("d", [_UNKNOWN] * _PLACES)
 
     def set(self, slot: int, value: float) -> None:
         """Set the figure of a slot."""
-        self._values[slot % SLOTS] = value
+        self._values[slot % _PLACES] = value
 
     def until(self, slot: int, count: int) -> "array[float]":
         """Return the figures of the last `count` slots until `slot`, oldest first."""
-        start = (slot + 1) % SLOTS
+        start = (slot + 1) % _PLACES
         ordered = self._values[start:] + self._values[:start]
-        return _NOTHING * max(0, count - SLOTS) + ordered[max(0, SLOTS - count) :]
+        return _NOTHING * max(0, count - SLOTS) + ordered[_PLACES - min(count, SLOTS) :]
 
 
 class Series(msgspec.Struct, frozen=True):
@@ -90,11 +95,13 @@ class History:
         self._names = {"sources": sources, "destinations": destinations}
         self._pending = pending
         self._rings: dict[tuple[str, str, str], Ring] = {}  # by kind, name and figure
-        self._made: dict[Hashable, Hour] = {}  # answers until the next slot
+        self._made: dict[Hashable, Hour] = {}  # answers until the next reading
         self._before: Reading | None = None
         self._slot = 0  # the last one
         self._ran_at = 0  # its end, steady clock
         self._until = 0  # the same, wall clock
+        self._read_at = 0  # latest reading of the running slot, steady clock
+        self._reading = asyncio.Lock()
 
     async def run(self) -> None:
         """Note the figures of the slot that ends now."""
@@ -104,60 +111,88 @@ class History:
         if before is not None and not passed:  # an operator has just run this job
             return
         self._before = now = await self._metrics.read(_NAMES)
-        self._ran_at, self._until = steady, self._clock.wall()
+        self._ran_at, self._read_at, self._until = steady, steady, self._clock.wall()
         self._made.clear()
         known = {(kind, name) for kind, names in self._names.items() for name in names()}
         for key in [key for key in self._rings if key[:2] not in known]:
             del self._rings[key]
         if before is None:
             return
-        skipped = range(self._slot + 1, self._slot + min(passed, SLOTS))  # the machine was suspended
+        skipped = range(self._slot + 1, self._slot + min(passed, _PLACES + 1))  # the machine was suspended
         self._slot += passed
         for ring in self._rings.values():
             for slot in skipped:
                 ring.set(slot, _UNKNOWN)
+        self._note_slot(self._slot, before, now)
+
+    def _note_slot(self, slot: int, before: Reading, now: Reading) -> None:
         sources, destinations = _of_sources(before, now), _of_destinations(before, now)
         pending = self._pending()
         for name in self._names["sources"]():
-            self._note("sources", name, sources.get(name) or dict.fromkeys(SOURCE, 0.0))
+            self._note("sources", name, slot, sources.get(name) or dict.fromkeys(SOURCE, 0.0))
         for name in self._names["destinations"]():
             figures = destinations.get(name) or _figures((0.0, 0.0), ())
-            self._note("destinations", name, {**figures, "pending": float(pending.get(name, 0))})
+            self._note("destinations", name, slot, {**figures, "pending": float(pending.get(name, 0))})
 
-    def _note(self, kind: str, name: str, figures: Mapping[str, float]) -> None:
+    def _note(self, kind: str, name: str, slot: int, figures: Mapping[str, float]) -> None:
         for figure, value in figures.items():
             key = (kind, name, figure)
             if (ring := self._rings.get(key)) is None:
                 ring = self._rings[key] = Ring()
-            ring.set(self._slot, value)
+            ring.set(slot, value)
+
+    async def _note_running(self) -> None:
+        """Note the running slot so far; its end replaces the figures."""
+        async with self._reading:
+            before, steady = self._before, self._clock.steady()
+            if before is None or steady - self._read_at < FRESH * SECOND:
+                return
+            now = await self._metrics.read(_NAMES)
+            if self._before is before:  # the slot has not ended meanwhile
+                self._read_at = steady
+                self._made.clear()
+                self._note_slot(self._slot + 1, before, now)
 
     async def hour(
-        self, minutes: int, periods: int, source: str | None = None, destination: str | None = None
+        self,
+        minutes: int,
+        periods: int,
+        source: str | None = None,
+        destination: str | None = None,
+        *,
+        running: bool = False,
     ) -> Hour:
         """Return the last `minutes`, divided into at most `periods` periods.
 
-        With a name, return only this source or destination, or both.
+        With a name, return only this source or destination, or both. With `running`, the last period ends now
+        and is up to ten seconds shorter than the others.
         """
+        if running:
+            await self._note_running()
         names = tuple(tuple(each()) for each in self._names.values())  # a reload changes them
-        asked, until = (minutes, periods, source, destination, names), self._until
+        asked, read_at = (minutes, periods, source, destination, running, names), self._read_at
         if (made := self._made.get(asked)) is not None:
             return made
-        made = await self._hour(minutes, periods, source, destination)
-        if until == self._until and len(self._made) < MOST_MADE:
+        made = await self._hour(minutes, periods, source, destination, running=running)
+        if read_at == self._read_at and len(self._made) < MOST_MADE:
             self._made[asked] = made
         return made
 
-    async def _hour(self, minutes: int, periods: int, source: str | None, destination: str | None) -> Hour:
+    async def _hour(
+        self, minutes: int, periods: int, source: str | None, destination: str | None, *, running: bool
+    ) -> Hour:
         slots = min(max(1, round(minutes * 60 / EVERY)), SLOTS)
         each = -(-slots // periods)
-        count, until = -(-slots // each), self._until
+        count, until, last = -(-slots // each), self._until, self._slot
+        if running and self._read_at > self._ran_at:
+            until, last = until + self._read_at - self._ran_at, last + 1
         sources = self._wanted("sources", source, destination)
         destinations = self._wanted("destinations", destination, source)
         return Hour(
             until=until,
             step=each * EVERY,
-            sources=await self._series("sources", sources, each, count),
-            destinations=await self._series("destinations", destinations, each, count),
+            sources=await self._series("sources", sources, each, count, last),
+            destinations=await self._series("destinations", destinations, each, count, last),
         )
 
     def _wanted(self, kind: str, name: str | None, other: str | None) -> Collection[str]:
@@ -167,14 +202,16 @@ class History:
             return () if other is not None else names
         return (name,) if name in names else ()
 
-    async def _series(self, kind: str, names: Collection[str], each: int, count: int) -> tuple[Series, ...]:
-        slot, turns, found = self._slot, Turns(), list[Series]()
+    async def _series(
+        self, kind: str, names: Collection[str], each: int, count: int, last: int
+    ) -> tuple[Series, ...]:
+        turns, found = Turns(), list[Series]()
 
         def values(name: str, figure: str) -> list[float | None]:
             ring = self._rings.get((kind, name, figure))
             if ring is None:
                 return [None] * count
-            slots = ring.until(slot, each * count)
+            slots = ring.until(last, each * count)
             if slots.tobytes() == slots[:1].tobytes() * len(slots):  # of a destination without traffic
                 return [_joined(figure, _known(slots[:each]))] * count
             return [_joined(figure, _known(slots[at : at + each])) for at in range(0, len(slots), each)]

@@ -93,7 +93,7 @@ async def show(visit: Visit) -> web.Response:
     name = visit.path["name"]
     shown = await visit.ask("showDestination", {"name": name})
     config = (await visit.ask("showConfig"))["config"]["destinations"].get(name)
-    history = (await visit.ask("history", query={"destination": name}))["destinations"]
+    history = (await visit.ask("history", query={"destination": name, "running": "1"}))["destinations"]
     past: Mapping[str, Any] = history[0] if history else {}
     failed = await visit.ask(
         "listAttempts",

@@ -38,7 +38,7 @@ Item = Mapping[str, Any]
 async def show(visit: Visit) -> web.Response:
     """Show the problems, then sources and destinations with their last hour."""
     status = await visit.ask("status")
-    history = await visit.ask("history", query={"periods": str(PERIODS)})
+    history = await visit.ask("history", query={"periods": str(PERIODS), "running": "1"})
     sources = (await visit.ask("listSources"))["items"]
     destinations = (await visit.ask("listDestinations"))["items"]
     silent = await visit.ask("listWorkers", query={"status": "OFFLINE", "limit": str(MOST_WORKERS)})

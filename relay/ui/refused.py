@@ -34,7 +34,7 @@ NO_SOURCE = "no source owns this path"
 async def list_(visit: Visit) -> web.Response:
     """List refused requests, with the counts of the last hour above."""
     page = await visit.ask("listRefused", query=api_query(visit))
-    history = await visit.ask("history", query={"periods": "1"})
+    history = await visit.ask("history", query={"periods": "1", "running": "1"})
     return visit.page(
         "Refused requests",
         await table(

@@ -51,7 +51,7 @@ async def show(visit: Visit) -> web.Response:
     """Show a source."""
     name = visit.path["name"]
     shown = await visit.ask("showSource", {"name": name})
-    history = (await visit.ask("history", query={"source": name}))["sources"]
+    history = (await visit.ask("history", query={"source": name, "running": "1"}))["sources"]
     past: Mapping[str, Any] = history[0] if history else {}
     latest = shown["latest"]
     if shown["paused"]:

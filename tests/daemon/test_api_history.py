@@ -1,7 +1,9 @@
 """`GET /api/history`: the last hour, without Prometheus."""
 
+import asyncio
+
 import pytest
-from daemons import SOURCES, Recorder, destination, running, write_config
+from daemons import SOURCES, Recorder, adorn, destination, running, write_config
 from wire import exchange, request
 
 from relay.base.clock import SECOND
@@ -44,7 +46,19 @@ async def test_the_history_has_each_source_and_destination(relay):
     assert (status, 'did you mean "crm"' in answer["error"]["message"]) == (404, True)
 
 
-@pytest.mark.parametrize("query", ["?minutes=61", "?minutes=0", "?periods=361", "?periods=x", "?hours=1"])
+async def test_a_new_event_counts_before_its_slot_has_ended(relay):
+    assert (await relay.exchange(request("POST", "/v1/events", adorn()))).status == 200
+    found = None
+    async with asyncio.timeout(30):
+        while found != [1]:
+            _, answer = await ask(relay, "?minutes=1&periods=1&source=adorn&running=1")
+            found = answer["sources"][0]["events"]
+            await asyncio.sleep(0.05)
+
+
+@pytest.mark.parametrize(
+    "query", ["?running=2", "?minutes=61", "?minutes=0", "?periods=361", "?periods=x", "?hours=1"]
+)
 async def test_wrong_parameters_are_refused(relay, query):
     status, answer = await ask(relay, query)
     assert (status, answer["error"]["code"]) == (400, "bad_request")

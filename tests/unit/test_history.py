@@ -117,6 +117,45 @@ def test_a_quantile_is_interpolated_within_its_bucket(share, buckets, value):
     assert quantile(share, buckets) == pytest.approx(value)
 
 
+async def test_the_running_slot_counts_if_it_is_asked_for(daemon):
+    daemon.metrics.received.labels("shop").inc()
+    assert (await daemon.figures())["events"] == (await daemon.figures(running=True))["events"] == [None] * 6
+    daemon.clock.advance(2)
+    assert (await daemon.figures(running=True))["events"] == [None] * 5 + [1]
+    assert (await daemon.figures())["events"] == [None] * 6
+    daemon.metrics.received.labels("shop").inc(2)
+    assert (await daemon.figures(running=True))["events"] == [None] * 5 + [1]  # read a moment ago
+    daemon.clock.advance(1)
+    hour = await daemon.history.hour(minutes=1, periods=6, running=True)
+    assert (hour.until, hour.sources[0].figures["events"]) == (daemon.clock.wall(), [None] * 5 + [3])
+    assert hour.destinations[0].figures["pending"][-1] == 3
+    await daemon.run(7)
+    assert (await daemon.figures())["events"] == [None] * 5 + [3]
+    daemon.metrics.received.labels("shop").inc(4)
+    daemon.clock.advance(3)
+    assert (await daemon.figures(running=True))["events"] == [None] * 4 + [3, 4]
+
+
+async def test_the_running_slot_does_not_replace_the_oldest_one(daemon):
+    for count in range(1, SLOTS + 1):
+        daemon.metrics.received.labels("shop").inc(count)
+        await daemon.run()
+    daemon.metrics.received.labels("shop").inc(5)
+    daemon.clock.advance(2)
+    asked = {"minutes": 60, "periods": SLOTS}
+    assert (await daemon.figures(**asked, running=True))["events"] == [*range(2, SLOTS + 1), 5]
+    assert (await daemon.figures(**asked))["events"] == [*range(1, SLOTS + 1)]
+
+
+async def test_nothing_is_known_of_the_hours_of_a_suspension(daemon):
+    for _ in range(3):
+        daemon.metrics.received.labels("shop").inc()
+        await daemon.run()
+    await daemon.run((SLOTS + 7) * 10)
+    events = (await daemon.figures(minutes=60, periods=SLOTS))["events"]
+    assert events == [None] * (SLOTS - 1) + [0]
+
+
 async def test_a_run_between_two_slots_adds_none(daemon):
     for seconds in (2, 8, 3, 9):  # an operator runs the job as well
         daemon.metrics.received.labels("shop").inc()
