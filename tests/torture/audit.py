@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from relay.base.shards import lane_of, slot_of
 from relay.store.postgres.rows import micros_of
 from torture.nodes import (
     CONCURRENCY,
@@ -60,6 +61,38 @@ LEASES_SQL = """
       FROM torture_leases AS l JOIN torture_nodes AS n USING (incarnation)
      WHERE l.name LIKE 'lane:%' GROUP BY 1, 2, 3, 4
 """
+
+
+SLOTS_SQL = """
+    SELECT d.destination, 'evt_' || e.public_id::text, d.public_id::text, d.order_key
+      FROM deliveries AS d JOIN events AS e ON e.id = d.event_id
+"""
+SHARDS_SQL = """
+    SELECT substr(name, 6), shards, extract(epoch FROM at)::float8 FROM torture_leases
+     WHERE name LIKE 'lane:%' AND name NOT LIKE '%/%' ORDER BY id
+"""
+
+
+class Lanes:
+    """The lane of each delivery: the number of shards changes, a delivery's slot does not."""
+
+    def __init__(self, deliveries: list[Any], history: list[Any]) -> None:
+        self._slots = {(name, event): slot_of(key, id_) for name, event, id_, key in deliveries}
+        self._changes: dict[str, list[tuple[float, int]]] = defaultdict(list)  # with the times
+        for name, count, at in history:
+            # While the number changes, the former shards finish.
+            if count and (not self._changes[name] or self._changes[name][-1][1] != count):
+                self._changes[name].append((at, count))
+
+    def of(self, destination: str, event_id: str, moment: float, near: float) -> set[str]:
+        """Return the lanes that a delivery may have had at about a moment."""
+        slot, changes = self._slots.get((destination, event_id)), self._changes[destination]
+        ends = [*(at for at, _ in changes[1:]), float("inf")]
+        return {
+            lane_of(destination, slot, count)
+            for (begin, count), end in zip(changes, ends, strict=True)
+            if begin - near <= moment <= end + near
+        } or {destination}
 
 
 @dataclass
@@ -163,7 +196,8 @@ async def audit(cluster: Cluster, toll: Toll, *, failover: float | None = None) 
     attempts = await cluster.fetch(ATTEMPTS_SQL)
     leases = await cluster.fetch(LEASES_SQL)
     if failover is None:  # else the history of the leases has a gap
-        _find_late(cluster, toll, attempts, leases, frozen=frozen, near=near)
+        lanes = Lanes(await cluster.fetch(SLOTS_SQL), await cluster.fetch(SHARDS_SQL))
+        _find_late(cluster, toll, attempts, leases, lanes, frozen=frozen, near=near)
     for moment, name, count in receiver.crowds:
         if not any(_around(fault, moment) for fault in frozen) or count > 2 * CONCURRENCY:
             toll.crowded.append(f"{count} at {name}")
@@ -178,7 +212,14 @@ def _around(fault: Fault, moment: float) -> bool:
 
 
 def _find_late(
-    cluster: Cluster, toll: Toll, attempts: list[Any], leases: list[Any], *, frozen: list[Fault], near: float
+    cluster: Cluster,
+    toll: Toll,
+    attempts: list[Any],
+    leases: list[Any],
+    lanes: Lanes,
+    *,
+    frozen: list[Fault],
+    near: float,
 ) -> None:
     """Find attempts that began while their node did not hold the lane, or too late for its lease."""
     by_node, by_slot = defaultdict(list), defaultdict(list)
@@ -191,11 +232,17 @@ def _find_late(
     found = [
         (arrival.destination, arrival.node, arrival.began, "a request arrived")
         for arrival in cluster.receiver.arrivals
-        if not _within(by_node[arrival.destination, arrival.node], arrival.began, near)
+        if not any(
+            _within(by_node[lane, arrival.node], arrival.began, near)
+            for lane in lanes.of(arrival.destination, arrival.event_id, arrival.began, near)
+        )
     ]
     for row in attempts:
         started = row["started_at"] / 1_000_000
-        if not _within(by_slot[row["destination"], row["slot"]], started, NEAR):
+        if not any(
+            _within(by_slot[lane, row["slot"]], started, NEAR)
+            for lane in lanes.of(row["destination"], row["event_id"], started, NEAR)
+        ):
             found.append((row["destination"], names.get(row["slot"], "?"), started, "an attempt began"))
     excused: Counter[tuple[str, str, float, str]] = Counter()
     for lane, node, moment, what in sorted(found, key=lambda each: each[2]):

@@ -144,6 +144,18 @@ class Torture:
                 self.cluster.signal(frozen, signal.SIGCONT)
         await self.cluster.restart(killed)
 
+    async def divide(self) -> None:
+        """Change the number of shards in the configs of the nodes, one after another."""
+        former = self._setups[0].shards
+        count = {3: 2, 2: 4, 4: 1, 1: 3}[former]
+        numbers = range(len(self.cluster.nodes))
+        async with self._fault("divide", limit=2 * MARGIN, out=False):
+            for number in numbers:
+                await self.cluster.change(number, shards=count)
+                await asyncio.sleep(LOAD)  # the configs differ for a while; nothing is waited for
+            await self.cluster.until_divided(count)
+            await self.cluster.until_owned(numbers)
+
     async def _becomes_ready(self, number: int, *, expected: bool) -> bool:
         """Wait until a node is ready, or is not."""
         async with asyncio.timeout(30):
@@ -192,6 +204,7 @@ CASES: dict[str, Callable[[Torture], Awaitable[None]]] = {
     "restart-server": Torture.restart_server,
     "upgrade": Torture.upgrade,
     "storm": Torture.storm,
+    "divide": Torture.divide,
 }
 
 

@@ -28,6 +28,7 @@ TIMEOUT = 1.0  # seconds of an attempt; a node stops beginning attempts that lon
 PLAIN = ("d0", "d1", "d2", "d3")
 ORDERED, DRIFT = "ordered", "drift"
 LANES = (*PLAIN, ORDERED)  # of every node; the last node has `DRIFT` in addition
+DIVIDED = (PLAIN[-1], ORDERED)  # into shards
 CONCURRENCY = 4
 SENDERS = 3
 KEYS = 4  # order keys that all senders share
@@ -39,11 +40,11 @@ READY = request("GET", "/ready")
 
 HISTORY = """
 CREATE TABLE torture_leases (id bigserial, name text, incarnation uuid, epoch bigint, until timestamptz,
-                             at timestamptz DEFAULT clock_timestamp());
+                             shards int, at timestamptz DEFAULT clock_timestamp());
 CREATE TABLE torture_nodes (incarnation uuid, slot int, name text);
 CREATE FUNCTION torture_lease() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
-    INSERT INTO torture_leases (name, incarnation, epoch, until)
-    VALUES (NEW.name, NEW.incarnation, NEW.epoch, NEW.until);
+    INSERT INTO torture_leases (name, incarnation, epoch, until, shards)
+    VALUES (NEW.name, NEW.incarnation, NEW.epoch, NEW.until, coalesce((NEW.standing ->> 'shards')::int, 1));
     RETURN NULL;
 END $$;
 CREATE FUNCTION torture_node() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
@@ -53,8 +54,9 @@ END $$;
 CREATE TRIGGER torture AFTER UPDATE ON leases FOR EACH ROW EXECUTE FUNCTION torture_lease();
 CREATE TRIGGER torture AFTER INSERT ON nodes FOR EACH ROW EXECUTE FUNCTION torture_node();
 INSERT INTO torture_nodes SELECT incarnation, slot, name FROM nodes;
-INSERT INTO torture_leases (name, incarnation, epoch, until, at)
-SELECT name, incarnation, epoch, until, clock_timestamp() - interval '1 minute' FROM leases;
+INSERT INTO torture_leases (name, incarnation, epoch, until, shards, at)
+SELECT name, incarnation, epoch, until, coalesce((standing ->> 'shards')::int, 1),
+       clock_timestamp() - interval '1 minute' FROM leases;
 """
 
 
@@ -207,6 +209,7 @@ class Setup:
     version: str = "-"  # other than the program's
     url: str = ""  # of the database
     drifts: bool = False  # whether its config has one destination more
+    shards: int = 3  # of the destinations in `DIVIDED`
     more: str = ""  # lines of config.toml
 
     @property
@@ -304,12 +307,43 @@ class Cluster:
         )
         return dict(map(tuple, rows))
 
+    async def lanes(self) -> set[str]:
+        """Return the lanes that send, of the destinations that every node has."""
+        rows = await self.fetch(
+            "SELECT substr(name, 6), coalesce((standing ->> 'shards')::int, 1) FROM leases"
+            " WHERE substr(name, 6) = ANY($1::text[])",
+            list(LANES),
+        )
+        return {
+            lane
+            for name, count in rows
+            for lane in ([name] if count == 1 else [f"{name}/{number}" for number in range(max(count, 1))])
+        }
+
+    async def change(self, number: int, *, shards: int) -> None:
+        """Let a node use another number of shards, by a reload."""
+        self.setups[number].shards = shards
+        self._write(number)
+        folder = self.nodes[number].config.parent
+        answer = await exchange(folder / "state" / "relay.sock", request("POST", "/api/reload"))
+        assert answer.status == HTTPStatus.OK, answer
+
     async def until_owned(self, by: Sequence[int], seconds: float = 60.0) -> None:
         """Wait until these nodes own the lanes that every node has."""
         wanted = {f"n{number}" for number in by}
         async with asyncio.timeout(seconds):
-            while not {(await self.owners()).get(lane) for lane in LANES} <= wanted:  # noqa: ASYNC110
+            while not await self._are_owned(wanted):  # noqa: ASYNC110
                 await asyncio.sleep(0.1)
+
+    async def until_divided(self, count: int, seconds: float = 60.0) -> None:
+        """Wait until the destinations in `DIVIDED` have a number of shards."""
+        async with asyncio.timeout(seconds):
+            while len(await self.lanes()) != len(LANES) + len(DIVIDED) * (count - 1):  # noqa: ASYNC110
+                await asyncio.sleep(0.1)
+
+    async def _are_owned(self, wanted: set[str]) -> bool:
+        lanes, owners = await self.lanes(), await self.owners()
+        return len(lanes) >= len(LANES) and {owners.get(lane) for lane in lanes} <= wanted
 
     async def load(self, *, on: bool) -> None:
         """Begin to send events, or stop and wait for the last answers."""
@@ -340,6 +374,10 @@ class Cluster:
         self.out -= {int(name[1:]) for name in fault.nodes}
 
     def _make(self, number: int) -> Daemon:
+        return Daemon(self._write(number), self.setups[number].command)
+
+    def _write(self, number: int) -> Path:
+        """Write the config of a node."""
         setup = self.setups[number]
         folder = self._folder / f"node{number}"
         folder.mkdir(exist_ok=True)
@@ -354,10 +392,11 @@ class Cluster:
         )
         for name in (*LANES, DRIFT) if setup.drifts else LANES:
             more = '\norder_by = "subject"' if name == ORDERED else ""
+            more += f"\nshards = {setup.shards}" if name in DIVIDED and setup.shards > 1 else ""
             parts.append(destination(name, f"{self.receiver.url}/{name}", options + more))
         path = folder / "config.toml"
         path.write_text("\n".join(parts))
-        return Daemon(path, setup.command)
+        return path
 
     async def _send(self, number: int) -> None:
         """Send events to the nodes in turn; a node that does not answer is left out for a while."""

@@ -8,7 +8,7 @@ from torture.cluster import server_in, torture
 @needs_postgres
 async def test_nodes_that_fail_lose_nothing_and_their_lanes_resume():
     with server_in("torture") as (server, folder):
-        toll = await torture(server, folder, ("storm", "cut", "restart-server", "upgrade"))
+        toll = await torture(server, folder, ("storm", "cut", "divide", "restart-server", "upgrade"))
     assert toll.faults() == []
     assert toll.acknowledged > 100
     assert toll.raced > 3
