@@ -211,7 +211,7 @@ MUTANTS = {
     "trust-without-end": Mutant(
         [
             Change(
-                f"{POSTGRES}/nodes.py",
+                f"{POSTGRES}/leases.py",
                 "return asked + int((length - timeout) * SECOND)",
                 "return asked + int((length + 3600) * SECOND)",
             )
