@@ -6,7 +6,8 @@ from torture.cluster import server_in, torture
 
 
 @needs_postgres
-async def test_nodes_that_fail_lose_nothing_and_their_lanes_resume():
+async def test_nodes_that_fail_lose_nothing_and_their_lanes_resume(monkeypatch):
+    monkeypatch.setattr("torture.nodes.PAUSE", 0.1)  # less load
     with server_in("torture") as (server, folder):
         toll = await torture(server, folder, ("storm", "cut", "divide", "restart-server", "upgrade"))
     assert toll.faults() == []

@@ -13,7 +13,10 @@ from torture.failover import run
 
 @needs_postgres
 @pytest.mark.parametrize("is_synchronous", [True, False], ids=["synchronous", "asynchronous"])
-async def test_a_failover_loses_only_events_that_an_asynchronous_standby_did_not_have(is_synchronous):
+async def test_a_failover_loses_only_events_that_an_asynchronous_standby_did_not_have(
+    is_synchronous, monkeypatch
+):
+    monkeypatch.setattr("torture.nodes.PAUSE", 0.1)  # less load
     toll = await asyncio.to_thread(run, is_synchronous=is_synchronous)
     assert toll.faults() == []
     assert toll.acknowledged > 20
