@@ -39,19 +39,20 @@ class ServerClock:
         self._since = 0  # local steady clock
         self._offset = 0  # at `_since`
         self._target = 0  # offset that the clock approaches
+        self._reached_at = 0  # local steady clock: when it has that offset
+        self._local_steady, self._wall = local.steady, local.wall
 
     def wall(self) -> int:
         """See `Clock.wall`; after the first comparison, this is the steady clock."""
-        return self._local.wall() if self._best is None else self.steady()
+        return self._wall()
 
     def steady(self) -> int:
         """See `Clock.steady`."""
-        now = self._local.steady()
-        missing = self._target - self._offset
-        if missing:
-            most = (now - self._since) // SLEW
-            missing = max(-most, min(most, missing))
-        return now + self._offset + missing
+        now: int = self._local_steady()
+        if now >= self._reached_at:
+            return now + self._target
+        most, missing = (now - self._since) // SLEW, self._target - self._offset
+        return now + self._offset + max(-most, min(most, missing))
 
     @property
     def behind(self) -> int:
@@ -72,6 +73,8 @@ class ServerClock:
         self._best = sample
         if best is None:
             self._since, self._offset, self._target = received, sample.offset, sample.offset
+            self._wall = self.steady
             return
         now = self._local.steady()
         self._since, self._offset, self._target = now, self.steady() - now, sample.offset
+        self._reached_at = now + abs(self._target - self._offset) * SLEW
