@@ -19,14 +19,8 @@ from relay.store.postgres.deliveries import OVERLAP
 from relay.store.postgres.nodes import PostgresNodes
 from relay.store.postgres.rows import IdSequences, text, uuid_of
 from relay.store.postgres.transaction import Part, Transaction
-from relay.store.postgres.workers import (
-    COMMANDS,
-    FORGOTTEN,
-    METRICS,
-    WORKERS,
-    SharedWorkers,
-    columns_of,
-)
+from relay.store.postgres.worker_rows import COMMANDS, FORGOTTEN, METRICS, WORKERS, columns_of
+from relay.store.postgres.workers import SharedWorkers
 from relay.store.rows import command_row, event_row, measurement_row, worker_row
 from relay.store.transitions import apply_cancellations, handle_dead
 from relay.store.worker_changes import StoredWorkerChanges

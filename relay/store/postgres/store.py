@@ -50,7 +50,8 @@ from relay.store.postgres.rows import IdSequences
 from relay.store.postgres.schema import META, MIGRATIONS, REMOVALS, problem_of
 from relay.store.postgres.shards import assign_for_ever
 from relay.store.postgres.upkeep import PostgresUpkeep
-from relay.store.postgres.workers import SharedWorkers, load_roster
+from relay.store.postgres.worker_rows import load_roster
+from relay.store.postgres.workers import SharedWorkers
 from relay.store.postgres.writer import PostgresWriter
 from relay.store.workers import StoredWorkers
 
