@@ -495,8 +495,8 @@ class PostgresNodes:
         shown = [f"does not deliver to {', '.join(lanes)}"] if lanes else []
         shown += ["runs no jobs"] if len(lanes) < len(self._barred) else []
         return (
-            f"this node {' and '.join(shown)}, because its settings differ from those in force on another "
-            f"node, or until {ABSENT:g} s ago"
+            f"this node {' and '.join(shown)}: another node has other settings of them, or had them less "
+            f"than {ABSENT:g} s ago"
         )
 
     def _differing(self) -> list[str]:
