@@ -9,6 +9,7 @@ from relay.ui.destinations import NO_DESTINATIONS, count_link, held, steering
 from relay.ui.markup import Content, Markup, join, tag
 from relay.ui.page import Visit
 from relay.ui.parts import (
+    BARS,
     NONE,
     action,
     command,
@@ -64,7 +65,7 @@ async def show(visit: Visit) -> web.Response:
         await table(
             visit,
             "Sources with their last hour",
-            ("Source", "State", "Events/s", "Events", "Refused", "Last 60 min"),
+            ("Source", "State", "Events/s", "Events", "Refused", BARS),
             (_source(visit, each, past["sources"].get(each["name"], {})) for each in sources),
             numbers=("Events/s", "Events", "Refused"),
             empty=NO_SOURCES,
@@ -73,7 +74,7 @@ async def show(visit: Visit) -> web.Response:
         await table(
             visit,
             "Destinations with their last hour",
-            ("Destination", "State", "Pending", "Attempts/s", "Attempts", "Failed", "p95", "Last 60 min"),
+            ("Destination", "State", "Pending", "Attempts/s", "Attempts", "Failed", "p95", BARS),
             (
                 _destination(visit, each, past["destinations"].get(each["name"], {}))
                 for each in sorted(destinations, key=lambda each: each["name"] not in sick)
@@ -197,7 +198,7 @@ def _source(visit: Visit, source: Item, past: Item) -> tuple[Content, ...]:
         tag("span", NONE, data_rate=f"sources {name}"),
         tag("a", total(events), href=visit.link("events", source=name, since="1h")),
         tag("a", total(refused), href=visit.link("refused", source=name, since="1h")),
-        spark(events, f"Events of {name} in the last hour"),
+        spark(events, "Events in 2 min"),
     )
 
 
@@ -214,7 +215,7 @@ def _destination(visit: Visit, each: Item, past: Item) -> tuple[Content, ...]:
         tag("a", total(attempts), href=visit.link("attempts", destination=name, since="1h")),
         tag("a", total(failed), href=visit.link("attempts", destination=name, failed="1", since="1h")),
         f"{slow[-1]:,.0f} ms" if slow else NONE,
-        spark(good, f"Attempts to {name} in the last hour, failed ones above", failed),
+        spark(good, "Attempts in 2 min", failed),
     )
 
 

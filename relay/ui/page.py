@@ -115,7 +115,7 @@ class Visit:
             self._header(section) if self.operator else None,
             tag("main", tag("h1", heading or title), *content, id="main", tabindex=-1),
             tag("p", id="status", role="status", aria_live="polite"),
-            tag("footer", tag("span", f"hookferry {__version__}"), _zone()),
+            tag("footer", tag("span", f"hookferry {__version__}"), _zone() if self.operator else None),
             data_root=self.root,
             data_api=f"{self.root}../api/",
         )

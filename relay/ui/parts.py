@@ -4,7 +4,6 @@ import re
 import shlex
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from datetime import datetime
-from itertools import zip_longest
 from typing import Any
 from urllib.parse import urlencode
 
@@ -90,6 +89,10 @@ def size(count: int | None) -> str:
     return NONE if count is None else render_size(count)
 
 
+BARS = "Last 60 min"
+"""Heading of a column of `spark`, which needs no name on narrow screens."""
+
+
 async def table(
     visit: Visit,
     caption: str,
@@ -116,7 +119,10 @@ async def table(
     kinds = ["n" if head in numbers else None for head in heads]
     makers = [
         maker("th", scope="row"),
-        *(maker("td", data_head=head, class_=kind) for head, kind in zip(heads[1:], kinds[1:], strict=True)),
+        *(
+            maker("td", data_head=None if head == BARS else head, class_=kind)
+            for head, kind in zip(heads[1:], kinds[1:], strict=True)
+        ),
     ]
     body: list[Markup] = []
     for row in rows:
@@ -380,27 +386,33 @@ def spark(values: Sequence[float | None], title: str, failed: Sequence[float | N
 
     Each number of `failed` is the upper part of a bar, in another colour.
     """
-    bars = [(value or 0, lost or 0) for value, lost in zip_longest(values, failed)]
-    known = [at for at, pair in enumerate(zip_longest(values, failed)) if pair != (None, None)]
-    if not known:
+    most = max((value for value in values if value is not None), default=None)
+    if most is None:
         return None
-    most = max(sum(bars[at]) for at in known)
-    scale = (_HEIGHT - 1) / most if most else 0
-    lower = upper = ""
-    for at in known:
-        good, bad = bars[at]
-        top = 1 + round(good * scale, 1)
-        lower += f"M{at * 4} {_HEIGHT}v-{top:g}h3v{top:g}z"
-        if bad:
-            upper += f"M{at * 4} {_HEIGHT - top:g}v-{bad * scale:.1f}h3v{bad * scale:.1f}z"
+    sums: Sequence[float | None] = ()
+    if any(failed):
+        sums = [(good or 0) + bad if bad else good for good, bad in zip(values, failed, strict=True)]
+        most = max(value for value in sums if value is not None)
     return tag(
-        "svg", tag("path", d=lower), tag("path", d=upper, class_="bad") if upper else None, class_="spark",
-        viewbox=f"0 0 {len(values) * 4 - 1} {_HEIGHT}", preserveaspectratio="none", role="img",
+        "svg",
+        tag("path", d=_bars(sums, most), class_="bad") if sums else None,
+        tag("path", d=_bars(values, most)),
+        class_="spark",
+        viewbox=f"0 0 {len(values)} {_HEIGHT}",
+        preserveaspectratio="none",
+        role="img",
         aria_label=f"{title}, at most {most:,.0f}",
-    )  # fmt: skip
+    )
 
 
-_HEIGHT = 24
+_HEIGHT = 20
+
+
+def _bars(values: Iterable[float | None], most: float) -> str:
+    """Return the outline of bars; a bar of zero is a line."""
+    scale = (_HEIGHT - 1) / most if most else 0
+    tops = [_HEIGHT if value is None else _HEIGHT - 1 - int(value * scale) for value in values]
+    return f"M0 {_HEIGHT}{''.join([f'V{top}h1' for top in tops])}V{_HEIGHT}"
 
 
 def charts(*parts: tuple[str, Content, Content]) -> Markup:

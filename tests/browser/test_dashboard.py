@@ -207,6 +207,38 @@ async def test_the_keyboard_alone_finds_an_event_and_sends_it_again(relay, brows
         watch.check()
 
 
+async def test_now_reloads_when_its_state_changes_and_shows_times_of_the_chosen_zone(
+    relay, browser, addresses
+):
+    origin = relay.addresses.admin
+    async with opened(browser, origin, TOKEN, timezone_id="Asia/Kolkata") as (page, watch):
+        async with page.expect_response("**/api/top"):
+            await page.goto(f"{origin}/ui/")
+        await page.locator("[data-rate]", has_text=re.compile("^[0-9]")).first.wait_for()
+        before = await page.title()
+        await post(relay, "destinations/crm/disable", {})
+        await page.get_by_text("crm is disabled").wait_for()
+        assert re.fullmatch(r"\([0-9]+\) Now · .+", await page.title())
+        assert await page.title() != before
+        await page.locator("[data-rate]", has_text=re.compile("^[0-9]")).first.wait_for()
+        await page.get_by_role("button", name="Test").first.focus()
+        await post(relay, "destinations/crm/enable", {})
+        await page.get_by_role("link", name="The state has changed: show").click()
+        await page.get_by_text("crm is disabled").wait_for(state="detached")
+
+        await page.goto(f"{origin}/ui/destinations/crm")
+        await page.get_by_role("button", name="Test").first.click()
+        await page.get_by_role("dialog").get_by_role("button", name="Test").click()
+        await page.get_by_role("status").get_by_text(re.compile("would be delivered .HTTP 2..")).wait_for()
+        time = page.locator("time[data-exact]").first
+        assert (await time.inner_text()).endswith(" UTC")
+        await page.get_by_role("button", name="Show local times").click()
+        assert (await time.inner_text()).endswith(" +05:30")
+        await page.reload()
+        assert (await time.inner_text()).endswith(" +05:30")
+        watch.check()
+
+
 async def test_keys_press_buttons_and_are_listed(relay, browser, addresses):
     origin = relay.addresses.admin
     async with opened(browser, origin, TOKEN) as (page, watch):
@@ -237,7 +269,7 @@ async def test_a_button_changes_exactly_what_its_page_lists(relay, browser, addr
             await page.get_by_role("button", name="Send all again").click()
         assert await (await counted.value).json() == {"count": listed}
         text = await page.get_by_role("dialog").inner_text()
-        assert f"{listed} selected." in text
+        assert f"{listed} deliveries selected." in text
         assert "relay deliveries retry --subject scope --destination shop --state dead" in text
         await page.get_by_role("dialog").get_by_role("button", name="Send all again").click()
         await page.wait_for_url("**/ui/replays/rpl_*")

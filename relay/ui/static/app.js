@@ -29,19 +29,21 @@ async function send(call, body) {
   try { value = JSON.parse(lines[lines.length - 1] || "{}"); } catch { /* an answer of a proxy */ }
   if (value.error) throw new Error([value.error.message, value.error.hint].filter(Boolean).join(": "));
   if (!answer.ok) throw new Error(`the relay answered ${answer.status}`);
-  return value.result || value;
+  return typeof value.result === "object" && value.result ? value.result : value; // a test has a word there
 }
 
 // --- actions ----------------------------------------------------------------------------------------------
 
-function confirmed(label, lines, command) {
+function confirmed(button, lines) {
+  const label = button.textContent;
   const dialog = make("dialog", "", { "aria-labelledby": "question" });
   const menu = make("menu");
   const yes = make("button", label, { type: "button" });
-  const no = make("button", "Cancel", { type: "button" });
+  const no = make("button", "Go back", { type: "button" });
+  yes.classList.toggle("danger", button.classList.contains("danger"));
   menu.append(no, yes);
   dialog.append(make("h2", `${label}?`, { id: "question" }), ...lines.map((line) => make("p", line)),
-    make("code", command, { class: "command" }), menu);
+    make("code", button.dataset.command, { class: "command" }), menu);
   document.body.append(dialog);
   return new Promise((resolve) => {
     let answer = false;
@@ -54,17 +56,17 @@ function confirmed(label, lines, command) {
 }
 
 async function act(button) {
-  const { call, command, count, counts } = button.dataset;
+  const { call, count, counts } = button.dataset;
   const body = JSON.parse(button.dataset.body);
   button.disabled = true;
   try {
     const lines = count ? [`${count[0].toUpperCase()}${count.slice(1)}.`] : [];
     if (counts !== undefined) {
       const found = await send(call, { ...body, dry_run: true });
-      lines.push(`${found.count.toLocaleString("en")} selected.`);
+      lines.push(`${found.count.toLocaleString("en")} ${found.count === 1 ? "delivery" : "deliveries"} selected.`);
     }
     button.disabled = false;
-    if (!await confirmed(button.textContent, lines, command)) return;
+    if (!await confirmed(button, lines)) return;
     button.disabled = true;
     const result = await send(call, body);
     sessionStorage.setItem("said", `${button.textContent}: ${summary(result)}`);
@@ -83,7 +85,10 @@ async function act(button) {
 // A test of a destination has a verdict in words; other results are numbers and words by name.
 function summary(result) {
   if (/^rpl_/.test(result.id) && result.state) return "started";
-  if (result.verdict) return [result.verdict, result.hint].filter(Boolean).join(". ");
+  if (result.verdict) {
+    const details = [result.error || `HTTP ${result.status}`, `${result.duration_ms} ms`].join(", ");
+    return [`${result.verdict} (${details})`, result.hint].filter(Boolean).join(". ");
+  }
   const parts = Object.entries(result).filter(([, value]) => typeof value === "number")
     .map(([name, value]) => `${name.replaceAll("_", " ")} ${value.toLocaleString("en")}`);
   return ["done", ...parts.slice(0, 4)].join(", ");
@@ -104,18 +109,23 @@ function afterReload() {
 
 const text = (value) => (value === null ? "–" : typeof value === "object" ? JSON.stringify(value) : String(value));
 
+// Checks that failed come first.
 function rows(list) {
+  list.sort((one, other) => (one.ok === true) - (other.ok === true));
   const names = Object.keys(list[0]);
   const table = make("table");
   const head = table.createTHead().insertRow();
-  for (const name of names) head.append(make("th", name.replaceAll("_", " "), { scope: "col" }));
+  for (const name of names) {
+    head.append(make("th", name === "ok" ? "result" : name.replaceAll("_", " "), { scope: "col" }));
+  }
   const body = table.createTBody();
   for (const each of list) {
     const row = body.insertRow();
     for (const [index, name] of names.entries()) {
       const good = typeof each[name] === "boolean";
       const cell = make(index ? "td" : "th", good ? (each[name] ? "✔ yes" : "✖ no") : text(each[name]),
-        index ? { "data-head": name } : { scope: "row" });
+        index ? { "data-head": name === "ok" ? "" : name } : { scope: "row" });
+      if (name === "ok") cell.textContent = each.ok ? "✔ ok" : "✖ failed";
       if (good) cell.classList.add(each[name] ? "good" : "bad");
       row.append(cell);
     }
@@ -130,8 +140,13 @@ async function ask(button) {
   try {
     const result = await send(button.dataset.ask, JSON.parse(button.dataset.body));
     const parts = [];
+    const lists = Object.entries(result).filter(([name, value]) => Array.isArray(value) && name !== "warnings");
+    if (lists.length && !lists.some(([, value]) => value.length)) parts.push(make("p", "✔ No differences.", { class: "good" }));
     for (const [name, value] of Object.entries(result)) {
       if (Array.isArray(value) && !value.length) continue;
+      const failed = Array.isArray(value) ? value.filter((each) => each.ok === false).length : 0;
+      if (failed) parts.push(make("p", `✖ ${failed} of ${value.length} failed.`, { class: "bad" }));
+      else if (Array.isArray(value) && value[0].ok) parts.push(make("p", `✔ All ${value.length} passed.`, { class: "good" }));
       if (Array.isArray(value) && typeof value[0] === "object") parts.push(rows(value));
       else parts.push(make("p", `${name.replaceAll("_", " ")}: ${Array.isArray(value) ? value.join(", ") : text(value)}`));
     }
@@ -242,7 +257,7 @@ function full(time) {
 }
 
 function times() {
-  zone.textContent = localStorage.getItem("zone") === "local" ? "Show times in UTC" : "Show local times";
+  if (zone) zone.textContent = localStorage.getItem("zone") === "local" ? "Show times in UTC" : "Show local times";
   for (const element of document.querySelectorAll("time[datetime]")) {
     const text = full(new Date(element.dateTime));
     if (element.dataset.exact === undefined) element.title = text;
@@ -250,7 +265,7 @@ function times() {
   }
 }
 
-zone.addEventListener("click", () => {
+zone?.addEventListener("click", () => {
   localStorage.setItem("zone", localStorage.getItem("zone") === "local" ? "UTC" : "local");
   times();
 });
