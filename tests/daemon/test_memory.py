@@ -158,9 +158,9 @@ class Recording:
 @pytest.mark.parametrize("size", [0, 100, 3000, 70_000, 400_000])
 async def test_cached_statements_keep_few_bytes_bound(size):
     """SQLite's Python module keeps the values last bound to each cached statement."""
-    recording, rows = Recording(), []
+    recording, rows, whole, half = Recording(), [], bytes(size), bytes(size // 2)
     for count in range(1, 131):
-        batch = [(len(rows) + at, bytes(size if at % 5 else size // 2)) for at in range(count)]
+        batch = [(len(rows) + at, whole if at % 5 else half) for at in range(count)]
         transaction = Transaction(recording)
         transaction.insert("events", "id, body", batch)
         await transaction.commit()

@@ -19,7 +19,7 @@ from unittest.mock import patch
 
 import listeners
 import msgspec
-from aiohttp import web
+from aiohttp import web, web_app
 from forking import Forked
 from stores import KINDS
 from wire import Answer, exchange, request
@@ -175,6 +175,7 @@ async def running(
         finally:
             app.stopping.set()
             await life
+            web_app._cached_build_middleware.cache_clear()  # it keeps the last thousand relays in memory
 
 
 # --- as a process -------------------------------------------------------------------------------------
