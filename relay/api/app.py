@@ -175,7 +175,9 @@ class Api:
         self._trail = Trail(context.store.audit, context.clock, config.cluster.node or socket.gethostname())
         self._tail, self._top = TailApi(context), TopApi(context)
         self._resources = (*(resource(context) for resource in RESOURCES), self._tail, self._top)
-        self._routes = [route for resource in self._resources for route in routes_of(resource)]
+        self._router = web.UrlDispatcher()  # both listeners share its resources
+        for resource in self._resources:
+            self._router.add_routes(routes_of(resource))
         self._reads = {
             each.name: (each, getattr(resource, method))
             for resource in self._resources
@@ -203,7 +205,7 @@ class Api:
 
     def add_pages(self, routes: Iterable[web.RouteDef]) -> None:
         """Serve the pages of the dashboard on both listeners; call it before `socket_app` and `tcp_app`."""
-        self._routes += routes
+        self._router.add_routes(routes)
 
     def end_streams(self) -> None:
         """End all streams; otherwise the listeners would wait for them and not close.
@@ -226,5 +228,6 @@ class Api:
         middlewares = (name_requests(self._clock), errors, access, self._trail.middleware(), errors)
         app = web.Application(middlewares=middlewares)
         app.on_response_prepare.append(set_headers)
-        app.add_routes(self._routes)
+        for resource in self._router.resources():
+            app.router.register_resource(resource)
         return app

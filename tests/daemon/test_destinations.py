@@ -10,7 +10,7 @@ from wire import Wire, request
 from relay.process.sockets import bind
 
 ADORN = "/v1/events"
-RESTARTS = 20
+RESTARTS = 8
 
 
 async def send(relay, session="s"):

@@ -428,7 +428,7 @@ def test_the_log_is_read_like_sqlite_reads_it(tmp_path):
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("PRAGMA wal_autocheckpoint = 0")
         connection.execute("CREATE TABLE t (a)")
-        for _ in range(50):
+        for _ in range(12):
             connection.execute("INSERT INTO t VALUES (?)", ("x" * 3000,))
         [(_, frames, _)] = connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
         raw = log_of(path).read_bytes()

@@ -11,7 +11,7 @@ from xml.etree import ElementTree as ET
 import pytest
 from commands import run
 from daemons import write_config
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from relay.config.problems import SettingError
@@ -129,6 +129,7 @@ VALUES = st.recursive(
 )
 
 
+@settings(max_examples=50)
 @given(value=VALUES)
 def test_no_value_breaks_out_of_its_place(value):
     data = json.dumps({"v": value}, ensure_ascii=False).encode()

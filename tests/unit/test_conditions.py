@@ -4,7 +4,7 @@ import tomllib
 from datetime import UTC, datetime
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from stores import make_event
 
@@ -214,6 +214,7 @@ wheres = tables | st.lists(tables, min_size=1, max_size=3)
 objects = st.fixed_dictionaries({}, optional={"a": st.none() | literals, "b": literals})
 
 
+@settings(max_examples=50)
 @given(value=wheres, data=objects, subject=st.none() | st.text(max_size=3))
 def test_misses_agree_with_matches(value, data, subject):
     compiled, shown = compile_conditions(value), view(data, subject=subject)

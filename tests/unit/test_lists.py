@@ -21,7 +21,7 @@ from relay.store.queries import plan
 from relay.store.queries.filters import FILTERS
 from relay.store.sqlite import event_times
 
-EVENTS = 1200
+EVENTS = 500
 """Events of the filled store: enough for several pages, and few enough for hundreds of queries."""
 
 
@@ -100,12 +100,12 @@ async def test_every_query_returns_all_matching_rows_in_order(file, kind):
     async with open_traced(file) as store:
         found = await rows(store)
         for filters in filter_sets(kind):
-            assert await whole(store, kind, filters, limit=500) == expected(kind, filters, found), filters
+            assert await whole(store, kind, filters, limit=200) == expected(kind, filters, found), filters
 
 
 @pytest.mark.parametrize("kind", ["events", "deliveries"])
 async def test_pages_that_reach_their_budget_return_the_same_rows(file, kind, monkeypatch):
-    for name, value in {"MOST_CANDIDATES": 700, "STEP": 300}.items():
+    for name, value in {"MOST_CANDIDATES": 300, "STEP": 120}.items():
         monkeypatch.setattr(pages, name, value)
     for name, value in {"PROBED": 20, "MOST_LISTED": 10, "MOST_TERMS": 6}.items():
         monkeypatch.setattr(plan, name, value)
@@ -137,12 +137,12 @@ def test_faults_finds_a_scan_and_a_sort():
 
 
 async def test_a_page_ends_at_its_budget_and_its_cursor_continues(file, monkeypatch):
-    for name, value in {"MOST_CANDIDATES": 500, "SECONDS": 60.0}.items():
+    for name, value in {"MOST_CANDIDATES": 200, "SECONDS": 60.0}.items():
         monkeypatch.setattr(pages, name, value)
     wanted = {"where": '{"data.n": 4}'}
     async with open_traced(file) as store:
         first = await store.list("events", None, wanted)
-        assert first == {"items": [], "next_cursor": str(EVENTS - 499), "id_digits": 0}
+        assert first == {"items": [], "next_cursor": str(EVENTS - 199), "id_digits": 0}
         assert len(await whole(store, "events", wanted)) == 1
         assert len(await whole(store, "deliveries", wanted)) == 3
 
