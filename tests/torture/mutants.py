@@ -57,6 +57,26 @@ MUTANTS = {
         ],
         [NODES],
     ),
+    "succeed-another-state-folder": Mutant(
+        [
+            Change(
+                f"{POSTGRES}/nodes.py",
+                "WHERE place = $2 AND incarnation <>",
+                "WHERE $2 = $2 AND incarnation <>",
+            )
+        ],
+        [NODES],
+    ),
+    "take-with-other-settings": Mutant(
+        [
+            Change(
+                f"{POSTGRES}/leases.py",
+                "                barred[peer.incarnation].add(lease.name)\n",
+                "                pass\n",
+            )
+        ],
+        [NODES],
+    ),
     "settle-without-compare-and-set": Mutant(
         [
             Change(
@@ -202,7 +222,7 @@ MUTANTS = {
         [
             Change(
                 f"{POSTGRES}/clock.py",
-                "return self._local.wall() if self._best is None else self.steady()",
+                "return self._wall()",
                 "return self._local.wall()",
             )
         ],
