@@ -122,7 +122,7 @@ async def test_a_failed_probe_of_the_former_url_does_not_count_and_is_due_at_onc
     crm = destination("crm", receiver.url, circuit=probing, retry=LATER)
     async with dispatcher_for(store, crm) as dispatcher:
         first = await send(store)
-        await until(lambda: dispatcher.lanes["crm"].held == "circuit open")
+        await until(lambda: dispatcher.lanes["crm"].health.circuit.is_open)
         receiver.gate.clear()
         second = await send(store)
         await until(lambda: receiver.busy == 1)

@@ -241,7 +241,7 @@ async def test_enabling_probes_at_once_releases_deliveries_and_forgets_failures(
         await send_many(store, 5)
         await until(lambda: lane.held == "disabled: failing" and not lane._tasks)
         before = await spent(store)
-        lane.health.circuit.open_until += 3600 * SECOND
+        lane.health.circuit.open_until = CLOCK.steady() + 3600 * SECOND
         receiver.answers, receiver.usual = (
             [(500, {})],
             (200, {}),

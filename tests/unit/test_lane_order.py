@@ -108,7 +108,7 @@ async def test_a_delivery_that_expires_while_it_waits_for_a_slot_is_not_sent(sto
 
 async def test_a_delivery_that_expires_while_held_is_not_sent_on_resume(store, receiver):
     receiver.answers = [(503, {"Retry-After": "1"})]
-    crm = destination("crm", receiver.url, concurrency=1, ttl=0.1)
+    crm = destination("crm", receiver.url, concurrency=1, ttl=0.5)
     async with dispatcher_for(store, crm) as dispatcher:
         first = await send(store)
         await until(lambda: dispatcher.lanes["crm"].held == "resting")
