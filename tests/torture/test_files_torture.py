@@ -1,6 +1,10 @@
 """Files that vanish and bytes that flip, in short; `python -m tests.torture.files` does it 200 times."""
 
+from stores import only_sqlite
+
 from torture.files import delete, delete_all, replace, torture
+
+pytestmark = only_sqlite("damage of its file")
 
 
 async def test_file_damage_is_noticed_in_time_and_every_loss_is_reported(tmp_path):

@@ -1,8 +1,11 @@
 """Full disks under load, in short; `python -m tests.torture.disk` fills a hundred."""
 
 import pytest
+from stores import only_sqlite
 
 from torture.disk import FLOOR, torture
+
+pytestmark = only_sqlite("its file on a full disk")
 
 
 async def test_full_disks_and_kills_lose_nothing_and_the_relay_recovers(tmp_path):
