@@ -60,6 +60,15 @@ max_client_conn = 1000
 logfile = {folder}/log
 """
 
+THROUGH_POOLER = bool(os.environ.get("RELAY_TEST_POOLER"))
+"""Whether the stores of tests connect through PgBouncer in transaction mode."""
+
+
+def not_pooled(reason):
+    """Return the mark of tests that cannot pass through a pooler in transaction mode."""
+    return pytest.mark.skipif(THROUGH_POOLER, reason=f"through a pooler: {reason}")
+
+
 needs_pooler = pytest.mark.skipif(
     not POOLER or not BINARIES, reason="needs the packages postgresql and pgbouncer"
 )
@@ -68,7 +77,7 @@ needs_postgres = pytest.mark.skipif(not BINARIES, reason="needs the package post
 _numbers = itertools.count()
 _made = {}  # DSN by path, see `database_of`
 _server = None
-_pooler = None  # with RELAY_TEST_POOLER, for a run of the store's tests through PgBouncer
+_pooler = None  # see `maybe_pooled`
 _watchers = []
 
 
@@ -223,7 +232,7 @@ def database_of(path):
     if path not in _made:
         name = f"t_{os.getpid()}_{next(_numbers)}"
         server().run(f"CREATE DATABASE {name}")
-        _made[path] = _url(name)
+        _made[path] = server().url(name)
     return _made[path]
 
 
@@ -241,15 +250,15 @@ def name_of(url):
     return url.rpartition("/")[2].partition("?")[0]
 
 
-def _url(name):
-    """Return the DSN of a database; with RELAY_TEST_POOLER, through a pooler of this process."""
+def maybe_pooled(url):
+    """Return the DSN of a store's database; with RELAY_TEST_POOLER, through a pooler of this process."""
     global _pooler  # noqa: PLW0603 - one per process
-    if not os.environ.get("RELAY_TEST_POOLER"):
-        return server().url(name)
+    if not THROUGH_POOLER:
+        return url
     if _pooler is None:
         _pooler = Pooler(server())
         atexit.register(_pooler.stop)
-    return _pooler.url(name)
+    return _pooler.url(name_of(url))
 
 
 def _as_user(folder):

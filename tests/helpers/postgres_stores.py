@@ -12,7 +12,7 @@ from decimal import Decimal
 from uuid import UUID
 
 import asyncpg
-from postgres import database_of, name_of, server
+from postgres import database_of, maybe_pooled, name_of, server
 
 from relay.base.clock import SystemClock
 from relay.store.postgres import partitions
@@ -91,7 +91,7 @@ def url_of(path, clock=CLOCK):
 
 
 def _make(clock):
-    url = database_of(f"store {len(_made)}")
+    url = maybe_pooled(database_of(f"store {len(_made)}"))
     _made.append(url)
     days = partitions.days_from(clock.wall(), 1)
     tables = "".join(partitions._partition(table, day) for table in PARTITIONED for day in days)
