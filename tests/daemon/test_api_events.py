@@ -3,7 +3,8 @@
 from urllib.parse import quote
 
 import pytest
-from daemons import SOURCES, adorn, destination, running, write_config
+import pytest_asyncio
+from daemons import SOURCES, Recorder, adorn, destination, running, write_config
 from support import until
 from wire import exchange, request
 
@@ -12,26 +13,46 @@ from relay.api.views import view_of
 BODY = adorn("s-1", payload={"total": "45000.00"})
 
 
-@pytest.fixture
-async def relay(tmp_path, recorder):
-    config = write_config(
-        tmp_path,
+def configured(folder, recorder):
+    return write_config(
+        folder,
         SOURCES,
         destination("crm", recorder.url),
         destination("idle", recorder.url, "").replace('"*"', '"no.*"'),
     )
-    async with running(config) as relay:
-        yield relay
 
 
-@pytest.fixture
-async def event(relay, recorder):
-    """An event that has been delivered."""
+async def deliver(relay):
+    """Send an event, wait until it is delivered, and return its id."""
     answer = await relay.exchange(request("POST", "/v1/events", BODY))
     await until(
         lambda: relay.counted("relay_deliveries_finished_total", destination="crm", outcome="delivered")
     )
     return answer.json["event_id"]
+
+
+@pytest.fixture
+async def relay(tmp_path, recorder):
+    async with running(configured(tmp_path, recorder)) as relay:
+        yield relay
+
+
+@pytest.fixture
+async def event(relay):
+    """An event that has been delivered."""
+    return await deliver(relay)
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def filled(tmp_path_factory):
+    """A relay with one delivered event, for tests that only read."""
+    folder = tmp_path_factory.mktemp("filled")
+    async with Recorder() as recorder, running(configured(folder, recorder)) as relay:
+        await deliver(relay)
+        yield relay
+
+
+only_reads = pytest.mark.asyncio(loop_scope="module")
 
 
 async def test_an_event_is_shown_with_its_deliveries(relay, event):
@@ -58,15 +79,17 @@ async def test_a_delivery_is_shown_with_its_attempts(relay, event):
 
 
 @pytest.mark.parametrize("path", ["/api/events/0190", "/api/events/0190/body", "/api/deliveries/0190"])
-async def test_an_unknown_id_gets_404(relay, path):
-    answer = await exchange(relay.addresses.socket, request("GET", path))
+@only_reads
+async def test_an_unknown_id_gets_404(filled, path):
+    answer = await exchange(filled.addresses.socket, request("GET", path))
     assert (answer.status, answer.json["error"]["code"]) == (404, "not_found")
 
 
 @pytest.mark.parametrize("kind", ["events", "deliveries", "attempts"])
 @pytest.mark.parametrize("query", ["limit=0", "limit=x", "limit=", "cursor=-1", "colour=red"])
-async def test_an_invalid_query_of_a_list_gets_400(relay, event, kind, query):
-    answer = await exchange(relay.addresses.socket, request("GET", f"/api/{kind}?{query}"))
+@only_reads
+async def test_an_invalid_query_of_a_list_gets_400(filled, kind, query):
+    answer = await exchange(filled.addresses.socket, request("GET", f"/api/{kind}?{query}"))
     assert (answer.status, answer.json["error"]["code"]) == (400, "bad_request")
     assert query.partition("=")[0] in answer.json["error"]["message"]
     assert answer.json["error"]["hint"]
@@ -97,9 +120,9 @@ async def test_an_invalid_query_of_a_list_gets_400(relay, event, kind, query):
         ('events?where={"data.x":{"like":1}}', 400, 'unknown operator "like"', "data.sale_made"),
     ],
 )
-@pytest.mark.usefixtures("event")
-async def test_an_invalid_filter_is_an_error_instead_of_an_empty_list(relay, path, status, message, hint):
-    answer = await exchange(relay.addresses.socket, request("GET", f"/api/{quote(path, safe='?=&/')}"))
+@only_reads
+async def test_an_invalid_filter_is_an_error_instead_of_an_empty_list(filled, path, status, message, hint):
+    answer = await exchange(filled.addresses.socket, request("GET", f"/api/{quote(path, safe='?=&/')}"))
     assert (answer.status, answer.json["error"]["message"]) == (status, mentioning(message))
     assert hint in answer.json["error"]["hint"]
 
@@ -130,12 +153,13 @@ class mentioning(str):  # noqa: N801 - reads like a word in an assertion
     ],
 )
 @pytest.mark.parametrize("kind", ["events", "deliveries"])
-async def test_events_and_deliveries_have_the_same_filters(relay, event, kind, query, found):
-    page = await relay.operator("GET", f"/api/{kind}?{quote(query, safe='=&')}")
+@only_reads
+async def test_events_and_deliveries_have_the_same_filters(filled, kind, query, found):
+    page = await filled.operator("GET", f"/api/{kind}?{quote(query, safe='=&')}")
     assert (len(page["items"]), page["next_cursor"]) == (found, None)
     for each in page["items"]:
         short = each["id"][len("evt_") :].replace("-", "")[: page["id_digits"]]
-        assert (await relay.operator("GET", f"/api/{kind}/{short}"))["id"] == each["id"]
+        assert (await filled.operator("GET", f"/api/{kind}/{short}"))["id"] == each["id"]
 
 
 async def test_attempts_are_filtered_by_result(relay, event):

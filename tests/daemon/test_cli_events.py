@@ -5,9 +5,10 @@ import re
 
 import postgres
 import pytest
+import pytest_asyncio
 import receivers
 from commands import Commands, run
-from daemons import SOURCES, adorn, destination, running, write_config
+from daemons import SOURCES, Recorder, adorn, destination, running, write_config
 from stores import KINDS
 from support import until
 from wire import request
@@ -26,14 +27,31 @@ def finished(relay, outcome="delivered"):
     return relay.counted("relay_deliveries_finished_total", destination="crm", outcome=outcome)
 
 
-@pytest.fixture
-async def events(relay):
-    """Two events that have been delivered, in order."""
+async def deliver(relay):
+    """Send two events, wait until both are delivered, and return their ids in order."""
     found = [
         (await relay.exchange(request("POST", "/v1/events", body))).json["event_id"] for body in (BODY, OTHER)
     ]
     await until(lambda: finished(relay) == 2)
     return found
+
+
+@pytest.fixture
+async def events(relay):
+    """Two events that have been delivered, in order."""
+    return await deliver(relay)
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def filled(tmp_path_factory):
+    """Commands for a relay with two delivered events, and the ids of these; for tests that only read."""
+    async with Recorder() as recorder:
+        config = write_config(tmp_path_factory.mktemp("filled"), SOURCES, destination("crm", recorder.url))
+        async with running(config) as relay:
+            yield Commands(relay.addresses.socket), await deliver(relay)
+
+
+only_reads = pytest.mark.asyncio(loop_scope="module")
 
 
 async def test_a_list_is_tab_separated_when_piped_and_newest_first(commands, events):
@@ -55,7 +73,9 @@ async def test_a_list_is_tab_separated_when_piped_and_newest_first(commands, eve
         (["--until", "2100-01-01T00:00:00Z"], ["s-2", "s-1"]),
     ],
 )
-async def test_lists_are_filtered(commands, events, args, found):
+@only_reads
+async def test_lists_are_filtered(filled, args, found):
+    commands, _ = filled
     assert [row[3] for row in (await commands("events", "list", *args)).rows] == found
 
 
@@ -72,7 +92,9 @@ async def test_lists_are_filtered(commands, events, args, found):
     ],
 )
 @pytest.mark.parametrize("noun", ["events", "deliveries"])
-async def test_lists_are_filtered_by_the_content_of_events(commands, events, noun, args, found):
+@only_reads
+async def test_lists_are_filtered_by_the_content_of_events(filled, noun, args, found):
+    commands, events = filled
     shown = (await commands(noun, "list", *args, "--json")).json["items"]
     subjects = dict(zip(events, ["s-1", "s-2"], strict=True))
     assert [subjects[each.get("event_id", each["id"])] for each in shown] == found
@@ -168,7 +190,9 @@ async def test_a_body_prints_byte_for_byte(commands, events):
 
 
 @pytest.mark.parametrize("command", [("events", "show"), ("events", "body"), ("deliveries", "show")])
-async def test_an_unknown_id_exits_with_4(commands, events, command):
+@only_reads
+async def test_an_unknown_id_exits_with_4(filled, command):
+    commands, _ = filled
     result = await commands(*command, "0190", code=4)
     noun = {"events": "event", "deliveries": "delivery"}[command[0]]
     hint = f"`relay {command[0]} list` lists {command[0]}"
@@ -206,7 +230,9 @@ async def test_a_replay_by_a_filter_needs_confirmation(commands, events, recorde
         (["--source", "adorn", "--rate", "fast"], 2, "'--rate': expected a rate"),
     ],
 )
-async def test_an_invalid_replay_has_an_error_message(commands, events, args, code, message):
+@only_reads
+async def test_an_invalid_replay_has_an_error_message(filled, args, code, message):
+    commands, _ = filled
     assert message in (await commands("events", "replay", *args, code=code)).err
 
 

@@ -4,6 +4,7 @@ import json
 
 import msgspec
 import pytest
+import pytest_asyncio
 from commands import Commands
 from daemons import SOURCES, Recorder, destination, running, write_config
 from support import until
@@ -251,15 +252,22 @@ async def test_a_heartbeat_with_a_lone_surrogate_counts(relay, place):
     assert (await relay.exchange(request("POST", "/api/workers/register", body, **WORKER))).status == 200
 
 
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def shared(tmp_path_factory):
+    async with running(config_of(tmp_path_factory.mktemp("relay"))) as relay:
+        yield relay
+
+
 @pytest.mark.parametrize("text", [b"NaN", b"-Infinity", b'"\xff"', b'"\xed\xa0\xbd"', b'"\\ud8"'])
 @pytest.mark.parametrize("name", ["adorn", "compozy", "lazychat", "moddy", "whatsapp"])
-async def test_invalid_json_is_still_refused(relay, name, text):
+@pytest.mark.asyncio(loop_scope="module")
+async def test_invalid_json_is_still_refused(shared, name, text):
     head, _, body = EVENTS[name].partition(b"\r\n\r\n")
     body = body.replace(b"45000.00", text)
     line = f"Content-Length: {len(body)}".encode()
     lines = [line if each.startswith(b"Content-Length:") else each for each in head.split(b"\r\n")]
-    assert (await relay.exchange(b"\r\n".join(lines) + b"\r\n\r\n" + body)).status in (400, 422)
-    assert not await relay.rows()
+    assert (await shared.exchange(b"\r\n".join(lines) + b"\r\n\r\n" + body)).status in (400, 422)
+    assert not await shared.rows()
 
 
 async def test_a_schema_checks_a_payload_with_a_lone_surrogate(tmp_path):

@@ -4,12 +4,13 @@ import asyncio
 import json
 import sqlite3
 from contextlib import closing, contextmanager
-from itertools import product
+from itertools import count, product
 
 import pytest
+import pytest_asyncio
 from daemons import SOURCES, running, write_config
 from stores import break_disk, only_sqlite, rows_of
-from support import until
+from support import FakeClock, until
 from wire import Wire, exchange, request
 
 from relay.base.clock import SECOND
@@ -80,6 +81,54 @@ async def relay(config, clock):
         yield relay
 
 
+class Shared:
+    """A relay that many tests share, because each start costs more than a test.
+
+    Each test gets an instance with two workers. The test calls them w1 and w2; their ids are different ones
+    of the same length.
+    """
+
+    def __init__(self, relay, clock, numbers):
+        self.relay, self.app, self.clock = relay, relay.app, clock
+        self.ids = {name: f"{next(numbers):02x}" for name in ("w1", "w2")}
+
+    def named(self, raw):
+        for name, id_ in self.ids.items():
+            raw = raw.replace(name.encode(), id_.encode())
+        return raw
+
+    async def exchange(self, raw):
+        return await self.relay.exchange(self.named(raw))
+
+    async def types(self):
+        rows = [row for row in await self.relay.rows() if row["subject"] in self.ids.values()]
+        return [row["type"].removeprefix("whatsapp.worker.") for row in rows]
+
+    async def sweep(self):
+        return self._own(await sweep(self.relay))
+
+    def workers(self):
+        return self._own(self.app.store.workers.all())
+
+    def _own(self, workers):
+        return {name: worker for worker in workers for name, id_ in self.ids.items() if worker.id == id_}
+
+
+@pytest_asyncio.fixture(loop_scope="module", scope="module")
+async def shared_relay(tmp_path_factory, listener):
+    clock = FakeClock()
+    async with running(write_config(tmp_path_factory.mktemp("relay"), SOURCES), clock=clock) as relay:
+        yield relay, clock, count(16)
+
+
+@pytest.fixture
+def shared(shared_relay):
+    return Shared(*shared_relay)
+
+
+on_shared_loop = pytest.mark.asyncio(loop_scope="module")
+
+
 @contextmanager
 def paused(relay):
     relay.app.ingest.mounts["whatsapp"].paused = True
@@ -134,23 +183,24 @@ async def sweep(relay):
     ],
 )
 @pytest.mark.parametrize("base", BASES)
-async def test_a_refused_request_keeps_a_worker_alive(relay, clock, cause, call, base):
-    for worker in ("w1", "silent"):
-        assert (await relay.exchange(register(worker))).status == 200
-        assert (await relay.exchange(beat(worker))).status == 200
+@on_shared_loop
+async def test_a_refused_request_keeps_a_worker_alive(shared, cause, call, base):
+    for worker in ("w1", "w2"):
+        assert (await shared.exchange(register(worker))).status == 200
+        assert (await shared.exchange(beat(worker))).status == 200
     marked = []
-    with cause(relay):
+    with cause(shared):
         for second in range(0, 600, 10):
-            clock.advance(10)
+            shared.clock.advance(10)
             if second % 30 == 0:
-                answer = await relay.exchange(call("w1", base))
+                answer = await shared.exchange(call("w1", base))
                 assert (answer.status, answer.json["success"]) == (503, False)
-            marked += await sweep(relay)
-    assert [worker.id for worker in marked] == ["silent"]  # a worker without requests is offline
-    assert (await relay.exchange(beat())).status == 200
-    clock.advance(89)
-    assert await sweep(relay) == ()
-    assert await types(relay) == ["registered", "registered", "offline"]
+            marked += await shared.sweep()
+    assert marked == ["w2"]  # a worker without requests is offline
+    assert (await shared.exchange(beat())).status == 200
+    shared.clock.advance(89)
+    assert await shared.sweep() == {}
+    assert await shared.types() == ["registered", "registered", "offline"]
 
 
 @pytest.mark.parametrize("cause", [failing_disk, full_queue])
@@ -228,23 +278,25 @@ async def test_a_request_beyond_the_limit_of_connections_keeps_a_worker_alive(re
 
 @pytest.mark.parametrize("call", LEAVING, ids=lambda raw: raw.split(b" HTTP")[0].decode() + str(len(raw)))
 @pytest.mark.parametrize("cause", [paused, draining])
-async def test_a_refused_unregister_unregisters_the_worker_without_an_offline_event(
-    relay, clock, cause, call
-):
-    await relay.exchange(register())
-    with cause(relay):
-        assert (await relay.exchange(call)).status == 503
-        clock.advance(5)
-        assert (await relay.exchange(beat())).status == 503  # was on its way before
-        [gone] = await sweep(relay)
-    assert (gone.status, gone.unregistered_at) == ("OFFLINE", clock.steady() - 5 * SECOND)
-    clock.advance(1000)
-    assert await sweep(relay) == ()
-    assert await types(relay) == ["registered", "unregistered"]
-    assert relay.app.store.workers.count("whatsapp", "OFFLINE") == 0
-    assert (await relay.exchange(call)).status == 200  # again: nothing
-    assert (await relay.exchange(beat())).status == 200
-    assert await types(relay) == ["registered", "unregistered", "registered"]
+@on_shared_loop
+async def test_a_refused_unregister_unregisters_the_worker_without_an_offline_event(shared, cause, call):
+    shared.clock.advance(1000)
+    await shared.sweep()  # the workers of other tests
+    offline = shared.app.store.workers.count("whatsapp", "OFFLINE")
+    await shared.exchange(register())
+    with cause(shared):
+        assert (await shared.exchange(call)).status == 503
+        shared.clock.advance(5)
+        assert (await shared.exchange(beat())).status == 503  # was on its way before
+        gone = (await shared.sweep())["w1"]
+    assert (gone.status, gone.unregistered_at) == ("OFFLINE", shared.clock.steady() - 5 * SECOND)
+    shared.clock.advance(1000)
+    assert await shared.sweep() == {}
+    assert await shared.types() == ["registered", "unregistered"]
+    assert shared.app.store.workers.count("whatsapp", "OFFLINE") == offline
+    assert (await shared.exchange(call)).status == 200  # again: nothing
+    assert (await shared.exchange(beat())).status == 200
+    assert await shared.types() == ["registered", "unregistered", "registered"]
 
 
 async def test_an_unregister_during_a_disk_failure_is_stored_afterwards(relay, clock, monkeypatch):
@@ -372,34 +424,37 @@ READABLE = [
 
 
 @pytest.mark.parametrize("body", [*READABLE, b"\xef\xbb\xbf" + READABLE[0]], ids=lambda body: repr(body[:60]))
-async def test_the_readable_part_of_an_odd_heartbeat_counts(relay, body):
-    assert (await relay.exchange(beat(body=body))).status == 200
-    [worker] = relay.app.store.workers.all()
+@on_shared_loop
+async def test_the_readable_part_of_an_odd_heartbeat_counts(shared, body):
+    assert (await shared.exchange(beat(body=body))).status == 200
+    worker = shared.workers()["w1"]
     assert (worker.status, worker.cpu) == ("MAINTENANCE", None)
 
 
 @pytest.mark.parametrize("odd", [b"NaN", b'"\xff"', b'"\\ud83d"', b"1e400"])
-async def test_odd_register_and_unregister_requests_are_accepted(relay, odd):
+@on_shared_loop
+async def test_odd_register_and_unregister_requests_are_accepted(shared, odd):
     body = b'{"workerId":"w1","endpoint":"http://w1.example","maxSessions":%b}' % odd
     for method, path in (("POST", "register"), ("DELETE", "unregister")):
-        assert (await relay.exchange(request(method, f"/api/workers/{path}", body, **TOKEN))).status == 200
-    assert await types(relay) == ["registered", "unregistered"]
+        assert (await shared.exchange(request(method, f"/api/workers/{path}", body, **TOKEN))).status == 200
+    assert await shared.types() == ["registered", "unregistered"]
 
 
-async def kept(relay, clock, raw, statuses):
-    """Return whether a request keeps a worker alive."""
-    await relay.exchange(beat())
-    clock.advance(80)
-    answer = await relay.exchange(raw)
+async def kept(shared, raw, statuses):
+    """Return whether a request keeps the worker w1 alive."""
+    await shared.exchange(beat())
+    shared.clock.advance(80)
+    answer = await shared.exchange(raw)
     assert answer.status in statuses, answer
-    clock.advance(80)
-    return not await sweep(relay)
+    shared.clock.advance(80)
+    return not await shared.sweep()
 
 
 @pytest.mark.parametrize("body", ODD.values(), ids=ODD)
-async def test_a_heartbeat_counts_with_any_body(relay, clock, body):
-    assert await kept(relay, clock, beat(body=body), (200, 400))
-    assert await types(relay) == ["registered"]
+@on_shared_loop
+async def test_a_heartbeat_counts_with_any_body(shared, body):
+    assert await kept(shared, beat(body=body), (200, 400))
+    assert await shared.types() == ["registered"]
 
 
 @pytest.mark.parametrize(
@@ -412,8 +467,9 @@ async def test_a_heartbeat_counts_with_any_body(relay, clock, body):
         (request("GET", "/api/v1/workers/w1/heartbeat", **TOKEN), 405),
     ],
 )
-async def test_a_heartbeat_counts_with_any_reply(relay, clock, raw, status):
-    assert await kept(relay, clock, raw, (status,))
+@on_shared_loop
+async def test_a_heartbeat_counts_with_any_reply(shared, raw, status):
+    assert await kept(shared, raw, (status,))
 
 
 @pytest.mark.parametrize(
@@ -425,16 +481,17 @@ async def test_a_heartbeat_counts_with_any_reply(relay, clock, raw, status):
         request("GET", "/api/v1/workers/w1/heartbeat", **TOKEN),
     ],
 )  # fmt: skip
-async def test_a_heartbeat_with_any_body_brings_an_offline_worker_back(relay, clock, raw):
-    await relay.exchange(beat())
-    clock.advance(100)
-    await sweep(relay)
+@on_shared_loop
+async def test_a_heartbeat_with_any_body_brings_an_offline_worker_back(shared, raw):
+    await shared.exchange(beat())
+    shared.clock.advance(100)
+    await shared.sweep()
     queue = request("POST", "/api/workers/whatsapp/w1/commands", b'{"command":{"type":"restart"}}')
-    command = (await exchange(relay.addresses.socket, queue)).json["id"]
-    assert (await relay.exchange(raw)).status >= 400
-    assert await types(relay) == ["registered", "offline", "online"]
+    command = (await exchange(shared.relay.addresses.socket, shared.named(queue))).json["id"]
+    assert (await shared.exchange(raw)).status >= 400
+    assert await shared.types() == ["registered", "offline", "online"]
     async with asyncio.timeout(30):
-        while not (commands := (await relay.exchange(beat())).json["data"]["commands"]):
+        while not (commands := (await shared.exchange(beat())).json["data"]["commands"]):
             pass
     assert commands == [{"id": command, "type": "restart"}]
 
@@ -461,11 +518,11 @@ async def test_unreadable_heartbeats_count_towards_recover_after(tmp_path, clock
         assert (await types(relay))[-1] == "online"
 
 
-async def test_a_heartbeat_without_its_announced_body_counts(relay, clock, monkeypatch):
-    monkeypatch.setattr(relay.app.ingest, "patience", Patience(0.05))
-    assert await kept(
-        relay, clock, request("PUT", "/api/v1/workers/w1/heartbeat", content_length="5", **TOKEN), (408,)
-    )
+@on_shared_loop
+async def test_a_heartbeat_without_its_announced_body_counts(shared, monkeypatch):
+    monkeypatch.setattr(shared.app.ingest, "patience", Patience(0.05))
+    raw = request("PUT", "/api/v1/workers/w1/heartbeat", content_length="5", **TOKEN)
+    assert await kept(shared, raw, (408,))
 
 
 async def test_a_heartbeat_that_is_cut_short_counts(relay, clock):
@@ -489,8 +546,9 @@ async def test_a_heartbeat_that_is_cut_short_counts(relay, clock):
         (request("PUT", "/api/v1/workers/w1/heartbeat/", b"{}", **TOKEN), (404,)),
     ],
 )
-async def test_no_other_refused_request_counts_as_a_heartbeat(relay, clock, raw, statuses):
-    assert not await kept(relay, clock, raw, statuses)
+@on_shared_loop
+async def test_no_other_refused_request_counts_as_a_heartbeat(shared, raw, statuses):
+    assert not await kept(shared, raw, statuses)
 
 
 async def test_a_refused_request_creates_no_worker(relay):
