@@ -25,6 +25,7 @@ SHARED = "tests/unit/test_postgres_shared.py"
 STORE = "tests/unit/test_postgres_store.py"
 OWNER = "tests/unit/test_owner.py"
 WORKERS = "tests/unit/test_postgres_workers.py"
+SHARDS = "tests/unit/test_postgres_shards.py"
 REPLIES = "tests/unit/test_postgres_replies.py"
 
 
@@ -202,8 +203,8 @@ MUTANTS = {
         [
             Change(
                 f"{POSTGRES}/transitions.py",
-                "AND l.incarnation <> $5::uuid AND l.until",
-                "AND l.incarnation IS NULL AND $5::uuid IS NULL AND l.until",
+                "(l.incarnation <> $5::uuid OR coalesce",
+                "(l.incarnation IS NULL AND $5::uuid IS NULL OR coalesce",
             )
         ],
         [SHARED],
@@ -300,6 +301,81 @@ MUTANTS = {
             )
         ],
         [REPLIES],
+    ),
+    "take-a-shard-of-a-former-number": Mutant(
+        [
+            Change(
+                f"{POSTGRES}/nodes.py",
+                "WHERE (g.standing ->> 'shards')::int = s.shards ORDER BY",
+                "WHERE s.shards IS NOT NULL ORDER BY",
+            )
+        ],
+        [NODES],
+    ),
+    "take-a-shard-while-the-number-changes": Mutant(
+        [Change(f"{POSTGRES}/nodes.py", "ORDER BY g.name FOR SHARE OF g", "ORDER BY g.name")],
+        [NODES],
+    ),
+    "change-shards-that-are-held": Mutant(
+        [
+            Change(
+                f"{POSTGRES}/leases.py",
+                "return None if any(lease.is_held and lease.name.startswith(begin) for lease in leases)"
+                " else wanted",
+                "return wanted if begin else None",
+            )
+        ],
+        [NODES],
+    ),
+    "end-without-the-lease-of-a-shard": Mutant(
+        [
+            Change(
+                f"{POSTGRES}/transitions.py",
+                "AND l.incarnation = $5::uuid AND l.until > clock_timestamp()) END",
+                "AND l.until < 'infinity') END",
+            )
+        ],
+        [SHARDS],
+    ),
+    "end-as-if-not-divided": Mutant(
+        [
+            Change(
+                f"{POSTGRES}/transitions.py",
+                "AND (l.incarnation <> $5::uuid OR coalesce((l.standing ->> 'shards')::int, 1) <> 1))",
+                "AND l.incarnation <> $5::uuid)",
+            )
+        ],
+        [SHARDS],
+    ),
+    "claim-other-shards": Mutant(
+        [
+            Change(
+                "relay/base/shards.py",
+                "slot % self.count in self.numbers",
+                "slot % self.count >= min(self.numbers, default=99)",
+            )
+        ],
+        [SHARDS],
+    ),
+    "hand-over-a-shard-beyond-its-limit": Mutant(
+        [
+            Change(
+                "relay/delivery/lane.py",
+                "return self.in_flight > limit or any(",
+                "return self.in_flight > 99 * limit or any(",
+            )
+        ],
+        [OWNER],
+    ),
+    "begin-a-shard-with-a-full-rate": Mutant(
+        [
+            Change(
+                "relay/base/rate.py",
+                "self._tokens = min(self._tokens, self._burst if share else 0.0)",
+                "self._tokens = self._burst if share else 0.0",
+            )
+        ],
+        ["tests/unit/test_rate.py"],
     ),
 }
 

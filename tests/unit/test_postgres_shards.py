@@ -15,6 +15,7 @@ from relay.base.shards import Shards, slot_of
 from relay.errors import StorageError
 from relay.model import Attempt, DestinationState, Grouping, Outcome, Target
 from relay.store import Cancelled
+from relay.store.batch import Scope
 from relay.store.postgres import leases
 from relay.store.postgres import nodes as nodes_module
 from relay.store.postgres.nodes import PostgresNodes
@@ -285,6 +286,9 @@ async def test_a_node_that_was_frozen_ends_nothing_of_another_number_of_shards(s
     with patch.object(PostgresNodes, "scope", scope):  # frozen after it has begun a transaction
         await second.store.deliveries.expire()
         assert await second.store.deliveries.cancel(sorted(mine[1])) == Cancelled(0, len(mine[1]))
+    undivided = Scope(frozenset({"crm"}), frozenset({"crm"}), has_orphans=False)
+    with patch.object(PostgresNodes, "scope", undivided):  # the keeper, before it has divided the destination
+        await first.store.deliveries.expire()
     assert await pending(first) == mine[0] | mine[1]
     second.store.nodes._scope_until = 0
     await second.store.deliveries.cancel([])

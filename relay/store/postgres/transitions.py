@@ -57,14 +57,14 @@ FORGET_SQL = """
      WHERE k.destination = f.destination AND k.order_key = f.order_key AND k.pending <= 0
 """
 # A node that was frozen meanwhile must not end deliveries that another node may be sending. It may believe in
-# a former number of shards: then the lease of its shard is free, but it does not hold it.
+# a former number of shards: then it does not hold the lease of its shard, or the destination is divided now.
 END_SQL = """
     WITH gone AS (
          DELETE FROM owed AS o USING unnest($1::bigint[], $6::text[]) AS e (id, lane)
           WHERE o.id = e.id
             AND CASE WHEN strpos(e.lane, '/') = 0 THEN NOT EXISTS (
-                     SELECT FROM leases AS l WHERE l.name = 'lane:' || e.lane
-                        AND l.incarnation <> $5::uuid AND l.until > clock_timestamp())
+                     SELECT FROM leases AS l WHERE l.name = 'lane:' || e.lane AND l.until > clock_timestamp()
+                        AND (l.incarnation <> $5::uuid OR coalesce((l.standing ->> 'shards')::int, 1) <> 1))
                 ELSE EXISTS (
                      SELECT FROM leases AS l WHERE l.name = 'lane:' || e.lane
                         AND l.incarnation = $5::uuid AND l.until > clock_timestamp()) END
