@@ -1,6 +1,7 @@
 """Words for the states and reasons that the API returns as codes, for the command line and the dashboard."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from relay.model import PAUSED_IN_CONFIG
 
@@ -56,3 +57,17 @@ def hold_advice(name: str, held: str | None) -> str | None:
     """
     advice = None if held is None else _ADVICE.get(held)
     return None if advice is None else advice.format(name=name)
+
+
+def shards_text(shards: Iterable[Mapping[str, Any]]) -> str:
+    """Return which node has which shards of a destination, and whose circuit is open.
+
+    >>> rows = [(0, "eu-1", "closed"), (1, "", "closed"), (2, "eu-1", "open")]
+    >>> shards_text({"shard": number, "node": node, "circuit": circuit} for number, node, circuit in rows)
+    'eu-1: 0, 2 (circuit open); no node: 1'
+    """
+    nodes: dict[str, list[str]] = {}
+    for each in shards:
+        state = " (circuit open)" if each["circuit"] == "open" else ""
+        nodes.setdefault(each["node"] or "no node", []).append(f"{each['shard']}{state}")
+    return "; ".join(f"{node}: {', '.join(numbers)}" for node, numbers in sorted(nodes.items()))

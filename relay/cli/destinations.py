@@ -1,12 +1,12 @@
 """`relay destinations`."""
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import click
 
-from relay.api.words import held_text, hold_advice
+from relay.api.words import held_text, hold_advice, shards_text
 from relay.base.units import parse_time_span
 from relay.cli import screen
 from relay.cli.api_client import Daemon
@@ -207,19 +207,10 @@ def _fields(shown: Mapping[str, Any]) -> list[Field]:
         Field("Last success", screen.full_time(shown.get("last_success"))),
         Field("Certificate", _expiry(shown.get("certificate_expires"))),
         Field("Events", screen.cell(shown.get("events"))),
-        *([Field("Shards", _shards_text(shown["shards"]))] if "shards" in shown else []),
+        *([Field("Shards", shards_text(shown["shards"]))] if "shards" in shown else []),
         Field("Backlog", ", ".join(backlog)),
         Field("Deliveries", ", ".join(ended), "red" if shown["dead"] else None),
     ]
-
-
-def _shards_text(shards: Sequence[Mapping[str, Any]]) -> str:
-    """Return which node has which shards of a destination, and which circuits are open."""
-    nodes: dict[str, list[str]] = {}
-    for each in shards:
-        state = " (circuit open)" if each["circuit"] == "open" else ""
-        nodes.setdefault(each["node"] or "no node", []).append(f"{each['shard']}{state}")
-    return "; ".join(f"{node}: {', '.join(numbers)}" for node, numbers in sorted(nodes.items()))
 
 
 def _expiry(expires: str | None) -> str:

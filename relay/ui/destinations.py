@@ -6,7 +6,7 @@ from typing import Any
 
 from aiohttp import web
 
-from relay.api.words import held_text, hold_advice
+from relay.api.words import held_text, hold_advice, shards_text
 from relay.config.effective import as_toml
 from relay.ui.markup import Content, Markup, join, tag
 from relay.ui.page import Visit
@@ -136,6 +136,8 @@ def _facts(visit: Visit, shown: Mapping[str, Any]) -> Iterator[tuple[str, Conten
     yield "Host", shown["url_host"] or NONE
     if shown.get("node"):
         yield "Node", shown["node"]
+    if shown.get("shards"):
+        yield "Shards", shards_text(shown["shards"])
     yield "Events", ", ".join(shown.get("events") or ()) or NONE
     yield "Last success", exact(visit, shown["last_success"])
     if shown.get("failing_since"):
