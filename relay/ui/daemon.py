@@ -173,7 +173,7 @@ async def nodes(visit: Visit) -> web.Response:
         await table(
             visit,
             "Nodes that share the database",
-            ("Node", "Version", "Up", "Seen", "Destinations", "Jobs", "Configuration"),
+            ("Node", "Version", "Started", "Seen", "Destinations", "Jobs", "Configuration"),
             (_node(visit, each) for each in found),
         ),
         tag("p", command("nodes")),

@@ -234,7 +234,7 @@ async def _go_on(senders: Senders) -> None:
     """Send events until cancelled, so that the pictures have current rates."""
     while True:
         await senders.send(HOUR)
-        await asyncio.sleep(0.5)
+        await asyncio.sleep(3)
 
 
 async def _pass(relay: Relay, senders: Senders, second: int, step: int) -> None:
