@@ -6,7 +6,10 @@ from torture.cluster_workers import torture
 
 
 @needs_postgres
-async def test_each_change_of_a_worker_is_one_event_while_nodes_and_the_database_are_away(tmp_path):
+async def test_each_change_of_a_worker_is_one_event_while_nodes_and_the_database_are_away(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr("torture.cluster_workers.WORKERS", 100)
     fleet = await torture(database_of(tmp_path), tmp_path, ("report", "kill", "away"), seed=1)
     assert fleet.faults == []
     assert fleet.answers > 1000
