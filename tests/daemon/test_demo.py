@@ -138,11 +138,10 @@ async def post(curl):
         assert response.status == 202, await response.text()
 
 
-async def test_exit_needs_demo(tmp_path):
-    async with demo(tmp_path, "serve", "--exit") as process:
-        output = (await process.communicate())[0].decode()
-        assert process.returncode == 2
-    assert "--exit needs --demo" in output
+def test_exit_needs_demo():
+    result = CliRunner().invoke(main, ["serve", "--exit"])
+    assert result.exit_code == 2
+    assert "--exit needs --demo" in result.output
 
 
 def test_the_demo_configures_every_bundled_source_and_knows_the_events_of_its_samples(tmp_path):
@@ -227,9 +226,18 @@ def test_an_event_type_that_the_terminal_cannot_show_does_not_end_the_demo():
 # --- a cluster ----------------------------------------------------------------------------------------
 
 
+SHORT = """
+from relay.cli import main
+from relay.demo import cluster
+cluster.RATE, cluster.WARM_UP, cluster.AFTERWARDS = 15.0, 1.0, 0.5
+main()
+"""
+
+
 @needs_postgres
 async def test_a_cluster_loses_nothing_when_a_node_is_killed_and_ctrl_c_ends_it(tmp_path):
-    async with demo(tmp_path, "serve", "--demo", "--nodes", "2", patience=6 * PATIENCE) as process:
+    command = ("serve", "--demo", "--nodes", "2")
+    async with demo(tmp_path, *command, code=SHORT, patience=6 * PATIENCE) as process:
         lines = []
         while not lines or "the cluster runs for" not in lines[-1]:
             line = (await process.stdout.readline()).decode()

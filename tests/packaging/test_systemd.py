@@ -467,7 +467,7 @@ LISTEN_PID=$$ LISTEN_FDS=2 exec systemd-socket-activate --fdname=public:admin "$
 """
 """systemd-socket-activate, with two sockets that outlive it, as those of .socket units do."""
 
-RESTARTS = int(os.environ.get("RELAY_TEST_RESTARTS", "5"))
+RESTARTS = int(os.environ.get("RELAY_TEST_RESTARTS", "2"))
 
 
 @needs_systemd
