@@ -239,6 +239,22 @@ async def test_now_reloads_when_its_state_changes_and_shows_times_of_the_chosen_
         watch.check()
 
 
+@pytest.mark.parametrize("scripts", [True, False], ids=["scripts", "no-scripts"])
+async def test_the_navigation_is_one_line_on_a_phone(relay, browser, addresses, scripts):
+    options = {"viewport": {"width": 360, "height": 740}, "java_script_enabled": scripts}
+    async with opened(browser, relay.addresses.admin, TOKEN, **options) as (page, watch):
+        await page.goto(f"{relay.addresses.admin}/ui/audit")
+        assert (await page.get_by_role("banner").bounding_box())["height"] < 110
+        for name in ("Now", "Audit"):  # the ends of the line
+            link = page.get_by_role("navigation").get_by_role("link", name=name)
+            await link.focus()
+            box = await link.bounding_box()
+            assert 0 <= box["x"] <= 360 - box["width"], name
+        await page.get_by_role("link", name="Events", exact=True).click()
+        await page.get_by_role("heading", name="Events").wait_for()
+        watch.check()
+
+
 async def test_keys_press_buttons_and_are_listed(relay, browser, addresses):
     origin = relay.addresses.admin
     async with opened(browser, origin, TOKEN) as (page, watch):
