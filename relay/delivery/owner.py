@@ -53,6 +53,8 @@ class Owner:
         self._hand_overs: dict[str, asyncio.Task[None]] = {}  # by destination
         self._due = asyncio.Event()  # set: renew at once
         self._failing = False
+        self._has_lanes = False  # the first renewal has ended
+        self._leaves_alone = False  # this node is the last one, and stops
 
     async def start(self) -> None:
         """Take lanes now, and then regularly; returns after the first try."""
@@ -138,6 +140,7 @@ class Owner:
         """Hand over every lane once its attempts in flight have ended; renew until `stop`."""
         if self._task is None:
             return
+        self._leaves_alone = not self._has_company
         with suppress(StorageError):  # the other nodes notice it later
             await self._store.nodes.leave()
         for lane in self._dispatcher.lanes.values():
@@ -187,12 +190,19 @@ class Owner:
             elif name in self._hand_overs or name in owned.hand_over:
                 pass
             elif name in gained:
-                log.info("%s: this node runs the lane", name, extra=fields(destination=name))
+                # The start of a daemon that is alone is no news.
+                level = logging.INFO if self._has_lanes or self._has_company else logging.DEBUG
+                log.log(level, "%s: this node runs the lane", name, extra=fields(destination=name))
                 lane.own(until, state)
             else:
                 lane.own(until, None)
         for name in owned.hand_over:
             self._begin_to_hand_over(name)
+        self._has_lanes = True
+
+    @property
+    def _has_company(self) -> bool:
+        return self._store.nodes.figures().get("nodes", 1) > 1
 
     def _apply_shards(self, lane: Lane, owned: Ownership, state: DestinationState) -> None:
         count, leaving = owned.shards[lane.name], self._hand_overs.keys() | owned.hand_over
@@ -254,7 +264,8 @@ class Owner:
             extra = fields(destination=name)
             log.warning("%s: cannot hand over the lane: %s", name, error.message, extra=extra)
         else:
-            log.info("%s: handed over the lane", name, extra=fields(destination=name))
+            level = logging.DEBUG if self._leaves_alone else logging.INFO
+            log.log(level, "%s: handed over the lane", name, extra=fields(destination=name))
 
     async def _renew_for_ever(self) -> None:
         while True:

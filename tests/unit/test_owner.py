@@ -45,6 +45,10 @@ class ScriptedNodes:
         self.requests = []
         self.owner_there = None
         self.others = ()
+        self.live = 2
+
+    def figures(self):
+        return {"nodes": self.live}
 
     async def own(self, lanes, jobs, shards, standing):
         self.asked.append((dict(lanes), set(jobs)))
@@ -479,3 +483,22 @@ async def test_one_node_marks_silent_workers_and_a_new_leader_gives_them_time(he
     store.nodes.leads = {"sweep"}
     assert await sweep(0, *[10] * 9) == 0
     assert await sweep(1) == 1
+
+
+@pytest.mark.parametrize(
+    ("live", "later", "level"), [(1, False, "DEBUG"), (2, False, "INFO"), (1, True, "INFO")]
+)
+async def test_the_start_of_a_node_without_others_is_not_logged(
+    store, receiver, caplog, *, live, later, level
+):
+    caplog.set_level("DEBUG", "relay.delivery")
+    store.nodes.live = live
+    async with dispatcher_for(store, destination("crm", receiver.url)) as dispatcher:
+        owner = Owner(dispatcher, store, set)
+        if later:  # another node had the lane, and has died
+            store.nodes.ownership = owned(elsewhere={"crm": "b"})
+            await owner.renew()
+        store.nodes.ownership = owned("crm")
+        await owner.renew()
+    [line] = [each for each in caplog.records if each.message == "crm: this node runs the lane"]
+    assert line.levelname == level
