@@ -13,11 +13,12 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import aiosqlite
+import asyncpg
 import click
 import msgspec
 
 from bench.filling import END, fill, fill_served
-from bench.postgres import server
+from bench.postgres import Processes, server
 from relay.api.views import list_items, show_delivery, show_event
 from relay.model import Selection
 from relay.store import StoredData
@@ -101,25 +102,21 @@ class TracedStore(Reading):
         return await _items(self, kind, cursor, filters)
 
 
-class Untraced:
-    """Stands for a connection whose statements are not looked at."""
-
-    def __init__(self) -> None:
-        self.statements: list[tuple[str, Any]] = []
-
-    async def plans(self) -> dict[str, list[str]]:
-        """Return no plans."""
-        return {}
-
-
 class ServedStore:
-    """Stored data in PostgreSQL."""
+    """Stored data in PostgreSQL, on a server with the extension pg_stat_statements."""
 
-    def __init__(self, stored: StoredData) -> None:
-        self.stored, self.traced = stored, Untraced()
+    def __init__(self, stored: StoredData, processes: Processes, watching: "asyncpg.Connection[Any]") -> None:
+        self.stored, self.processes, self._watching = stored, processes, watching
 
     async def list(self, kind: str, cursor: str | None, filters: Mapping[str, str]) -> dict[str, Any]:
         return await _items(self.stored, kind, cursor, filters)
+
+    async def buffers(self) -> int:
+        """Return how many pages of memory or disk the statements since the last call have read."""
+        sql = "SELECT sum(shared_blks_hit + shared_blks_read)::bigint FROM pg_stat_statements"
+        found = await self._watching.fetchval(sql)
+        await self._watching.execute("SELECT pg_stat_statements_reset()")
+        return int(found or 0)
 
 
 async def _items(
@@ -173,6 +170,8 @@ class Figure(msgspec.Struct, frozen=True):
     """Measurement of one query."""
 
     seconds: float
+    cpu: float  # seconds, of this process and the server
+    buffers: int | None  # pages of memory or disk that were read; None: SQLite
     what: str
     rows: int
     more: bool
@@ -183,16 +182,34 @@ async def measure(
     store: TracedStore | ServedStore, kind: str, cursor: str | None, filters: Mapping[str, str]
 ) -> Figure:
     """Run a query several times."""
-    taken = []
+    taken, used, buffers = [], [], []
     for _ in range(RUNS):
-        store.traced.statements.clear()
-        began = time.perf_counter()
+        if isinstance(store, TracedStore):
+            store.traced.statements.clear()
+        else:
+            await store.buffers()
+        cpu, began = _cpu(store), time.perf_counter()
         page = await store.list(kind, cursor, filters)
         taken.append(time.perf_counter() - began)
+        used.append(_cpu(store) - cpu)
+        if isinstance(store, ServedStore):
+            buffers.append(await store.buffers())
     described = " ".join(f"{name}={value}" for name, value in filters.items()) or "all"
     what = f"{kind}: {described}{'' if cursor is None else ', deep'}"
-    plans = await store.traced.plans()
-    return Figure(statistics.median(taken), what, len(page["items"]), page["next_cursor"] is not None, plans)
+    plans = await store.traced.plans() if isinstance(store, TracedStore) else {}
+    return Figure(
+        statistics.median(taken),
+        statistics.median(used),
+        max(buffers, default=None),
+        what,
+        len(page["items"]),
+        page["next_cursor"] is not None,
+        plans,
+    )
+
+
+def _cpu(store: TracedStore | ServedStore) -> float:
+    return time.process_time() + (store.processes.cpu() if isinstance(store, ServedStore) else 0.0)
 
 
 async def pages(store: TracedStore, kind: str, filters: Mapping[str, str]) -> tuple[int, int, float]:
@@ -244,8 +261,11 @@ async def run_served(url: str, events: int) -> bool:
     """Fill a PostgreSQL database and measure its lists; return whether all pages met the target."""
     await fill_served(url, events)
     figures: list[Figure] = []
+    processes = await Processes.of(url)
+    watching = await asyncpg.connect(url)
+    await watching.execute("CREATE EXTENSION pg_stat_statements")
     async with offline_store(url, Path()).read() as stored:
-        store, early = ServedStore(stored), END - 13 * 86_400_000_000
+        store, early = ServedStore(stored, processes, watching), END - 13 * 86_400_000_000
         for kind in OPTIONS:
             cursors = (None, str(early if kind == "attempts" else first_id(early)))
             found = [
@@ -254,7 +274,11 @@ async def run_served(url: str, events: int) -> bool:
                 for cursor in cursors
             ]
             _print_figures(kind, found)
+            print("  most pages of memory:")
+            for each in sorted(found, key=lambda each: -(each.buffers or 0))[:SHOWN]:
+                print(f"  {_described(each)}")
             figures += found
+    await watching.close()
     return all(each.seconds <= TARGET for each in figures)
 
 
@@ -264,14 +288,21 @@ def _print_figures(what: str, figures: list[Figure]) -> None:
     middle = statistics.median(each.seconds for each in figures)
     cut = sum(each.more and each.rows < 50 for each in figures)
     times = f"median {middle * 1e3:.1f} ms, maximum {ordered[0].seconds * 1e3:.1f} ms"
-    print(f"{what}: {len(figures)} queries, {times}, {over} over {TARGET * 1e3:.0f} ms,", end=" ")
+    cpu = [each.cpu for each in figures]
+    used = f"CPU median {statistics.median(cpu) * 1e3:.1f} ms, maximum {max(cpu) * 1e3:.1f} ms"
+    print(f"{what}: {len(figures)} queries, {times}, {over} over {TARGET * 1e3:.0f} ms, {used},", end=" ")
     print(f"{cut} pages cut by their budget", flush=True)
     for each in ordered[: SHOWN if len(figures) > 1 else 0]:
-        print(f"  {each.seconds * 1e3:6.1f} ms  {each.what}: {each.rows} rows")
+        print(f"  {_described(each)}")
         for sql, plan in each.plans.items():
             print(f"             {sql[:150]}")
             for step in dict.fromkeys(plan):
                 print(f"               {step}")
+
+
+def _described(each: Figure) -> str:
+    read = "" if each.buffers is None else f", {each.buffers:,} pages of memory"
+    return f"{each.seconds * 1e3:6.1f} ms, CPU {each.cpu * 1e3:5.1f} ms{read}  {each.what}: {each.rows} rows"
 
 
 async def _others(store: TracedStore) -> None:
@@ -313,7 +344,7 @@ async def _others(store: TracedStore) -> None:
 def main(events: int, file: Path | None, *, postgres: bool) -> None:
     """Fill a store and measure its lists."""
     if postgres:
-        with server(None) as url:
+        with server(None, "shared_preload_libraries=pg_stat_statements") as url:
             met = asyncio.run(run_served(url, events))
         print(f"target {TARGET * 1e3:.0f} ms per page: {'met' if met else 'missed'}")
         return
