@@ -36,7 +36,7 @@ class StoredDeliveries(ABC):
 
     async def settle(self, outcome: Outcome) -> bool:
         """See `Deliveries.settle`."""
-        job = Job[bool](
+        job: Job[bool] = Job(
             lambda batch: batch.outcomes.append(outcome),
             finish=lambda batch, _: outcome.delivery.id in batch.settled,
         )
@@ -96,7 +96,7 @@ class StoredDeliveries(ABC):
         """Cancel deliveries whose attempt ended without an outcome."""
         if not delivery_ids:
             return
-        job = Job[None](lambda batch: batch.to_cancel.extend(delivery_ids))
+        job: Job[None] = Job(lambda batch: batch.to_cancel.extend(delivery_ids))
         self._database.writer.submit(job).add_done_callback(_report_failure)
 
     async def make_due(self, delivery_ids: Sequence[int]) -> int:

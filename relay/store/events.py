@@ -42,7 +42,7 @@ class StoredEvents(ABC):
             return receipt
         event = acceptance.event
         key = _key_of(acceptance) if acceptance.key else None
-        job = Job[Receipt](
+        job: Job[Receipt] = Job(
             lambda batch: batch.accept(acceptance, key),
             size=len(event.body) if event is not None else 0,
             keys=() if key is None else (key,),
@@ -54,7 +54,7 @@ class StoredEvents(ABC):
     async def append_all(self, acceptances: Sequence[Acceptance]) -> Receipt:
         """See `Events.append_all`."""
         keys = [_key_of(each) for each in acceptances]
-        job = Job[Receipt](
+        job: Job[Receipt] = Job(
             lambda batch: batch.accept_all(acceptances, keys),
             size=sum(
                 EVENT_BYTES + len(each.event.body) + len(each.event.context)

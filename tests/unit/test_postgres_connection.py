@@ -6,6 +6,7 @@ import shutil
 import signal
 import socket
 import time
+from abc import ABCMeta
 from contextlib import suppress
 
 import pytest
@@ -280,6 +281,22 @@ async def test_a_suspended_pooler_stops_writes_and_reads_until_it_continues(tmp_
         os.kill(pooler.process.pid, signal.SIGCONT)
         await store.close()
         pooler.stop()
+
+
+@needs_postgres
+async def test_the_values_of_an_array_are_sent_without_a_look_at_abstract_classes(tmp_path, monkeypatch):
+    database = await connect(read_url(database_of(tmp_path)), writes=False)
+    check, checked = ABCMeta.__instancecheck__, []
+    try:
+        values = [f"value {number}" for number in range(500)]
+        await database.fetch("SELECT unnest($1::text[])", values)
+        monkeypatch.setattr(ABCMeta, "__instancecheck__", lambda *args: checked.append(args) or check(*args))
+        rows = await database.fetch("SELECT unnest($1::text[])", values)
+        monkeypatch.undo()
+    finally:
+        await database.close()
+    assert [value for (value,) in rows] == values
+    assert len(checked) < 100
 
 
 # --- PgBouncer ----------------------------------------------------------------------------------------

@@ -285,7 +285,7 @@ class SharedWorkers(StoredWorkers):
         return [key]
 
     async def _submit(self, apply_: Callable[[Batch], T], keys: Sequence[WorkerKey] | None) -> T:
-        job = Job[T](apply_)
+        job: Job[T] = Job(apply_)
         self._concerned[job] = None if keys is None else lambda: keys
         try:
             return await self._database.writer.submit(job)
