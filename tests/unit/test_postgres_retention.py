@@ -12,6 +12,7 @@ from relay.config.schema import Retention, SourceRetention
 from relay.store import pruning
 from relay.store.opening import make_store
 from relay.store.postgres import prune
+from relay.store.postgres.connection import connect
 from relay.store.postgres.partitions import make_partitions
 from relay.store.postgres.rows import first_id
 from relay.store.retention_policy import Policy
@@ -77,7 +78,7 @@ async def add(connection, number, at, kind, state, *, finished, later, early):
 async def test_only_events_that_are_old_enough_and_finished_disappear(store, clock, monkeypatch, is_big):
     monkeypatch.setattr(prune, "BIG", 0 if is_big else 2**60)
     url, begun, chance, stored = store.database.address.hosts[0].dsn, clock.now, random.Random(1), []
-    connection = store.database.writer.connection
+    connection = await connect(store.database.address, writes=True)
     await make_partitions(connection, begun, 23)
     for number in range(150):
         at = begun + number // 10 * DAY + chance.randrange(DAY)
@@ -87,10 +88,11 @@ async def test_only_events_that_are_old_enough_and_finished_disappear(store, clo
         later, early = chance.choice([0, 0, DAY // 2, 5 * DAY]), chance.choice([*[0] * 20, 3 * DAY, -3 * DAY])
         event = await add(connection, number, at, kind, state, finished=finished, later=later, early=early)
         stored.append((event, kind, at + early, state, finished))
+    await connection.close()
     dropped = 0
     for day in (9, 16, 22, 36):
         clock.now = begun + day * DAY + DAY // 3
-        await make_partitions(connection, clock.now, 1)
+        await store.database.writer.call(store.make_partitions)
         pruned = await store.upkeep.prune(POLICY)
         left = {id_ for (id_,) in await run(url, "SELECT id FROM events", path="public")}
         needed = set()
