@@ -107,7 +107,8 @@ async def test_every_query_returns_all_matching_rows_in_order(file, kind):
 async def test_pages_that_reach_their_budget_return_the_same_rows(file, kind, monkeypatch):
     for name, value in {"MOST_CANDIDATES": 300, "STEP": 120}.items():
         monkeypatch.setattr(pages, name, value)
-    for name, value in {"PROBED": 20, "MOST_LISTED": 10, "MOST_TERMS": 6}.items():
+    few = {"PROBED": 20, "MOST_LISTED": 10, "MOST_TERMS": 6, "TYPES_AT_ONCE": 3, "TYPES_SECONDS": -1}
+    for name, value in few.items():
         monkeypatch.setattr(plan, name, value)
     async with open_traced(file) as store:
         found = await rows(store)

@@ -5,6 +5,7 @@ source may have a rare subject, and a state is rare until a receiver fails. So t
 whose 2,000th candidate is the oldest reads the fewest rows that do not match.
 """
 
+import asyncio
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -22,6 +23,12 @@ MOST_TERMS = 64
 
 MOST_TYPES = 500
 """Event types that are compared with a pattern; each costs one step along the index of types."""
+
+TYPES_AT_ONCE = 100
+"""Of them, those that one statement finds."""
+
+TYPES_SECONDS = 0.010
+"""Time to find them. In PostgreSQL, each costs a step in every partition."""
 
 MOST_LISTED = 5000
 """Rows that a plan may read at once and sort in memory, because no index has them in the list's order."""
@@ -133,14 +140,28 @@ async def types_matching(reader: Reader, wanted: Selection) -> tuple[str, ...] |
     if prefix == wanted.type:
         found = [wanted.type]
     else:
-        found = await reader.types_between(prefix, f"{prefix}\U0010ffff", MOST_TYPES)
-        if len(found) > MOST_TYPES:
+        stored = await _types_with(reader, prefix)
+        if stored is None:
             return None
         patterns = Patterns((wanted.type,))
-        found = [type_ for type_ in found if patterns.matches(type_)]
+        found = [type_ for type_ in stored if patterns.matches(type_)]
     if wanted.source is not None:
         found = [type_ for type_ in found if type_.startswith(f"{wanted.source}.")]
     return tuple(found) if len(found) <= MOST_TERMS else None
+
+
+async def _types_with(reader: Reader, prefix: str) -> list[str] | None:
+    """Return the stored types that begin with a prefix; None: there are too many."""
+    clock = asyncio.get_running_loop().time
+    deadline, first, found = clock() + TYPES_SECONDS, prefix, list[str]()
+    while True:
+        some = await reader.types_between(first, f"{prefix}\U0010ffff", TYPES_AT_ONCE)
+        found += some[:TYPES_AT_ONCE]
+        if len(some) <= TYPES_AT_ONCE:
+            return found
+        if len(found) >= MOST_TYPES or clock() > deadline:
+            return None
+        first = some[TYPES_AT_ONCE]
 
 
 async def few_deliveries(reader: Reader, wanted: Selection) -> list[int] | None:
