@@ -4,6 +4,7 @@ import asyncio
 import json
 
 import pytest
+import pytest_asyncio
 from daemons import SOURCES, Recorder, adorn, destination, running, write_config
 from stores import refuse_writes
 from support import until
@@ -242,6 +243,17 @@ async def test_an_event_is_explained(tmp_path, receiver):
 REPLAYS, RETRY, CANCEL = "/api/replays", "/api/deliveries/retry", "/api/deliveries/cancel"
 
 
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def shared(tmp_path_factory):
+    """A relay without events, for requests that it refuses."""
+    crm = destination("crm", "http://127.0.0.1:9/")
+    async with running(write_config(tmp_path_factory.mktemp("relay"), SOURCES, crm)) as relay:
+        yield relay
+
+
+on_shared_loop = pytest.mark.asyncio(loop_scope="module")
+
+
 @pytest.mark.parametrize(
     ("path", "body", "status", "message"),
     [
@@ -269,8 +281,9 @@ REPLAYS, RETRY, CANCEL = "/api/replays", "/api/deliveries/retry", "/api/deliveri
         (CANCEL, {"ids": "all"}, 400, "Expected `array | null`, got `str`"),
     ],
 )
-async def test_an_invalid_request_gets_an_error_message(relay, path, body, status, message):
-    found, reply = await ask(relay, "POST", path, body)
+@on_shared_loop
+async def test_an_invalid_request_gets_an_error_message(shared, path, body, status, message):
+    found, reply = await ask(shared, "POST", path, body)
     assert found == status, reply
     assert message in reply["error"]["message"]
     assert reply["error"]["code"] == ("bad_request" if status == 400 else "not_found")
@@ -288,8 +301,9 @@ async def test_an_unknown_replay_may_have_ended_with_a_restart(relay):
     [b"{", b'{"filter":{"subject":"\xff"}}', b'{"filter":{"where":{"a":' + b"[" * 5000],
     ids=["cut short", "no UTF-8", "too deep"],
 )
-async def test_an_invalid_json_body_is_refused(relay, body):
-    answer = await exchange(relay.addresses.socket, request("POST", REPLAYS, body))
+@on_shared_loop
+async def test_an_invalid_json_body_is_refused(shared, body):
+    answer = await exchange(shared.addresses.socket, request("POST", REPLAYS, body))
     assert (answer.status, answer.json["error"]["code"]) == (400, "bad_request")
 
 

@@ -65,12 +65,18 @@ def findings(result):
 SAMPLES = read_samples()
 
 
-@pytest.mark.parametrize("sample", SAMPLES, ids=str)
-def test_verify_accepts_the_same_requests_as_the_listener(tmp_path, sample):
-    """The same recorded samples test the listener."""
-    file = write_config(tmp_path, SOURCES)
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory):
+    """The configuration that the recorded samples are for, and its tokens."""
+    file = write_config(tmp_path_factory.mktemp("samples"), SOURCES)
     config = load(file).config
-    tokens = all_tokens(Binder(read(file), os.environ), config)
+    return config, all_tokens(Binder(read(file), os.environ), config)
+
+
+@pytest.mark.parametrize("sample", SAMPLES, ids=str)
+def test_verify_accepts_the_same_requests_as_the_listener(loaded, sample):
+    """The same recorded samples test the listener."""
+    config, tokens = loaded
     report = diagnose(read_captured(sample.request), sample.kind, config.sources, tokens, 0)
     assert report.ok is (200 <= sample.expect.status < 300), report
     if sample.expect.event is not None:

@@ -5,6 +5,7 @@ import json
 from urllib.parse import quote
 
 import pytest
+import pytest_asyncio
 from daemons import SOURCES, running, write_config
 from stores import call_writer, fail_writes, queued
 from support import until
@@ -22,6 +23,16 @@ TOKEN = {"Authorization": "Bearer worker-secret-token-12345"}
 async def relay(tmp_path, clock):
     async with running(write_config(tmp_path, SOURCES), clock=clock) as relay:
         yield relay
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def shared(tmp_path_factory):
+    """A relay for tests that other workers do not disturb."""
+    async with running(write_config(tmp_path_factory.mktemp("relay"), SOURCES)) as relay:
+        yield relay
+
+
+on_shared_loop = pytest.mark.asyncio(loop_scope="module")
 
 
 def beat(worker="w1", **body):
@@ -130,17 +141,19 @@ async def test_a_queued_command_can_be_cancelled_but_not_a_sent_one(relay):
 @pytest.mark.parametrize(
     "body", [{}, {"command": "restart"}, {"command": {}}, {"command": {"type": "x"}, "ttl": "soon"}, [1]]
 )
-async def test_an_invalid_command_is_refused_with_a_hint(relay, body):
-    await relay.exchange(beat())
-    status, reply = await ask(relay, "POST", "/whatsapp/w1/commands", body)
+@on_shared_loop
+async def test_an_invalid_command_is_refused_with_a_hint(shared, body):
+    await shared.exchange(beat())
+    status, reply = await ask(shared, "POST", "/whatsapp/w1/commands", body)
     assert status == 400
     assert reply["error"]["message"]
 
 
 @pytest.mark.parametrize("action", ["commands", "maintenance"])
 @pytest.mark.parametrize("body", [{}, [1], {"command": {"type": "x"}, "on": True}])
-async def test_an_unknown_worker_gets_404_with_any_body(relay, action, body):
-    status, answer = await ask(relay, "POST", f"/whatsapp/nobody/{action}", body)
+@on_shared_loop
+async def test_an_unknown_worker_gets_404_with_any_body(shared, action, body):
+    status, answer = await ask(shared, "POST", f"/whatsapp/nobody/{action}", body)
     assert (status, answer["error"]["code"]) == (404, "not_found")
     assert 'unknown worker "nobody"' in answer["error"]["message"]
 
@@ -351,22 +364,26 @@ async def test_a_worker_id_with_plain_slashes_works_in_every_request(relay, cloc
 
 
 @pytest.mark.parametrize("id_", ODD_IDS)
-async def test_an_odd_worker_id_in_percent_encoding_is_the_same_worker_in_every_request(relay, id_):
-    assert (await relay.exchange(register(id_))).status == 200
-    assert (await relay.exchange(beat(id_))).json["data"]["workerId"] == id_
-    assert [w.id for w in relay.app.store.workers.all()] == [id_]
-    assert (await worker(relay, id_))["id"] == id_
+@on_shared_loop
+async def test_an_odd_worker_id_in_percent_encoding_is_the_same_worker_in_every_request(shared, id_):
+    others = {w.id for w in shared.app.store.workers.all()}
+    assert (await shared.exchange(register(id_))).status == 200
+    assert (await shared.exchange(beat(id_))).json["data"]["workerId"] == id_
+    assert {w.id for w in shared.app.store.workers.all()} - others == {id_}
+    assert (await worker(shared, id_))["id"] == id_
     path = f"/api/v1/workers/{quote(id_, safe='')}"
-    assert (await relay.exchange(request("DELETE", path, **TOKEN))).status == 200
-    assert await types(relay) == ["registered", "unregistered"]
+    assert (await shared.exchange(request("DELETE", path, **TOKEN))).status == 200
+    rows = await shared.rows(subject=id_)
+    assert [row["type"].rpartition(".")[2] for row in rows] == ["registered", "unregistered"]
 
 
 @pytest.mark.parametrize("id_", [".", ".."])
-async def test_an_id_that_no_path_can_contain_is_refused_at_registration(relay, id_):
-    answer = await relay.exchange(register(id_))
+@on_shared_loop
+async def test_an_id_that_no_path_can_contain_is_refused_at_registration(shared, id_):
+    answer = await shared.exchange(register(id_))
     assert (answer.status, answer.json["code"]) == (400, "VALIDATION_ERROR")
     assert answer.json["error"] == "workerId: clients and proxies remove this id from paths"
-    assert relay.app.store.workers.all() == ()
+    assert id_ not in {worker.id for worker in shared.app.store.workers.all()}
 
 
 @pytest.mark.parametrize(
@@ -586,8 +603,9 @@ async def test_the_cursor_of_the_list_continues_by_source_and_id(relay):
 
 
 @pytest.mark.parametrize("limit", ["0", "-1", "x", "", "1_0"])
-async def test_an_invalid_limit_is_refused(relay, limit):
-    assert (await ask(relay, "GET", f"?limit={limit}"))[0] == 400
+@on_shared_loop
+async def test_an_invalid_limit_is_refused(shared, limit):
+    assert (await ask(shared, "GET", f"?limit={limit}"))[0] == 400
 
 
 async def held(relay):
