@@ -29,7 +29,7 @@ from relay.api.replays import ReplaysApi
 from relay.api.responses import errors, respond
 from relay.api.scrape import Scrape
 from relay.api.sources import SourcesApi
-from relay.api.status import StatusView, status_of
+from relay.api.status import SHOW, Problems, StatusView, problems_of, status_of
 from relay.api.tail import TailApi
 from relay.api.top import TopApi
 from relay.api.views import about
@@ -80,6 +80,7 @@ class DaemonApi:
         self._context = context
         self._began = context.clock.steady()
         self._scrape = Scrape(context.registry)
+        context.store.nodes.handle(SHOW, self._show_problems)
         self._shown: tuple[Config, ConfigView] | None = None  # until a reload
 
     @endpoint("GET", "/health", "health", "Check that the process is up.", returns=HealthView, public=True)
@@ -111,7 +112,11 @@ class DaemonApi:
         returns=StatusView,
     )  # fmt: skip
     async def _status(self, _request: web.Request) -> StatusView:
-        return status_of(self._context, self._began)
+        return await status_of(self._context, self._began)
+
+    async def _show_problems(self, _to: str, _argument: None) -> Problems:
+        """Return the problems that this node knows for another one."""
+        return problems_of(self._context)
 
     @endpoint(
         "POST",

@@ -2,7 +2,7 @@
 
 import asyncio
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -30,10 +30,22 @@ from relay.base.turns import Turns
 from relay.base.units import parse_time_span
 from relay.config.document import read
 from relay.config.problems import KeyPath, dotted
+from relay.delivery.destination_health import ELSEWHERE
 from relay.delivery.lane import Lane
 from relay.delivery.ping import Pings
 from relay.errors import RelayError, SetInConfigError
 from relay.model import AttemptResult
+
+SHOW = "show destinations"
+"""The request of another node."""
+
+PATIENCE = 2.0  # seconds within which the other nodes must answer
+
+_OF_OWNER = (
+    "held", "paused_by", "paused_until", "circuit", "failing_since", "disabled_at", "held_until",
+    "last_error", "last_error_at", "attempts_per_minute", "failed_per_minute", "certificate_expires",
+)  # fmt: skip
+"""Fields that only the node knows that owns the lane."""
 
 
 class TimingView(msgspec.Struct):
@@ -97,6 +109,8 @@ class DestinationsApi:
         self._history = context.history
         self._ledger_check = context.ledger_check
         self._node = context.state.config.cluster.node or socket.gethostname()
+        self._nodes = context.store.nodes
+        self._nodes.handle(SHOW, self._show_here)
         self._pings = Pings(context.clock, context.owner.close_circuit)
 
     @endpoint(
@@ -109,6 +123,7 @@ class DestinationsApi:
         for lane in tuple(lanes.values()):
             items.append({**self._fields(lane, recent), **counted(totals.get(lane.name))})
             await turns.give()
+        await self._add_owners(items)
         items += [
             {**self._absent(name), **counted(counts)}
             for name, counts in totals.items()
@@ -127,6 +142,7 @@ class DestinationsApi:
         else:
             lane = self._lane(request)
             shown = {**self._fields(lane, await self._recent(lane.name)), "events": lane.config.events}
+            await self._add_owners([shown])
         checked, now = self._ledger_check.backlog.get(name), self._clock.steady()
         start = None if checked is None else checked.row
         return {**shown, **await backlog_of(self._store, name, totals, now, start)}
@@ -166,6 +182,25 @@ class DestinationsApi:
     )  # fmt: skip
     async def _test(self, request: web.Request, body: PingBody) -> dict[str, Any]:
         return await self._pings.send(self._lane(request), close_circuit=body.close_circuit)
+
+    async def _show_here(self, _to: str, _argument: None) -> list[dict[str, Any]]:
+        """Return the destinations whose lanes this node owns, for another node."""
+        recent = await self._recent()
+        lanes = tuple(self._dispatcher.lanes.values())
+        return [self._fields(lane, recent) for lane in lanes if lane.is_owned]
+
+    async def _add_owners(self, items: Sequence[dict[str, Any]]) -> None:
+        """Let the owners of lanes say why they do not deliver; only they know."""
+        elsewhere = {each["name"]: each for each in items if each["held"] == ELSEWHERE}
+        if not elsewhere:
+            return
+        for _, lanes in (await self._nodes.ask_others(SHOW, None, PATIENCE)).given:
+            for owned in lanes:
+                if (shown := elsewhere.pop(owned["name"], None)) is not None:
+                    mine = 0 if "shards" in owned else shown["in_flight"]  # an owner of shards counts all
+                    known = {name: owned[name] for name in _OF_OWNER if name in owned}
+                    last = max(shown["last_success"] or "", owned["last_success"] or "") or None
+                    shown.update(known, in_flight=owned["in_flight"] + mine, last_success=last)
 
     async def _recent(self, name: str | None = None) -> dict[str, tuple[float | None, float | None]]:
         """Return the attempts of the last minute at one or each destination, and those that failed."""

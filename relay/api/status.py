@@ -1,6 +1,10 @@
-"""The daemon's state on one page: backups, disk, and the problems that an operator should know."""
+"""The daemon's state on one page: backups, disk, and the problems that an operator should know.
 
-from collections.abc import Iterator
+In a cluster, the problems are those of all nodes: only the owner of a lane knows why it does not deliver.
+"""
+
+from collections.abc import Iterator, Sequence
+from itertools import zip_longest
 from typing import Annotated, Literal
 
 import msgspec
@@ -53,6 +57,22 @@ class StatusProblem(msgspec.Struct, frozen=True):
     next: Annotated[str, about("The next command to run.")]
     kind: Annotated[Kind | None, about("Kind of the object that has the problem.")] = None
     name: Annotated[str | None, about("Name of this object.")] = None
+    node: Annotated[str | msgspec.UnsetType, about("The other node of the cluster that has the problem.")] = (
+        msgspec.UNSET
+    )
+
+    def is_same(self, other: "StatusProblem") -> bool:
+        """Return whether another node reports the same problem of a source that all nodes share."""
+        return self.what == other.what or (self.kind == other.kind == "source" and self.name == other.name)
+
+
+Problems = tuple[tuple[StatusProblem, ...], ...]
+"""In groups, the most severe first."""
+
+SHOW = "show problems"
+"""The request of another node."""
+
+PATIENCE = 2.0  # seconds within which the other nodes must answer
 
 
 class StatusView(msgspec.Struct):
@@ -72,8 +92,9 @@ class StatusView(msgspec.Struct):
     problems: Annotated[list[StatusProblem], about("The most severe first; empty if there are no problems.")]
 
 
-def status_of(context: Context, began: int) -> StatusView:
+async def status_of(context: Context, began: int) -> StatusView:
     """Return the daemon's state; `began` is the time of its start (steady clock)."""
+    problems = await _all_problems(context)
     reasons = context.health.reasons()
     return StatusView(
         version=__version__,
@@ -85,8 +106,33 @@ def status_of(context: Context, began: int) -> StatusView:
         addresses=context.addresses,
         backups=_backups(context),
         disk=_disk(context),
-        problems=list(_problems(context, reasons)),
+        problems=problems,
     )
+
+
+async def _all_problems(context: Context) -> list[StatusProblem]:
+    """Return the problems of this node, and those that the other nodes know."""
+    others = await context.store.nodes.ask_others(SHOW, None, PATIENCE)
+    groups = [list(group) for group in problems_of(context)]
+    silent = list(others.silent)
+    for node, part in others.given:
+        try:
+            theirs = msgspec.convert(part, Problems)
+        except msgspec.ValidationError:  # of another version
+            silent.append(node)
+            continue
+        for mine, more in zip_longest(groups, theirs[: len(groups)], fillvalue=()):
+            assert isinstance(mine, list)  # noqa: S101 - there are at least as many groups here
+            mine += [_from(node, each) for each in more if not any(map(each.is_same, mine))]
+    missing = [
+        StatusProblem(f"the problems of the node {name} are unknown: it does not answer", "relay nodes")
+        for name in silent
+    ]
+    return [*missing, *(each for group in groups for each in group)]
+
+
+def _from(node: str, problem: StatusProblem) -> StatusProblem:
+    return msgspec.structs.replace(problem, node=node)
 
 
 def _backups(context: Context) -> BackupsView | None:
@@ -117,24 +163,44 @@ def _disk(context: Context) -> DiskView | None:
     )
 
 
-def _problems(context: Context, reasons: list[str]) -> Iterator[StatusProblem]:
-    """Yield the problems, the most severe first."""
-    yield from _problems_of_disk(context, reasons)
+def problems_of(context: Context) -> Problems:
+    """Return the problems that this node knows."""
+    pending = context.store.ledger.pending()
+    lanes = sorted(context.dispatcher.lanes.values(), key=lambda lane: -pending.get(lane.name, 0))
+    cautions = [each for each in context.database_watch.cautions if not each.is_choice]
+    groups = (
+        _problems_of_disk(context, context.health.reasons()),
+        _problems_of_ledger(context),
+        (
+            each
+            for lane in lanes
+            for each in _problems_of_destination(context, lane, pending.get(lane.name, 0))
+        ),
+        (StatusProblem(each.what, each.next) for each in cautions),
+        _problems_of_jobs(context),
+        _problems_of_config(context),
+        _problems_of_sources(context),
+        _problems_of_certificates(context, lanes),
+    )
+    return tuple(map(tuple, groups))
+
+
+def _problems_of_ledger(context: Context) -> Iterator[StatusProblem]:
+    """Yield destinations with deliveries that are not accounted for."""
     for name, count in sorted(context.ledger_check.unaccounted.items()):
         what = f"the ledger of {name} does not balance, a bug in the relay; difference: {count}"
         yield StatusProblem(what, "relay doctor")
-    pending = context.store.ledger.pending()
-    lanes = sorted(context.dispatcher.lanes.values(), key=lambda lane: -pending.get(lane.name, 0))
-    for lane in lanes:
-        yield from _problems_of_destination(context, lane, pending.get(lane.name, 0))
-    for caution in context.database_watch.cautions:
-        if not caution.is_choice:
-            yield StatusProblem(caution.what, caution.next)
-    yield from _problems_of_jobs(context)
+
+
+def _problems_of_config(context: Context) -> Iterator[StatusProblem]:
+    """Yield a failed reload."""
     if context.reloads.failed is not None:
         what = f"the last reload failed: {context.reloads.failed}"
         yield StatusProblem(what, f"relay check-config {context.state.config.path}")
-    yield from _problems_of_sources(context)
+
+
+def _problems_of_certificates(context: Context, lanes: Sequence[Lane]) -> Iterator[StatusProblem]:
+    """Yield certificates of destinations that end soon."""
     for lane in lanes:
         now, certificate = context.clock.wall(), lane.certificate
         if certificate is not None and now > certificate.renewal_overdue:

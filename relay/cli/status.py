@@ -1,6 +1,7 @@
 """`relay status`."""
 
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import click
@@ -81,7 +82,7 @@ def _print(answer: dict[str, Any]) -> None:
     click.echo(f"backlog: {count(_backlog(answer), 'delivery')}")
     print_items(_DESTINATION, answer["destinations"], ())
     for problem in answer["problems"]:
-        click.echo(f"{problem['what']}\n  {problem['next']}", err=True)
+        click.echo(f"{_what(problem)}\n  {problem['next']}", err=True)
 
 
 def _head(answer: dict[str, Any], separator: str) -> str:
@@ -113,7 +114,7 @@ def _lines(answer: dict[str, Any]) -> list[str]:
     ]
     lines = [_head(answer, "  ")]
     for problem in answer["problems"]:
-        first, *rest = screen.wrap(screen.one_line(problem["what"]), width - 2)
+        first, *rest = screen.wrap(screen.one_line(_what(problem)), width - 2)
         lines += ["", paint(f"! {first}", "red") if colour else f"! {first}"]
         lines += [f"  {line}" for line in [*rest, *screen.wrap(problem["next"], width - 2)]]
     lines += ["", *screen.field_lines(fields, width=width, colour=colour)]
@@ -145,3 +146,8 @@ def _backup(backups: dict[str, Any] | None) -> tuple[str, Colour | None]:
     if backups["error"] is not None:
         return f"{text}; the last attempt failed: {backups['error']}", "red"
     return (f"{text}; overdue", "red") if backups["overdue"] else (text, None)
+
+
+def _what(problem: Mapping[str, Any]) -> str:
+    """Return a problem, and the other node of the cluster that has it."""
+    return f"{problem['what']} (node {problem['node']})" if problem.get("node") else str(problem["what"])

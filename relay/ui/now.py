@@ -134,6 +134,7 @@ def _problem(visit: Visit, problem: Item, destinations: Mapping[str, Item]) -> M
     return tag(
         "li",
         state("expired" if is_mild else "dead", problem["what"]),
+        f" (node {problem['node']})" if problem.get("node") else None,
         tag("div", [[each, " · " if each is not details[-1] else None] for each in details], class_="note")
         if details
         else None,

@@ -14,7 +14,7 @@ from support import until
 from test_ui_access import Browser, new_code
 from wire import exchange, following, request
 
-from relay.api import history, replays, tail, top
+from relay.api import history, replays, status, tail, top
 from relay.base.clock import SECOND
 from relay.errors import RelayError
 from relay.store.postgres import leases
@@ -148,6 +148,7 @@ async def test_any_node_adds_up_the_figures_of_all(nodes, receiver, monkeypatch)
         assert (found["sources"][0]["events"], found["destinations"]) == ([3], [])
 
         monkeypatch.setattr(history, "PATIENCE", 0.2)
+        monkeypatch.setattr(status, "PATIENCE", 0.2)
         with silent(second):
             found = await first.operator("GET", "/api/history?minutes=1&periods=1")
             assert (found["sources"][0]["events"], found["silent"]) == ([1], ["two"])
@@ -158,8 +159,28 @@ async def test_any_node_adds_up_the_figures_of_all(nodes, receiver, monkeypatch)
                 (None, 3),
                 ("on another node", 0),
             ]
+            problems = (await first.operator("GET", "/api/status"))["problems"]
+            assert "the problems of the node two are unknown" in problems[0]["what"]
     receiver.open.set()
     await until(second.app.api._top._ticking.done)  # nobody looks any more
+    await check_problems(first, second)
+
+
+async def check_problems(first, second):
+    """Check that a node shows why another one does not deliver."""
+    await first.operator("POST", "/api/destinations/d2/disable")
+    there, here = [(await relay.operator("GET", "/api/status"))["problems"] for relay in (second, first)]
+    [problem] = [each for each in there if each["kind"] == "destination"]
+    assert here == [{**each, "node": "two"} if each == problem else each for each in there]
+    for path in ("/api/destinations", "/api/destinations/d2"):
+        shown, owned = [await relay.operator("GET", path) for relay in (first, second)]
+        shown, owned = (each["items"][1] if "items" in each else each for each in (shown, owned))
+        assert shown["held"] == owned["held"] == "disabled: operator"
+        assert (shown["disabled_at"], shown["node"]) == (owned["disabled_at"], "two")
+    page = await exchange(first.addresses.socket, request("GET", "/ui/"))
+    assert b"d2 is disabled: operator" in page.body
+    assert b"(node two)" in page.body
+    await first.operator("POST", "/api/destinations/d2/enable")
 
 
 async def send(relay, session):
