@@ -13,6 +13,7 @@ import receivers
 from axe_playwright_python.async_playwright import Axe
 from browsers import chromium, needs_chromium, opened
 from daemons import SOURCES, adorn, destination, running, write_config
+from postgres import database_of, drop_databases, needs_postgres
 from proxies import proxy_at
 from samples import read_samples
 from support import until
@@ -420,6 +421,37 @@ async def test_open_pages_follow_again_after_a_restart(tmp_path, browser):
 async def pending(page, count):
     """Wait until Now shows this number of pending deliveries to the destination `crm`."""
     await page.locator("[data-live=crm]", has_text=re.compile(f"^{count}$")).first.wait_for()
+
+
+@needs_postgres
+async def test_a_page_of_one_node_shows_the_events_and_problems_of_another(tmp_path, browser):
+    url = database_of(tmp_path)
+    paths = []
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        cluster = f'[cluster]\nenabled = true\nnode = "{name}"\n'
+        path = write_config(tmp_path / name, SOURCES, cluster, destination("crm", "http://127.0.0.1:9/"))
+        storage = re.compile(r"\[storage\]\n(url = .*\n)?")
+        path.write_text(storage.sub(f'[storage]\nurl = "{url}"\n', path.read_text(), count=1))
+        paths.append(path)
+    async with running(paths[0]) as first, running(paths[1]) as second:
+        nodes = (first, second)
+        await until(lambda: all(node.app.store.nodes.figures()["nodes"] == 2 for node in nodes), 30)
+        origin, code = first.addresses.admin, (await post(first, "logins", {}))["code"]
+        async with opened(browser, origin, None) as (page, watch):
+            await page.goto(f"{origin}/ui/#code={code}")
+            await page.get_by_role("link", name="2 nodes").wait_for()
+            watch.messages.clear()  # the browser reports the answer 401 before the login
+            await page.goto(f"{origin}/ui/events?source=adorn")
+            await followers(first, 1)
+            for number, node in enumerate((second, first, second), 1):
+                await node.exchange(request("POST", "/v1/events", adorn(session=f"s-{number}")))
+                await page.get_by_text(re.compile(f"^{number} new: show$")).wait_for()
+            await page.get_by_text("3 new: show").click()
+            for number in (1, 2, 3):
+                await page.get_by_role("cell", name=f"s-{number}").wait_for()
+            watch.check()
+    drop_databases()
 
 
 async def test_a_violation_of_the_policy_is_noticed(relay, browser):
