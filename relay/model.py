@@ -359,6 +359,7 @@ class Worker(msgspec.Struct, kw_only=True, frozen=True):
     last_beat: int = msgspec.field(
         default=0, name="heard"
     )  # steady: last heartbeat since the registration, or 0
+    minutes: int = 0  # bits of the minutes in which it was heard, until `last_heartbeat`; see `rules`
     rhythm: int = 0  # usual interval of its heartbeats in microseconds; 0: not known yet
     unregistered_at: int | None = None  # steady clock; late heartbeats do not revive the worker
     leaving: int | None = None  # steady clock of a refused unregister; the next sweep applies it

@@ -71,3 +71,18 @@ def shards_text(shards: Iterable[Mapping[str, Any]]) -> str:
         state = " (circuit open)" if each["circuit"] == "open" else ""
         nodes.setdefault(each["node"] or "no node", []).append(f"{each['shard']}{state}")
     return "; ".join(f"{node}: {', '.join(numbers)}" for node, numbers in sorted(nodes.items()))
+
+
+_HEARD = "·▄█"
+"""Bars of two minutes, by the number of those with a heartbeat."""
+
+
+def heard_bars(minutes: str) -> tuple[str, str]:
+    """Return the last hour of a worker as bars of two minutes, oldest first, and in words.
+
+    >>> heard_bars("00011101")
+    ('·▄█▄', '4 of 8 minutes with a heartbeat')
+    """
+    pairs = (minutes[at : at + 2] for at in range(0, len(minutes), 2))
+    bars = "".join(_HEARD[pair.count("1")] for pair in pairs)
+    return bars, f"{minutes.count('1')} of {len(minutes)} minutes with a heartbeat"

@@ -19,7 +19,7 @@ from relay.config.validators import pattern
 from relay.errors import RelayError, UnknownError
 from relay.model import Command, Worker, WorkerStatus
 from relay.store import WorkerChanges
-from relay.workers.rules import Plan, matches, shown
+from relay.workers.rules import Plan, heard_minutes, matches, shown
 
 RECENT_METRICS = 60  # rows shown with a worker: one hour
 RECENT_COMMANDS = 20
@@ -92,6 +92,10 @@ class WorkerView(msgspec.Struct):
     counts: dict[str, int]
     sessions: tuple[SessionView, ...]
     session_count: int
+    heard_minutes: Annotated[
+        str,
+        about("One character per minute of the last hour, oldest first: 1 if it sent a heartbeat, else 0."),
+    ]
 
 
 class WorkerShown(WorkerView):
@@ -190,7 +194,7 @@ class WorkersApi:
         )
         page = workers[:limit]
         more = f"{page[-1].source}/{page[-1].id}" if len(workers) > len(page) else None
-        return {"items": [_worker(worker) for worker in page], "next_cursor": more}
+        return {"items": [self._shown(worker) for worker in page], "next_cursor": more}
 
     @endpoint(
         "GET", _WORKER, "showWorker", "Show a worker with its sessions, gauges and commands.",
@@ -201,7 +205,7 @@ class WorkersApi:
         metrics = await self._rows("worker_metrics", worker, RECENT_METRICS)
         commands = await self._rows("worker_commands", worker, RECENT_COMMANDS)
         return {
-            **_worker(worker),
+            **self._shown(worker),
             "metrics": [_measurement(row) for row in metrics],
             "commands": [_command(row) for row in commands],
         }
@@ -224,7 +228,7 @@ class WorkersApi:
         worker = self._find(request)
         key, plan = (worker.source, worker.id), self._plan(body)
         after = await self._store.workers.change(lambda changes: changes.maintain(key, on=body.on, plan=plan))
-        return _worker(after or worker)
+        return self._shown(after or worker)
 
     @endpoint(
         "POST", "/api/workers/maintenance", "maintainWorkers",
@@ -313,6 +317,11 @@ class WorkersApi:
     async def _rows(self, kind: str, worker: Worker, limit: int) -> list[dict[str, Any]]:
         return await self._store.queries.find(kind, limit=limit, source=worker.source, worker_id=worker.id)
 
+    def _shown(self, worker: Worker) -> dict[str, Any]:
+        sessions = worker.counts.get("total", len(worker.sessions))
+        heard = heard_minutes(worker, self._clock.wall())
+        return {**shown(worker), "session_count": sessions, "heard_minutes": heard}
+
     def _find(self, request: web.Request) -> Worker:
         key = (request.match_info["source"], request.match_info["id"])
         for worker in self._store.workers.all():
@@ -326,10 +335,6 @@ class WorkersApi:
 def _maintain_some(keys: Sequence[tuple[str, str]], on: bool, plan: Plan, changes: WorkerChanges) -> None:  # noqa: FBT001 - see above
     for key in keys:
         changes.maintain(key, on=on, plan=plan)
-
-
-def _worker(worker: Worker) -> dict[str, Any]:
-    return {**shown(worker), "session_count": worker.counts.get("total", len(worker.sessions))}
 
 
 def _measurement(row: dict[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from relay.api.words import heard_bars
 from relay.base.units import parse_duration, parse_time_span
 from relay.cli import screen
 from relay.cli.api_client import Daemon
@@ -102,6 +103,7 @@ def _fields(worker: Mapping[str, Any]) -> list[Field]:
         Field("Status", worker["status"], screen.colour_of("status", worker["status"])),
         Field("Maintenance", _maintenance_text(worker)),
         Field("Last seen", screen.full_time(worker["last_heartbeat"])),
+        Field("Last hour", " ".join(heard_bars(worker["heard_minutes"]))),
         Field("Registered", screen.full_time(worker["registered_at"])),
         Field("Endpoint", worker["endpoint"]),
         Field("Version", worker["version"]),

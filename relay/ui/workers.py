@@ -2,14 +2,13 @@
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from datetime import datetime
 from typing import Any
 from urllib.parse import quote
 
 import msgspec
 from aiohttp import web
 
-from relay.base.clock import SECOND
+from relay.api.words import heard_bars
 from relay.ui.markup import Content, Markup, tag
 from relay.ui.page import Visit
 from relay.ui.parts import (
@@ -31,8 +30,6 @@ from relay.ui.parts import (
 )
 
 SECTION = "workers"
-MINUTES = 60
-"""Minutes of heartbeats that are shown with a worker."""
 
 
 async def list_(visit: Visit) -> web.Response:
@@ -46,7 +43,16 @@ async def list_(visit: Visit) -> web.Response:
         await table(
             visit,
             "By source and id",
-            ("Worker", "Source", "Status", "Last heartbeat", "Sessions", "Version", "Restarts"),
+            (
+                "Worker",
+                "Source",
+                "Status",
+                "Last heartbeat",
+                "Last 60 min",
+                "Sessions",
+                "Version",
+                "Restarts",
+            ),
             (_row(visit, each) for each in workers),
             numbers=("Sessions", "Restarts"),
             empty=nothing(
@@ -80,6 +86,7 @@ def _row(visit: Visit, each: Mapping[str, Any]) -> tuple[Content, ...]:
         tag("a", each["source"], href=visit.link("sources", each["source"])),
         status_of(visit, each),
         when(visit, each["last_heartbeat"]),
+        beats(each),
         number(each["session_count"]) + ("" if most is None else f" of {most:,}"),
         each["version"] or NONE,
         each["restarts"],
@@ -115,7 +122,7 @@ async def show(visit: Visit) -> web.Response:
             ("Events", tag("a", "of this worker", href=visit.link("events", source=source, subject=id_))),
         ),
         tag("h2", "Heartbeats of the last hour"),
-        _beats(visit, shown["metrics"]),
+        tag("p", beats(shown), " ", heard_bars(shown["heard_minutes"])[1]),
         tag("h2", "Sessions"),
         await table(
             visit,
@@ -182,15 +189,7 @@ def _actions(visit: Visit, worker: Mapping[str, Any]) -> Iterator[Content]:
     )  # fmt: skip
 
 
-def _beats(visit: Visit, metrics: Sequence[Mapping[str, Any]]) -> Markup:
-    """Return a bar for every two minutes with measurements, oldest first; the relay keeps one per minute."""
-    now = visit.now / SECOND
-    heard: dict[int, str] = {}
-    for each in metrics:
-        ago = int((now - datetime.fromisoformat(each["at"]).timestamp()) // 60)
-        heard.setdefault(ago, each["status"])
-    pairs = [(heard.get(minute + 1), heard.get(minute)) for minute in reversed(range(0, MINUTES, 2))]
-    strip = "".join("·" if not any(pair) else "▁" if "OFFLINE" in pair else "█" for pair in pairs)
-    count = len(heard.keys() & set(range(MINUTES)))
-    text = f"{count} of {MINUTES} minutes with a heartbeat"
-    return tag("p", tag("span", strip, class_="beats", role="img", aria_label=text), f" {text}")
+def beats(worker: Mapping[str, Any]) -> Markup:
+    """Return a bar for every two minutes of the last hour, oldest first: full, half or a gap."""
+    bars, words = heard_bars(worker["heard_minutes"])
+    return tag("span", bars, class_="beats", role="img", aria_label=words)

@@ -56,6 +56,7 @@ INTERNAL = (
     "fresh",
     "maintained_as",
     "exempt_until",
+    "minutes",
 )
 """Fields that no event and no list contains."""
 
@@ -92,6 +93,10 @@ MOST_DELETED = 32
 OVERLAP = 10 * SECOND
 """Microseconds by which a session list that arrives after a session's event may be older than the event."""
 
+
+_MINUTE = 60 * SECOND
+HEARD_MINUTES = 60
+"""Minutes for which each worker's row has a bit."""
 
 _CHANGES_A_PATH = re.compile(r"[#?\\]|%[0-9A-Fa-f]{2}|(?:^|(?<=/))\.\.?(?=/|\Z)|^/|//|/\Z")
 
@@ -160,6 +165,7 @@ def note_refused(row: Worker, change: WorkerChange, now: Now, rules: WorkerRules
         row,
         leaving=None,
         last_heartbeat=now.wall,
+        minutes=_minutes(row, now),
         deadline=_deadline(now, rules),
         last_beat=now.steady if is_beat else 0,
         rhythm=_rhythm(row, now, rules) if is_beat else row.rhythm,
@@ -344,6 +350,24 @@ def shown(row: Worker) -> dict[str, Any]:
     return item
 
 
+def heard_minutes(row: Worker, wall: int) -> str:
+    """Return a character for each of the last `HEARD_MINUTES` minutes, oldest first: 1 if it was heard."""
+    return f"{_moved(row, wall):0{HEARD_MINUTES}b}"
+
+
+def _minutes(row: Worker, now: Now) -> int:
+    """Return the bits of the minutes in which a worker was heard, after a sign of life."""
+    return _moved(row, now.wall) | 1
+
+
+def _moved(row: Worker, wall: int) -> int:
+    """Return the bits of the minutes until a time (wall clock); the current minute is bit 0."""
+    passed = max(0, wall // _MINUTE - row.last_heartbeat // _MINUTE)
+    if passed >= HEARD_MINUTES:  # a shift by years of minutes would take much memory
+        return 0
+    return row.minutes << passed & (1 << HEARD_MINUTES) - 1
+
+
 def _register(row: Worker | None, base: Worker, change: Register, now: Now, rules: WorkerRules) -> Step:
     status = _status(base, change.status)
     given: dict[str, Any] = {}
@@ -360,6 +384,7 @@ def _register(row: Worker | None, base: Worker, change: Register, now: Now, rule
         status=status,
         was_offline=status == "MAINTENANCE" and _is_lost(base),
         last_heartbeat=now.wall,
+        minutes=_minutes(base, now),
         deadline=_deadline(now, rules),
         last_beat=0,
         leaving=None,
@@ -389,6 +414,7 @@ def _heartbeat(row: Worker | None, base: Worker, change: Heartbeat, now: Now, ru
         beats=beats,
         restarts=base.restarts + restarted,
         last_heartbeat=now.wall,
+        minutes=_minutes(base, now),
         deadline=_deadline(now, rules),
         last_beat=now.steady,
         rhythm=_rhythm(base, now, rules),

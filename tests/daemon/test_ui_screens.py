@@ -210,7 +210,10 @@ async def test_a_refused_request_shows_the_next_step(relay):
 
 async def test_a_worker_shows_its_heartbeats_and_maintenance(relay):
     await relay.exchange(register("w/1", version="2.1"))
+    worker = await relay.operator("GET", "/api/workers/whatsapp/w%2F1")
+    assert (len(worker["heard_minutes"]), worker["heard_minutes"].count("1")) == (60, 1)
     _, found = await page(relay, "/ui/workers")
+    assert "1 of 60 minutes with a heartbeat" in [each.get("aria-label") for each in found.all("span")]
     assert "1 ONLINE · versions: 2.1: 1" in found.text
     _, found = await page(relay, "/ui/workers/whatsapp/w%2F1")
     begin = buttons(found)["relay workers maintenance whatsapp w/1 on --for 2h"]

@@ -153,7 +153,8 @@ def worker(number, status="ONLINE", **more):
         "description": "", "version": "2.14.0", "environment": "production", "max_sessions": 50,
         "registered_at": at(-86_400 * 12), "last_heartbeat": at(-7 if status == "ONLINE" else -4000),
         "restarts": number, "cpu": 45.5, "memory": 67.8, "uptime": 360_000.0, "message_count": 1250,
-        "counts": {"total": 12, "connected": 11}, "sessions": [], "session_count": 12, **more,
+        "counts": {"total": 12, "connected": 11}, "sessions": [], "session_count": 12,
+        "heard_minutes": "0" * 12 + "1" * 48, **more,
     }  # fmt: skip
 
 

@@ -21,8 +21,10 @@ from relay.workers.rules import (
     extend_deadline,
     follow_plan,
     former,
+    heard_minutes,
     maintain,
     names_one_machine,
+    note_refused,
     patterns_of,
     shown,
     silent,
@@ -112,6 +114,7 @@ def test_a_registration_fills_the_row():
             max_sessions=50,
             registered_at=WALL,
             last_heartbeat=WALL,
+            minutes=1,
             deadline=STEADY + 90 * SECOND,
         )
         == ONLINE
@@ -551,3 +554,26 @@ def test_an_unregister_in_the_future_hides_no_heartbeat():
 def test_a_deleted_session_is_forgotten():
     row = applied(ONLINE, SessionSeen(session=Session(id="s1", status="connected"))).worker
     assert applied(row, SessionSeen(session=Session(id="s1", status="deleted"))).worker.sessions == ()
+
+
+@pytest.mark.parametrize(
+    ("beats", "now", "heard"),
+    [
+        ((0,), 0, "1"),
+        ((0,), 59 * 60, "1" + "0" * 59),
+        ((0,), 60 * 60, ""),
+        ((0, 20, 40, 70, 190), 190, "1101"),
+        ((0, 1e9), 1e9, "1"),
+        ((300, 0), 300, "100000"),  # the clock was set back
+    ],
+)
+def test_a_row_has_the_minutes_in_which_the_worker_was_heard(beats, now, heard):
+    row = None
+    for seconds in beats:
+        row = applied(row, BEAT, seconds).worker
+    assert heard_minutes(row, at(now).wall) == heard.rjust(60, "0")
+
+
+def test_registrations_and_refused_heartbeats_count_as_heard():
+    row = note_refused(ONLINE, BEAT, at(120), RULES)
+    assert heard_minutes(row, at(120).wall).endswith("0101")
