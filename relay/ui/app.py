@@ -71,6 +71,7 @@ class Dashboard:
     def routes(self) -> list[web.RouteDef]:
         """Return the routes of all pages."""
         return [
+            web.get("/", _to_root),
             web.get(PAGES, _to_root),
             web.get(f"{PAGES}/static/{{name}}", _static),
             *login.routes(self._logins, f"{PAGES}{login.PATH}"),
@@ -112,7 +113,7 @@ async def _missing(visit: Visit) -> web.Response:
 
 
 async def _to_root(_request: web.Request) -> web.Response:
-    """Send a browser from `/ui` to `/ui/`; a relative address works behind a proxy with any path."""
+    """Send a browser from `/` or `/ui` to `/ui/`; a relative address works behind a proxy with any path."""
     return web.Response(status=308, headers={"Location": "ui/"})
 
 

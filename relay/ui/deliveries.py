@@ -7,6 +7,7 @@ from aiohttp import web
 
 from relay.api.words import END_REASONS
 from relay.errors import RelayError
+from relay.jobs.replay import DEFAULT_RATE
 from relay.ui.markup import Content, Markup, tag
 from relay.ui.page import Visit
 from relay.ui.parts import (
@@ -127,6 +128,7 @@ def _changes(visit: Visit) -> Iterator[Content]:
         yield action(
             visit, label, "deliveries", "retry", *words,
             call="POST deliveries/retry", body={"filter": selected}, counts=True, count=again,
+            rate=None if chosen == "pending" else DEFAULT_RATE.count,
         )  # fmt: skip
     if chosen in (None, "pending"):
         yield action(

@@ -8,6 +8,7 @@ from aiohttp import web
 
 from relay.api.words import held_text, hold_advice, shards_text
 from relay.config.effective import as_toml
+from relay.jobs.replay import DEFAULT_RATE
 from relay.ui.markup import Content, Markup, join, tag
 from relay.ui.page import Visit
 from relay.ui.parts import (
@@ -201,6 +202,13 @@ def _actions(visit: Visit, shown: Mapping[str, Any], config: Mapping[str, Any] |
         yield action(
             visit, "Retry pending now", "deliveries", "retry", *where,
             call="POST deliveries/retry", body={"filter": chosen}, counts=True,
+        )  # fmt: skip
+    if shown["dead"] and config is not None:
+        yield action(
+            visit, "Send dead ones again", "deliveries", "retry", "--destination", name, "--state", "dead",
+            call="POST deliveries/retry", body={"filter": {"destination": name, "state": "dead"}},
+            count="deliveries that have already been sent again are left out", counts=True,
+            rate=DEFAULT_RATE.count,
         )  # fmt: skip
     if pending:
         yield action(

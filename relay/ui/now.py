@@ -23,6 +23,7 @@ from relay.ui.parts import (
     when,
 )
 from relay.ui.sources import NO_SOURCES, state_of
+from relay.ui.workers import maintenance
 
 YEAR = 365
 """Days after which a full disk is nobody's concern yet."""
@@ -181,8 +182,9 @@ def _silent_workers(visit: Visit, silent: Item) -> Iterator[Markup]:
             "li",
             state("expired", f"the worker {name} of {source} is silent"),
             tag("div", "last heartbeat ", when(visit, each["last_heartbeat"]), f" · {sessions} sessions",
+                f" · up {duration(each['uptime'])} then" if each["uptime"] is not None else None,
                 class_="note"),
-            tag("div", tag("a", "Why", href=visit.link("workers", source, name)),
+            tag("div", tag("a", "Why", href=visit.link("workers", source, name)), maintenance(visit, each),
                 command("workers", "show", source, name), class_="actions"),
             class_="mild",
         )  # fmt: skip

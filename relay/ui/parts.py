@@ -232,6 +232,7 @@ def action(
     body: Mapping[str, Any] | None = None,
     count: str | None = None,
     counts: bool = False,
+    rate: float | None = None,
     danger: bool = False,
     scope: Scope = "operate",
 ) -> Content:
@@ -247,6 +248,7 @@ def action(
         body: of the request.
         count: what the change is about, such as "1 delivery".
         counts: whether a dry run with the same body returns the count.
+        rate: at which the relay works through them, per second.
         danger: whether it cannot be undone.
         scope: that the endpoint needs.
     """
@@ -262,6 +264,7 @@ def action(
         data_command=shlex.join(("relay", *words)),
         data_count=count,
         data_counts=counts,
+        data_pace=rate,
     )
 
 

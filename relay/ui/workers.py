@@ -169,20 +169,30 @@ def _load(worker: Mapping[str, Any]) -> str:
     return ", ".join(figures) or NONE
 
 
-def _actions(visit: Visit, worker: Mapping[str, Any]) -> Iterator[Content]:
-    source, id_ = worker["source"], worker["id"]
-    base = f"workers/{quote(source, safe='')}/{quote(id_, safe='')}"
-    words = ("workers", "maintenance", source, id_)
+def maintenance(visit: Visit, worker: Mapping[str, Any]) -> Content:
+    """Return the button that begins or ends a worker's maintenance."""
+    words = ("workers", "maintenance", worker["source"], worker["id"])
+    call = f"POST {_call(worker)}/maintenance"
     if worker["maintenance"]:
-        yield action(
-            visit, "End maintenance", *words, "off", call=f"POST {base}/maintenance", body={"on": False},
+        return action(
+            visit, "End maintenance", *words, "off", call=call, body={"on": False},
             count="1 worker; it is reported offline again when its heartbeats stop",
         )  # fmt: skip
-    else:
-        yield action(
-            visit, "Maintenance for 2 h", *words, "on", "--for", "2h", call=f"POST {base}/maintenance",
-            body={"on": True, "for": "2h"}, count="1 worker; it is not reported offline meanwhile",
-        )  # fmt: skip
+    return action(
+        visit, "Maintenance for 2 h", *words, "on", "--for", "2h", call=call, body={"on": True, "for": "2h"},
+        count="1 worker; it is not reported offline meanwhile",
+    )  # fmt: skip
+
+
+def _call(worker: Mapping[str, Any]) -> str:
+    """Return the path of a worker's endpoints."""
+    return f"workers/{quote(worker['source'], safe='')}/{quote(worker['id'], safe='')}"
+
+
+def _actions(visit: Visit, worker: Mapping[str, Any]) -> Iterator[Content]:
+    source, id_ = worker["source"], worker["id"]
+    base = _call(worker)
+    yield maintenance(visit, worker)
     yield action(
         visit, "Forget", "workers", "forget", source, id_, call=f"DELETE {base}",
         count="1 worker; its next heartbeat registers it again", danger=True,

@@ -286,7 +286,7 @@ async def test_a_button_changes_exactly_what_its_page_lists(relay, browser, addr
             await page.get_by_role("button", name="Send all again").click()
         assert await (await counted.value).json() == {"count": listed}
         text = await page.get_by_role("dialog").inner_text()
-        assert f"{listed} deliveries selected." in text
+        assert f"{listed} deliveries selected, in about 0 s at 100/s." in text
         assert "relay deliveries retry --subject scope --destination shop --state dead" in text
         await page.get_by_role("dialog").get_by_role("button", name="Send all again").click()
         await page.wait_for_url("**/ui/replays/rpl_*")

@@ -134,8 +134,9 @@ async def test_pages_link_only_inside_the_dashboard_and_load_at_most_four_files(
         assert urljoin(path, body["data-api"]) == "/a/b/api/"
         assert urljoin(path, body["data-root"]) == "/a/b/ui/"
         assert not [each for _, each in found.elements if "style" in each]
-    moved = await get(relay, "/ui")
-    assert (moved.status, urljoin("/a/b/ui", moved.headers["location"])) == (308, "/a/b/ui/")
+    for path in ("/ui", "/"):
+        moved = await get(relay, path)
+        assert (moved.status, urljoin(f"/a/b{path}", moved.headers["location"])) == (308, "/a/b/ui/")
 
 
 def test_the_files_of_the_dashboard_are_small_and_contain_no_foreign_address():
@@ -286,6 +287,7 @@ async def check_problems(relay):
         "POST sources/adorn/resume",
         "POST destinations/crm/enable",
         "POST destinations/crm/test",
+        "POST workers/whatsapp/w-7/maintenance",
     } <= calls
     assert f"(3) Now · {socket.gethostname()}" in found.text
     assert "No event has arrived yet" not in found.text
@@ -306,7 +308,7 @@ async def test_no_page_changes_anything(relay):
 async def test_without_the_dashboard_nothing_of_it_is_served_or_imported(config):
     config.write_text(config.read_text().replace("[admin]", "[admin]\nui = false"))
     async with running(config) as relay:
-        for path in ("/ui", "/ui/", "/ui/events", "/ui/static/app.js"):
+        for path in ("/", "/ui", "/ui/", "/ui/events", "/ui/login", "/ui/static/app.js"):
             assert (await get(relay, path)).status == 404
     code = (
         "import sys; from pathlib import Path; "

@@ -97,6 +97,8 @@ async def test_a_destination_shows_its_failures_and_ledger(relay):
     assert status == 200
     assert "4xx: HTTP 404 Not Found" in found.text
     assert "1 created = ended + pending: ✔ balanced" in found.text
+    again = buttons(found)["relay deliveries retry --destination shop --state dead"]
+    assert json.loads(again["data-body"]) == {"filter": {"destination": "shop", "state": "dead"}}
     links = [each["href"] for each in found.all("a")]
     assert "../attempts?destination=shop&result=4xx&since=1h" in links
     assert "../deliveries?destination=shop&state=dead" in links

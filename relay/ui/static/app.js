@@ -56,14 +56,16 @@ function confirmed(button, lines) {
 }
 
 async function act(button) {
-  const { call, count, counts } = button.dataset;
+  const { call, count, counts, pace } = button.dataset;
   const body = JSON.parse(button.dataset.body);
   button.disabled = true;
   try {
     const lines = count ? [`${count[0].toUpperCase()}${count.slice(1)}.`] : [];
     if (counts !== undefined) {
       const found = await send(call, { ...body, dry_run: true });
-      lines.push(`${found.count.toLocaleString("en")} ${found.count === 1 ? "delivery" : "deliveries"} selected.`);
+      const what = found.count === 1 ? "delivery" : "deliveries";
+      const seconds = pace ? `, in about ${duration(found.count / pace)} at ${pace}/s` : "";
+      lines.push(`${found.count.toLocaleString("en")} ${what} selected${seconds}.`);
     }
     button.disabled = false;
     if (!await confirmed(button, lines)) return;
@@ -86,7 +88,9 @@ async function act(button) {
 function summary(result) {
   if (/^rpl_/.test(result.id) && result.state) return "started";
   if (result.verdict) {
-    const details = [result.error || `HTTP ${result.status}`, `${result.duration_ms} ms`].join(", ");
+    const steps = Object.entries(result.timing_ms || {}).filter(([, value]) => value !== null)
+      .map(([name, value]) => `${name.replaceAll("_", " ")} ${value} ms`);
+    const details = [result.error || `HTTP ${result.status}`, ...steps, `${result.duration_ms} ms in all`].join(", ");
     return [`${result.verdict} (${details})`, result.hint].filter(Boolean).join(". ");
   }
   const parts = Object.entries(result).filter(([, value]) => typeof value === "number")
