@@ -466,7 +466,7 @@ class Measured(msgspec.Struct, kw_only=True, frozen=True):
     bytes: int  # of the file or database
     free: int | None = None  # bytes in the file that new data will reuse; None: there is no file
     log: int | None = None  # bytes of the write-ahead log beside it; None: there is no log
-    events: int
+    events: int | None  # None: not counted
     oldest: int | None  # time of receipt of the oldest event, wall clock
     newest: int | None
     pending: int  # deliveries

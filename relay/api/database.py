@@ -9,6 +9,7 @@ from aiohttp import web
 from relay import doctor
 from relay.api.context import Context
 from relay.api.endpoints import Lines, endpoint
+from relay.api.query_params import DatabaseQuery
 from relay.api.responses import stream_lines
 from relay.api.views import Time, about
 from relay.delivery.destination_health import ELSEWHERE, NO_STORAGE
@@ -33,7 +34,7 @@ class DatabaseView(msgspec.Struct):
     bytes: int
     free: Annotated[int | None, about("Free bytes in the file; null: PostgreSQL.")]
     log: Annotated[int | None, about("Bytes of the write-ahead log; null: PostgreSQL.")]
-    events: int
+    events: Annotated[int | None, about("null with `counts=0`.")]
     oldest: Time | None
     newest: Time | None
     pending: int
@@ -62,17 +63,17 @@ class DatabaseApi:
 
     @endpoint(
         "GET", "/api/db", "showDatabase", "Show contents and size of the database, and its backups.",
-        returns=DatabaseView,
+        query=DatabaseQuery, returns=DatabaseView,
     )  # fmt: skip
-    async def _show(self, _request: web.Request) -> dict[str, Any]:
-        return described(await self._store.upkeep.measure(), self._backups.made())
+    async def _show(self, _request: web.Request, query: DatabaseQuery) -> dict[str, Any]:
+        return described(await self._store.upkeep.measure(counts=query.counts), self._backups.made())
 
     @endpoint(
         "POST", "/api/db/backup", "backUp", "Copy the database into `[backup] dir` and check the copy.",
         returns=Lines[Backup], scope="admin",
     )  # fmt: skip
     async def _back_up(self, request: web.Request) -> web.StreamResponse:
-        size = (await self._store.upkeep.measure()).bytes
+        size = (await self._store.upkeep.measure(counts=False)).bytes
 
         def progress() -> dict[str, int]:
             return {"bytes": sum(map(_size, self._backups.folder.glob("*.part"))), "of": size}
@@ -87,7 +88,7 @@ class DatabaseApi:
         returns=Lines[Compacted], scope="admin",
     )  # fmt: skip
     async def _compact(self, request: web.Request) -> web.StreamResponse:
-        path = Path((await self._store.upkeep.measure()).path)
+        path = Path((await self._store.upkeep.measure(counts=False)).path)
         return await stream_lines(
             request, self._store.upkeep.compact(), progress=lambda: {"bytes": _size(path)}
         )

@@ -111,6 +111,14 @@ class HistoryQuery(msgspec.Struct, kw_only=True):
     ] = "0"
 
 
+class DatabaseQuery(msgspec.Struct, kw_only=True):
+    """`GET /api/db`."""
+
+    counts: Annotated[
+        bool, _about("0: without the number of events, which takes long to count.", parse=_flag)
+    ] = True
+
+
 class NoQuery(msgspec.Struct):
     """An endpoint without parameters."""
 

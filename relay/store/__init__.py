@@ -607,8 +607,10 @@ class Upkeep(Protocol):
         """Return all free space to the disk, in small transactions."""
         ...
 
-    async def measure(self) -> Measured:
+    async def measure(self, *, counts: bool = True) -> Measured:
         """Return the number of stored events and deliveries, and the space that they take.
+
+        Without `counts`, events are not counted, which takes long in a large database.
 
         Raises:
             StorageError: it cannot be read.

@@ -246,6 +246,10 @@ async def test_a_source_shows_its_tokens_and_settings(relay):
 async def test_jobs_configuration_doctor_and_nodes(relay):
     _, found = await page(relay, "/ui/jobs")
     assert "relay jobs run retention" in buttons(found)
+    assert "GET db" in [each.get("data-ask") for each in found.all("button")]
+    counted, uncounted = [await relay.operator("GET", f"/api/db{query}") for query in ("", "?counts=0")]
+    assert (counted["events"], counted["pending"]) == (0, 0)
+    assert uncounted == {**counted, "events": None}
     assert ("relay db backup" in buttons(found)) is (KINDS[0] == "sqlite")
     _, found = await page(relay, "/ui/config")
     assert "[destinations.crm]" in found.text

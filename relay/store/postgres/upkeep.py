@@ -31,10 +31,12 @@ MEASURE_SQL = """
     SELECT current_setting('server_version') AS server,
            (SELECT value::int FROM meta WHERE name = 'version') AS version,
            pg_database_size(current_database()) AS bytes,
-           (SELECT count(*) FROM events) AS events,
+           CASE WHEN $1 THEN (SELECT count(*) FROM events) END AS events,
            (SELECT received_at FROM events ORDER BY id LIMIT 1) AS oldest,
            (SELECT received_at FROM events ORDER BY id DESC LIMIT 1) AS newest,
-           (SELECT count(*) FROM owed) AS pending
+           CASE WHEN $1 THEN (SELECT count(*) FROM owed)
+                ELSE (SELECT coalesce(sum(created - delivered - dead - expired - cancelled), 0) FROM ledger)
+                END::bigint AS pending
 """
 
 
@@ -78,10 +80,10 @@ class PostgresUpkeep:
             hint="autovacuum and the daily partitions do it; `relay doctor` checks both",
         )
 
-    async def measure(self) -> Measured:
+    async def measure(self, *, counts: bool = True) -> Measured:
         """See `Upkeep.measure`."""
         async with self._database.snapshot() as connection:
-            return await measure(self._database.address.location, connection)
+            return await measure(self._database.address.location, connection, counts=counts)
 
     async def examine(
         self,
@@ -108,9 +110,9 @@ class PostgresUpkeep:
             return await observe(connection, SystemClock().wall())  # a cluster's clock is the server's
 
 
-async def measure(location: str, connection: Connection) -> Measured:
-    """Return the number of stored events and deliveries, and the space that they take."""
-    [row] = await connection.fetch(MEASURE_SQL, seconds=LONG)
+async def measure(location: str, connection: Connection, *, counts: bool = True) -> Measured:
+    """Return the space that events and deliveries take, and with `counts` their numbers."""
+    [row] = await connection.fetch(MEASURE_SQL, counts, seconds=LONG)
     return Measured(
         path=location, engine=f"PostgreSQL {row['server']}", version=row["version"], bytes=row["bytes"],
         events=row["events"], oldest=row["oldest"], newest=row["newest"], pending=row["pending"],

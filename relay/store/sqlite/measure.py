@@ -12,7 +12,7 @@ SQL = """
     SELECT (SELECT user_version FROM pragma_user_version),
            (SELECT page_count FROM pragma_page_count) * page_size,
            (SELECT freelist_count FROM pragma_freelist_count) * page_size,
-           (SELECT count(*) FROM events),
+           CASE WHEN ? THEN (SELECT count(*) FROM events) END,
            (SELECT min(received_at) FROM events),
            (SELECT max(received_at) FROM events),
            (SELECT coalesce(sum(created - delivered - dead - expired - cancelled), 0) FROM ledger)
@@ -20,8 +20,8 @@ SQL = """
 """
 
 
-def measure(path: Path, stop: Stop) -> Measured:
-    """Return the counts and sizes of a database.
+def measure(path: Path, stop: Stop, *, counts: bool = True) -> Measured:
+    """Return the counts and sizes of a database, with `counts` also the number of events.
 
     Raises:
         StorageError: it does not exist or cannot be read.
@@ -31,7 +31,7 @@ def measure(path: Path, stop: Stop) -> Measured:
     log = path.with_name(f"{path.name}-wal")
     try:
         with opened(path, stop) as connection:
-            [row] = connection.execute(SQL).fetchall()
+            [row] = connection.execute(SQL, (counts,)).fetchall()
         version, size, free, events, oldest, newest, pending = row
         log_size = log.stat().st_size if log.exists() else 0
     except (OSError, sqlite3.Error) as error:

@@ -104,9 +104,9 @@ class SqliteUpkeep:
         [(after, _)] = await reader.execute_fetchall(SIZES_SQL)
         return Compacted(before=before, after=after, whole=whole)
 
-    async def measure(self) -> Measured:
+    async def measure(self, *, counts: bool = True) -> Measured:
         """See `Upkeep.measure`."""
-        return await in_thread(partial(measure, self._database.path))
+        return await in_thread(partial(measure, self._database.path, counts=counts))
 
     async def examine(
         self,
