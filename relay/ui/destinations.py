@@ -1,15 +1,17 @@
 """Destinations: the list, and one with its backlog, its failures and the effect of each change."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from aiohttp import web
 
 from relay.api.words import held_text, hold_advice, shards_text
-from relay.config.effective import as_toml
+from relay.config.effective import as_toml, effective_table
+from relay.config.schema import DestinationConfig
+from relay.config.secrets import Url
 from relay.jobs.replay import DEFAULT_RATE
-from relay.ui.markup import Content, Markup, join, tag
+from relay.ui.markup import Content, Markup, tag
 from relay.ui.page import Visit
 from relay.ui.parts import (
     NONE,
@@ -22,6 +24,7 @@ from relay.ui.parts import (
     fields,
     number,
     prose,
+    query_link,
     spark,
     state,
     table,
@@ -37,6 +40,17 @@ NO_DESTINATIONS: Content = [
     command("reload"),
 ]  # fmt: skip
 
+_ORDERS: Mapping[str, Callable[[Mapping[str, Any]], Any]] = {
+    "name": lambda each: each["name"],
+    "state": lambda each: (each["held"] is None, each["held"]),
+    "pending": lambda each: -each["pending"],
+    "dead": lambda each: -each["dead"],
+    "last success": lambda each: each["last_success"] or "",
+}
+"""Orders of the list, by the value of `sort` in its address."""
+
+_DEFAULTS = effective_table(DestinationConfig(name="", url=Url("http://localhost")))
+
 _UNTIL_FIXED = ("circuit open", "resting")
 """Holds that a successful test can end."""
 
@@ -44,19 +58,40 @@ _UNTIL_FIXED = ("circuit open", "resting")
 async def list_(visit: Visit) -> web.Response:
     """List the destinations of config.toml, and others with pending deliveries."""
     page = await visit.ask("listDestinations")
+    order = _ORDERS.get(visit.query.get("sort", ""))
+    items = page["items"] if order is None else sorted(page["items"], key=order)
     return visit.page(
         "Destinations",
+        _sorting(visit) if len(items) > 1 else None,
         await table(
             visit,
             "Deliveries by state",
             ("Destination", "State", "Pending", "Dead", "Delivered", "Last success", "Host"),
-            (_row(visit, each) for each in page["items"]),
+            (_row(visit, each) for each in items),
             numbers=("Pending", "Dead", "Delivered"),
             empty=NO_DESTINATIONS,
         ),
         tag("p", command("destinations", "list")),
         section=SECTION,
     )
+
+
+def _sorting(visit: Visit) -> Markup:
+    """Return the links that sort the list."""
+    chosen = visit.query.get("sort", "")
+    links = [
+        [
+            " · " if name else None,
+            tag(
+                "a",
+                name or "as in config.toml",
+                href=query_link(visit.query, {"sort": name or None}),
+                aria_current="true" if name == chosen else None,
+            ),
+        ]
+        for name in ("", *_ORDERS)
+    ]
+    return tag("p", "Sort by: ", links, class_="note")
 
 
 def _row(visit: Visit, each: Mapping[str, Any]) -> tuple[Content, ...]:
@@ -298,5 +333,14 @@ async def _oldest(visit: Visit, shown: Mapping[str, Any]) -> Content:
 def _settings(name: str, config: Mapping[str, Any] | None) -> Content:
     if config is None:
         return tag("p", "It is not in config.toml.")
+    own = {key: value for key, value in config.items() if value != _DEFAULTS.get(key)}
+    return [
+        tag("h2", "Settings that differ from the defaults"),
+        _as_text(name, own),
+        tag("details", tag("summary", "All settings"), _as_text(name, config)),
+    ]
+
+
+def _as_text(name: str, config: Mapping[str, Any]) -> Markup:
     lines = "\n".join(as_toml({"destinations": {name: config}})).strip()
-    return tag("details", tag("summary", "Settings, including defaults"), join(tag("pre", "\n", lines)))
+    return tag("pre", "\n", lines, tabindex=0, aria_label="Settings")

@@ -107,6 +107,23 @@ async def test_a_destination_shows_its_failures_and_ledger(relay):
     assert (status, 'did you mean "shop"' in found.text) == (404, True)
 
 
+async def test_destinations_are_sorted_and_show_their_own_settings(relay):
+    await ended(relay, "shop", "dead")
+    orders = {
+        "": "crm shop bi",
+        "?sort=dead": "shop crm bi",
+        "?sort=name": "bi crm shop",
+        "?sort=x": "crm shop bi",
+    }
+    for query, names in orders.items():
+        _, found = await page(relay, f"/ui/destinations{query}")
+        links = [each["href"].rpartition("/")[2] for each in found.all("a")]
+        assert [each for each in links if each in ("crm", "shop", "bi")] == names.split()
+    _, found = await page(relay, "/ui/destinations/bi")
+    own, _, every = found.text.partition("All settings")
+    assert ("paused = true" in own, "ttl" in own, "concurrency" in every) == (True, False, True)
+
+
 async def test_the_buttons_of_a_destination_fit_its_state(relay):
     await store(relay)
     _, found = await page(relay, "/ui/destinations/bi")
