@@ -44,8 +44,8 @@ _DEFAULT_PORTS = {"http": ":80", "https": ":443"}
 
 
 def is_page(path: str) -> bool:
-    """Return whether a path belongs to the dashboard."""
-    return path == PAGES or path.startswith(f"{PAGES}/")
+    """Return whether a path belongs to the dashboard, to which `/` leads."""
+    return path in ("/", PAGES) or path.startswith(f"{PAGES}/")
 
 
 def name_requests(clock: Clock) -> Any:
