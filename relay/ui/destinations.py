@@ -265,7 +265,9 @@ def _history(past: Mapping[str, Any]) -> Markup:
             figure = f"{values[-1]:,.0f}{unit}, at most {max(values):,.0f}{unit}" if values else NONE
         else:
             figure = number(round(sum(values))) if values else NONE
-        parts.append((label, figure, spark(past.get(key, ()), label)))
+        shown: Sequence[float | None] = past.get(key, ())
+        lost = shown if key == "failed" else ()
+        parts.append((label, figure, spark([value and 0.0 for value in lost] or shown, label, lost)))
     return charts(*parts)
 
 
