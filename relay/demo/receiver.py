@@ -1,11 +1,12 @@
 """A local HTTP receiver that verifies signatures. `relay listen` and the demo use it."""
 
+import sys
 import time
 from collections.abc import Callable, Sequence
 from email.message import Message
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import msgspec
 
@@ -52,6 +53,11 @@ class Receiver(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", port), _Handler)
         self.receive = receive
         self.status = status
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Print the traceback of an error, unless the sender has disconnected, as a killed relay does."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
 
     @property
     def url(self) -> str:

@@ -27,6 +27,7 @@ from relay.cli import main
 from relay.config.secrets import Secret
 from relay.demo import keeper
 from relay.demo.cluster import _refuse_used
+from relay.demo.receiver import Receiver
 from relay.demo.run import choose_listen, write_config
 from relay.demo.server import binaries
 from relay.demo.story import Arrival, DemoReceiver, Narrator, steps_of
@@ -185,6 +186,21 @@ async def test_the_receiver_detects_a_forged_signature():
     assert [arrival.problem is None for arrival in arrivals] == [True, False]
     assert arrivals[0].type == "moddy.member_left"
     assert "no signature matches" in str(arrivals[1].problem)
+
+
+def test_the_receiver_prints_no_traceback_for_a_sender_that_disconnects(capsys):
+    def fail(error):
+        raise error
+
+    with Receiver((), lambda _: None) as receiver:
+        for error in (ConnectionResetError, ZeroDivisionError):
+            try:
+                fail(error)
+            except error:
+                receiver.handle_error(None, ("127.0.0.1", 1))
+    shown = capsys.readouterr().err
+    assert "ZeroDivisionError" in shown
+    assert "ConnectionResetError" not in shown
 
 
 @pytest.mark.parametrize(
