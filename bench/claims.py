@@ -11,9 +11,11 @@ import click
 from bench.engines import CLOCK, acceptance, opened, outcome
 from bench.loop import run
 from bench.postgres import Processes, execute, server
+from relay.base.shards import Shards
 from relay.model import Delivery
 from relay.store import Store
 from relay.store.postgres.rows import EPOCH
+from relay.store.postgres.shards import SLOT_SQL
 
 TARGET = 0.005
 """Seconds for 99 of 100 claims."""
@@ -44,21 +46,28 @@ _PENDING_SQL = f"""
 """
 
 
-async def measure(url: str, pending: int, seconds: float) -> bool:
-    """Measure without and with an old snapshot; returns whether all parts met the target."""
+async def measure(url: str, pending: int, seconds: float, shards: Shards | None = None) -> bool:
+    """Measure without and with an old snapshot; returns whether all parts met the target.
+
+    With `shards`, the deliveries get slots first, and only those of the shards are claimed.
+    """
     met = True
     with TemporaryDirectory() as folder:
         async with opened(url, Path(folder), fan_out=1) as (store, fresh):
             await execute(url, _PENDING_SQL.format(now=CLOCK.wall() - 1_000_000, count=pending))
+            if shards is not None:
+                began = time.perf_counter()
+                await execute(url, f"UPDATE owed SET slot = {SLOT_SQL}")
+                print(f"slots for all in {time.perf_counter() - began:.0f} s", flush=True)
             await execute(url, "VACUUM ANALYZE")
             server = await Processes.of(url)
             print(f"{pending:,} pending deliveries, {AT_ONCE} in a claim", flush=True)
-            met &= await _phase("no snapshot", store, fresh, server, seconds)
+            met &= await _phase("no snapshot", store, fresh, server, seconds, shards=shards)
             connection = await asyncpg.connect(url)
             try:
                 async with connection.transaction(isolation="repeatable_read", readonly=True):
                     await connection.fetchval("SELECT count(*) FROM events WHERE id = 0")
-                    met &= await _phase("a held snapshot", store, fresh, server, seconds)
+                    met &= await _phase("a held snapshot", store, fresh, server, seconds, shards=shards)
             finally:
                 await connection.close()
             ledger = await store.ledger.audit()
@@ -66,7 +75,15 @@ async def measure(url: str, pending: int, seconds: float) -> bool:
     return met
 
 
-async def _phase(what: str, store: Store, fresh: list[Delivery], server: Processes, seconds: float) -> bool:
+async def _phase(
+    what: str,
+    store: Store,
+    fresh: list[Delivery],
+    server: Processes,
+    seconds: float,
+    *,
+    shards: Shards | None,
+) -> bool:
     """Claim, end as many deliveries, and accept as many new events, which find no room in the lane."""
     met, began = True, time.perf_counter()
     for part in range(1, PARTS + 1):
@@ -75,7 +92,7 @@ async def _phase(what: str, store: Store, fresh: list[Delivery], server: Process
         while not taken or time.perf_counter() < began + seconds * part / PARTS:
             cpu = time.process_time() + server.cpu()
             now = time.perf_counter()
-            claim = await store.deliveries.claim(NAME, AT_ONCE, retries=False)
+            claim = await store.deliveries.claim(NAME, AT_ONCE, retries=False, shards=shards)
             taken.append(time.perf_counter() - now)
             used.append(time.process_time() + server.cpu() - cpu)
             await asyncio.gather(
@@ -101,10 +118,12 @@ def _percentile(values: list[float], percent: int) -> float:
 @click.argument("url", required=False)
 @click.option("--pending", default=1_000_000, show_default=True, help="Pending deliveries.")
 @click.option("--seconds", default=30.0, show_default=True, help="Duration without, and with a snapshot.")
-def main(url: str | None, pending: int, seconds: float) -> None:
+@click.option("--half", is_flag=True, help="Claim one of two shards.")
+def main(url: str | None, pending: int, seconds: float, *, half: bool) -> None:
     """Time claims in the empty PostgreSQL database at URL, or on a server for this run."""
+    shards = Shards(2, frozenset({0})) if half else None
     with server(url) as address:
-        met = run(measure(address, pending, seconds))
+        met = run(measure(address, pending, seconds, shards))
     print(f"target {TARGET * 1e3:.0f} ms for p99: {'met' if met else 'missed'}")
 
 

@@ -48,10 +48,10 @@ def bind_tables(binder: Binder) -> Config:
         binder.report(("backup", "every"), text)
     if config.storage.listen_url is not None and scheme not in validators.POSTGRES:
         binder.warn(("storage", "listen_url"), "no effect: `url` is not a PostgreSQL database")
-    if not config.cluster.enabled:
+    if not config.is_node:
         for name, destination in config.destinations.items():
             if destination.shards > 1:
-                text = "no effect without [cluster]: this daemon sends all deliveries"
+                text = "no effect: this daemon sends all deliveries, because it is not a node of a cluster"
                 binder.warn(("destinations", name, "shards"), text)
     return config
 

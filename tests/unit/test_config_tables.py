@@ -183,12 +183,12 @@ def test_a_destination_without_secrets_is_a_warning(bind, tmp_path):
 
 
 def test_shards_without_a_cluster_are_a_warning(bind, tmp_path):
-    cluster = '[storage]\nurl = "postgresql://db/relay"\n[cluster]\nenabled = '
-    for enabled, number in (("true", 1), ("false", 2)):
-        _, binder = bind(f"{CRM}shards = 2\n{cluster}{enabled}")
+    postgres = '[storage]\nurl = "postgresql://db/relay"\n'
+    for cluster, number in ((postgres, 1), (f"{postgres}[cluster]\nenabled = false\n", 2), ("", 2)):
+        _, binder = bind(f"{CRM}shards = 2\n{cluster}")
         assert binder.problems == []
         assert len(binder.warnings) == number
-    expected = f"{tmp_path}/config.toml:3: destinations.crm.shards: no effect without [cluster]"
+    expected = f"{tmp_path}/config.toml:3: destinations.crm.shards: no effect: this daemon sends all"
     assert any(str(warning).startswith(expected) for warning in binder.warnings)
 
 
