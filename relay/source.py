@@ -6,6 +6,7 @@ from binascii import a2b_base64, a2b_hex
 from codecs import BOM_UTF8
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import cache
 from typing import Any, ClassVar, Literal, TypeVar
 from urllib.parse import urlencode
 
@@ -456,11 +457,7 @@ class Source(msgspec.Struct, metaclass=_SourceMeta):
 
         A source whose paths depend on its settings overrides this.
         """
-        cls, found = type(self), []
-        for name in dir(cls):
-            for method, path in getattr(getattr(cls, name), "__routes__", ()):
-                found.append((method, path, name))
-        return tuple(found)
+        return _routes_of(type(self))
 
     def needs_body(self) -> bool:
         """Return whether `verify` needs the body: `verify_reads_body`, unless it depends on the settings."""
@@ -548,6 +545,16 @@ class Source(msgspec.Struct, metaclass=_SourceMeta):
         If the source has the setting `tokens`, `relay send` adds a bearer token, so this method need not.
         """
         return incoming
+
+
+@cache
+def _routes_of(cls: type[Source]) -> tuple[tuple[str, str, str], ...]:
+    """Return (method, path, name of the handler) for each `@route` of a class; the same at every call."""
+    found = []
+    for name in dir(cls):
+        for method, path in getattr(getattr(cls, name), "__routes__", ()):
+            found.append((method, path, name))
+    return tuple(found)
 
 
 class Guide(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -11,6 +11,7 @@ import os
 import re
 import types
 from collections.abc import Callable, Collection, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, TypeVar, Union, get_args, get_origin
 
@@ -38,6 +39,12 @@ class _Token(msgspec.Struct, frozen=True, kw_only=True):
     secret: Secret
     scopes: tuple[Annotated[str, msgspec.Meta(min_length=1)], ...] | None = None
     name: str = ""
+
+
+@cache
+def _fields_of(type_: type[msgspec.Struct]) -> Mapping[str, msgspec.structs.FieldInfo]:
+    """Return the fields of a record by their keys."""
+    return {field.encode_name: field for field in msgspec.structs.fields(type_)}
 
 
 class Binder:
@@ -120,7 +127,7 @@ class Binder:
     ) -> dict[str, Any]:
         """Return a record's values, `WRONG` where something was reported; arguments as in `struct`."""
         values = dict(given or {})
-        fields = {field.encode_name: field for field in msgspec.structs.fields(type_)}
+        fields = _fields_of(type_)
         keys = {key for key in fields if key not in hidden}
         known = keys.union(others)
         for key in table:
