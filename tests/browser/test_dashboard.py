@@ -118,6 +118,23 @@ async def browser():
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def opened_once(relay, browser):
+    async with opened(browser, relay.addresses.admin, TOKEN) as both:
+        yield both
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def operator(opened_once):
+    """The page of an operator and its watch: one page for many tests, since each new one starts a process."""
+    page, watch = opened_once
+    await page.set_viewport_size({"width": 1280, "height": 720})
+    await page.emulate_media(color_scheme="light")
+    yield page, watch
+    await page.goto("about:blank")  # ends the streams
+    watch.clear()
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def addresses(relay):
     """Store hostile data from every source, and return the path of each screen."""
     stored, done = set(), set()
@@ -149,63 +166,61 @@ async def addresses(relay):
 
 
 async def test_every_screen_shows_hostile_data_as_text_fits_its_window_and_satisfies_axe(
-    relay, browser, addresses
+    relay, operator, addresses
 ):
     """Axe gets five rows of each table, and the dark colours of every fourth page: the rest is alike."""
     origin, only = relay.addresses.admin, {"resultTypes": ["violations"]}
     contrast = {**only, "runOnly": ["color-contrast"]}
-    async with opened(browser, origin, TOKEN) as (page, watch):
-        for number, path in enumerate(addresses):
-            answer = await page.goto(f"{origin}/ui{path}", wait_until="load")
-            assert answer.status == 200, path
-            foreign = "img, svg:not(.spark), iframe, base, object, embed, form[action]"
-            assert await page.locator(foreign).count() == 0, path
-            assert await page.evaluate("document.scripts.length") == 1
-            for width in (360, 768, 1440):
-                await page.set_viewport_size({"width": width, "height": 800})
-                assert await page.evaluate("document.documentElement.scrollWidth <= innerWidth"), (
-                    path,
-                    width,
-                )
-            await page.evaluate(
-                "document.querySelectorAll('tbody tr:nth-child(n+6)').forEach((e) => e.remove())"
+    page, watch = operator
+    for number, path in enumerate(addresses):
+        answer = await page.goto(f"{origin}/ui{path}", wait_until="load")
+        assert answer.status == 200, path
+        foreign = "img, svg:not(.spark), iframe, base, object, embed, form[action]"
+        assert await page.locator(foreign).count() == 0, path
+        assert await page.evaluate("document.scripts.length") == 1
+        for width in (360, 768, 1440):
+            await page.set_viewport_size({"width": width, "height": 800})
+            assert await page.evaluate("document.documentElement.scrollWidth <= innerWidth"), (
+                path,
+                width,
             )
-            for scheme, options in (("light", only), ("dark", contrast))[: 1 + (number % 4 == 0)]:
-                await page.emulate_media(color_scheme=scheme)
-                found = await Axe().run(page, options=options)
-                assert found.violations_count == 0, f"{path} {scheme}\n{found.generate_report()}"
-        await page.goto(f"{origin}/ui/")
-        async with page.expect_response("**/api/tail*"):  # later events are counted
-            await page.goto(f"{origin}/ui/events")
-        await relay.exchange(request("POST", "/v1/events", adorn(session=HOSTILE)))
-        await page.get_by_text(re.compile("[0-9]+ new: show")).wait_for()
-        watch.check()
+        await page.evaluate("document.querySelectorAll('tbody tr:nth-child(n+6)').forEach((e) => e.remove())")
+        for scheme, options in (("light", only), ("dark", contrast))[: 1 + (number % 4 == 0)]:
+            await page.emulate_media(color_scheme=scheme)
+            found = await Axe().run(page, options=options)
+            assert found.violations_count == 0, f"{path} {scheme}\n{found.generate_report()}"
+    await page.goto(f"{origin}/ui/")
+    async with page.expect_response("**/api/tail*"):  # later events are counted
+        await page.goto(f"{origin}/ui/events")
+    await relay.exchange(request("POST", "/v1/events", adorn(session=HOSTILE)))
+    await page.get_by_text(re.compile("[0-9]+ new: show")).wait_for()
+    watch.check()
 
 
-async def test_the_keyboard_alone_finds_an_event_and_sends_it_again(relay, browser, addresses):
+async def test_the_keyboard_alone_finds_an_event_and_sends_it_again(relay, operator, addresses):
     origin = relay.addresses.admin
     answer = await relay.exchange(request("POST", "/v1/events", adorn(session="keyboard")))
     assert answer.status == 200
-    async with opened(browser, origin, TOKEN) as (page, watch):
-        await page.goto(f"{origin}/ui/")
-        await page.keyboard.press("/")
-        await page.keyboard.type("keyboard")
+    page, watch = operator
+    await page.goto(f"{origin}/ui/")
+    await page.keyboard.press("/")
+    await page.keyboard.type("keyboard")
+    await page.keyboard.press("Enter")
+    await page.wait_for_url("**/ui/events?subject=keyboard")
+    await page.keyboard.press("j")
+    await page.keyboard.press("Enter")
+    await page.wait_for_url("**/ui/events/evt_*")
+    await page.locator("button[data-call]").first.focus()
+    await page.keyboard.press("Enter")
+    await page.get_by_role("dialog").wait_for()
+    assert "relay deliveries" in await page.get_by_role("dialog").inner_text()
+    await page.keyboard.press("Tab")
+    async with page.expect_response("**/api/deliveries/retry") as asked:
         await page.keyboard.press("Enter")
-        await page.wait_for_url("**/ui/events?subject=keyboard")
-        await page.keyboard.press("j")
-        await page.keyboard.press("Enter")
-        await page.wait_for_url("**/ui/events/evt_*")
-        await page.locator("button[data-call]").first.focus()
-        await page.keyboard.press("Enter")
-        await page.get_by_role("dialog").wait_for()
-        assert "relay deliveries" in await page.get_by_role("dialog").inner_text()
-        await page.keyboard.press("Tab")
-        async with page.expect_response("**/api/deliveries/retry") as asked:
-            await page.keyboard.press("Enter")
-        assert (await asked.value).status == 200
-        await page.get_by_role("status").get_by_text("done").wait_for()
-        assert await page.evaluate("document.activeElement.matches('button[data-call], main')")
-        watch.check()
+    assert (await asked.value).status == 200
+    await page.get_by_role("status").get_by_text("done").wait_for()
+    assert await page.evaluate("document.activeElement.matches('button[data-call], main')")
+    watch.check()
 
 
 async def test_now_reloads_when_its_state_changes_and_shows_times_of_the_chosen_zone(
@@ -256,43 +271,43 @@ async def test_the_navigation_is_one_line_on_a_phone(relay, browser, addresses, 
         watch.check()
 
 
-async def test_keys_press_buttons_and_are_listed(relay, browser, addresses):
+async def test_keys_press_buttons_and_are_listed(relay, operator, addresses):
     origin = relay.addresses.admin
-    async with opened(browser, origin, TOKEN) as (page, watch):
-        await page.goto(f"{origin}/ui/destinations/crm")
-        await page.keyboard.press("p")
-        assert "relay destinations pause crm" in await page.get_by_role("dialog").inner_text()
-        await page.keyboard.press("Escape")
-        await page.keyboard.press("?")
-        assert "g d" in await page.get_by_role("dialog", name="Keys").inner_text()
-        await page.keyboard.press("Escape")
-        await page.keyboard.press("g")
-        await page.keyboard.press("w")
-        await page.wait_for_url("**/ui/workers")
-        watch.check()
+    page, watch = operator
+    await page.goto(f"{origin}/ui/destinations/crm")
+    await page.keyboard.press("p")
+    assert "relay destinations pause crm" in await page.get_by_role("dialog").inner_text()
+    await page.keyboard.press("Escape")
+    await page.keyboard.press("?")
+    assert "g d" in await page.get_by_role("dialog", name="Keys").inner_text()
+    await page.keyboard.press("Escape")
+    await page.keyboard.press("g")
+    await page.keyboard.press("w")
+    await page.wait_for_url("**/ui/workers")
+    watch.check()
 
 
-async def test_a_button_changes_exactly_what_its_page_lists(relay, browser, addresses):
+async def test_a_button_changes_exactly_what_its_page_lists(relay, operator, addresses):
     origin = relay.addresses.admin
     for _ in range(3):
         await relay.exchange(request("POST", "/v1/events", adorn(session="scope")))
     await ended(relay, subject="scope")
     query = "destination=shop&state=dead&subject=scope"
-    async with opened(browser, origin, TOKEN) as (page, watch):
-        await page.goto(f"{origin}/ui/deliveries?{query}&limit=500")
-        listed = await page.locator("tbody tr").count()
-        assert listed == 3
-        async with page.expect_response("**/api/deliveries/retry") as counted:
-            await page.get_by_role("button", name="Send all again").click()
-        assert await (await counted.value).json() == {"count": listed}
-        text = await page.get_by_role("dialog").inner_text()
-        assert f"{listed} deliveries selected, in about 0 s at 100/s." in text
-        assert "relay deliveries retry --subject scope --destination shop --state dead" in text
-        await page.get_by_role("dialog").get_by_role("button", name="Send all again").click()
-        await page.wait_for_url("**/ui/replays/rpl_*")
-        await page.get_by_text(f"{listed} of {listed}").wait_for()
-        await page.get_by_text("done").wait_for()
-        watch.check()
+    page, watch = operator
+    await page.goto(f"{origin}/ui/deliveries?{query}&limit=500")
+    listed = await page.locator("tbody tr").count()
+    assert listed == 3
+    async with page.expect_response("**/api/deliveries/retry") as counted:
+        await page.get_by_role("button", name="Send all again").click()
+    assert await (await counted.value).json() == {"count": listed}
+    text = await page.get_by_role("dialog").inner_text()
+    assert f"{listed} deliveries selected, in about 0 s at 100/s." in text
+    assert "relay deliveries retry --subject scope --destination shop --state dead" in text
+    await page.get_by_role("dialog").get_by_role("button", name="Send all again").click()
+    await page.wait_for_url("**/ui/replays/rpl_*")
+    await page.get_by_text(f"{listed} of {listed}").wait_for()
+    await page.get_by_text("done").wait_for()
+    watch.check()
 
 
 async def test_a_code_logs_a_browser_in_once_until_it_logs_out(relay, browser):
@@ -323,14 +338,14 @@ async def test_a_login_with_the_scope_read_sees_no_button_that_changes_anything(
         await page.goto(made["url"])
         await page.get_by_role("heading", name="Now").wait_for()
         watch.messages.clear()
+        await page.goto(f"{origin}/ui/destinations/crm")  # Now may reload itself
+        assert await page.locator("button[data-call]").count() == 0
         for path in addresses:  # no script adds a button
             answer = await page.request.get(f"{origin}/ui{path}")
             assert answer.status == 200
             text = await answer.text()
             asks = [each for each in re.findall('data-ask="([^"]*)"', text) if not each.startswith("GET ")]
             assert ("data-call" in text, asks) == (False, []), path
-        await page.goto(f"{origin}/ui/destinations/crm")
-        assert await page.locator("button[data-call]").count() == 0
         watch.check()
 
 
@@ -362,29 +377,29 @@ HIDE = """(hidden) => {
 }"""
 
 
-async def test_a_hidden_tab_closes_its_streams_and_misses_no_event(relay, browser, monkeypatch):
+async def test_a_hidden_tab_closes_its_streams_and_misses_no_event(relay, operator, monkeypatch):
     monkeypatch.setattr("relay.api.stream.CHECK_EVERY", 0.05)
     origin = relay.addresses.admin
     await followers(relay, 0)
-    async with opened(browser, origin, TOKEN) as (page, watch):
-        for path in ("", "events?source=adorn"):
-            await page.goto(f"{origin}/ui/{path}")
-            await followers(relay, 1)
-            await page.evaluate(HIDE, True)
-            await followers(relay, 0)
-        for number in (1, 2):  # each connection counts again from the time of the page
-            await relay.exchange(request("POST", "/v1/events", adorn(session="unseen")))
-            await page.evaluate(HIDE, False)
-            await page.get_by_text(re.compile(f"^{number} new: show$")).wait_for()
-            await page.evaluate(HIDE, True)
-            await followers(relay, 0)
-        await page.evaluate("document.querySelector('[data-tail]').dataset.most = '3'")
-        await page.evaluate(HIDE, False)
+    page, watch = operator
+    for path in ("", "events?source=adorn"):
+        await page.goto(f"{origin}/ui/{path}")
         await followers(relay, 1)
-        await relay.exchange(request("POST", "/v1/events", adorn(session="unseen")))
-        await page.get_by_text("3+ new: show").wait_for()
+        await page.evaluate(HIDE, True)
         await followers(relay, 0)
-        watch.check()
+    for number in (1, 2):  # each connection counts again from the time of the page
+        await relay.exchange(request("POST", "/v1/events", adorn(session="unseen")))
+        await page.evaluate(HIDE, False)
+        await page.get_by_text(re.compile(f"^{number} new: show$")).wait_for()
+        await page.evaluate(HIDE, True)
+        await followers(relay, 0)
+    await page.evaluate("document.querySelector('[data-tail]').dataset.most = '3'")
+    await page.evaluate(HIDE, False)
+    await followers(relay, 1)
+    await relay.exchange(request("POST", "/v1/events", adorn(session="unseen")))
+    await page.get_by_text("3+ new: show").wait_for()
+    await followers(relay, 0)
+    watch.check()
 
 
 async def test_open_pages_follow_again_after_a_restart(tmp_path, browser):
@@ -454,13 +469,13 @@ async def test_a_page_of_one_node_shows_the_events_and_problems_of_another(tmp_p
     drop_databases()
 
 
-async def test_a_violation_of_the_policy_is_noticed(relay, browser):
-    async with opened(browser, relay.addresses.admin, TOKEN) as (page, watch):
-        await page.goto(f"{relay.addresses.admin}/ui/")
-        watch.check()
-        await page.evaluate("document.body.setAttribute('style', 'color: red')")
-        await page.evaluate("new Promise((resolve) => setTimeout(resolve))")
-        assert any(each.startswith("policy: style-src") for each in watch.messages)
+async def test_a_violation_of_the_policy_is_noticed(relay, operator):
+    page, watch = operator
+    await page.goto(f"{relay.addresses.admin}/ui/")
+    watch.check()
+    await page.evaluate("document.body.setAttribute('style', 'color: red')")
+    await page.evaluate("new Promise((resolve) => setTimeout(resolve))")
+    assert any(each.startswith("policy: style-src") for each in watch.messages)
 
 
 async def test_the_pictures_of_the_pages_come_from_a_daemon_with_trouble(browser, tmp_path):

@@ -56,6 +56,11 @@ class Watch:
         """Assert that nothing of it has happened."""
         assert (self.dialogs, self.messages, self.foreign) == ([], [], [])
 
+    def clear(self) -> None:
+        """Forget what has happened."""
+        for each in (self.dialogs, self.messages, self.foreign):
+            each.clear()
+
     async def _dialog(self, dialog) -> None:
         self.dialogs.append(dialog.message)
         await dialog.dismiss()
