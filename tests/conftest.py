@@ -13,6 +13,7 @@ from functools import cache
 from importlib import metadata
 from pathlib import Path
 
+import hypothesis
 import listeners
 import pytest
 from certificates import Certificates
@@ -34,6 +35,12 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # interruptible.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+
+# Properties hold or not; how long an example takes says something about the machine only.
+hypothesis.settings.register_profile(
+    "suite", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("suite")
 
 # The suite starts the program hundreds of times. Without cached bytecode, each start compiles it.
 sys.dont_write_bytecode = False

@@ -54,7 +54,7 @@ def config(folder, url, name, receivers, options):
     return path
 
 
-async def eventually(ask, accept, seconds=30.0):
+async def eventually(ask, accept, seconds=60.0):
     """Ask until the answer is accepted, and return it."""
     async with asyncio.timeout(seconds):
         while not accept(found := await ask()):  # noqa: ASYNC110 - the API offers nothing to await

@@ -86,7 +86,7 @@ class Relay:
             await sending
 
     async def _line(self):
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             return (await self.process.stdout.readline()).decode().strip()
 
 

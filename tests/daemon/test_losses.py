@@ -320,7 +320,7 @@ async def killed(config, count=40):
     database = config.parent / "state" / "relay.db"
     async with Daemon(config) as daemon:
         acknowledged = await _some(daemon.url, count)
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while read_mark(database).events != len(acknowledged):
                 acknowledged += await _some(daemon.url, 1)  # else the log would be emptied
                 await asyncio.sleep(0.3)  # another process's next mark

@@ -130,7 +130,7 @@ async def test_doctor_reports_a_database_that_is_not_a_file(tmp_path, make):
     config = write_config(tmp_path, SOURCES)
     (tmp_path / "state").mkdir()
     make(tmp_path / "state" / "relay.db")
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         done = await asyncio.create_subprocess_exec(
             *SERVE[:-1], "doctor", "--offline", "-c", str(config),
             stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,

@@ -60,7 +60,7 @@ def is_roomy(folder):
     return room >= 4 * 2**30 and not volume.f_flag & os.ST_NOEXEC and os.access(folder, os.W_OK)
 
 
-async def until(condition, seconds=30.0):
+async def until(condition, seconds=60.0):
     """Wait until `condition()` is true and return its value; fail after `seconds`."""
     deadline = asyncio.get_running_loop().time() + seconds
     while not (result := condition()):

@@ -166,7 +166,7 @@ async def test_a_host_that_does_not_answer_leaves_time_for_the_next_one(silent, 
     monkeypatch.setattr(connection, "CONNECT_TIMEOUT", 2.0)
     address = read_url(f"postgresql://{USER}@{silent},127.0.0.1:{server().port}/{database}")
     assert address.ordered()[0].name == silent
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         opened = await connect(address, writes=True)
     assert await opened.value("SELECT 1") == 1
     await opened.close()

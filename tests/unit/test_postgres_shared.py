@@ -65,7 +65,7 @@ class Node:
         """Own exactly these lanes."""
         owned = self.store.nodes.owned
         await self.store.nodes.give([name for name in owned if name not in names])
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while set((await self.store.nodes.own(dict.fromkeys(names, 5.0), ())).until) != set(names):
                 await self.store.nodes._fetch(  # a free lease may be due to the other node: it is neglected
                     "UPDATE leases SET until = clock_timestamp() - interval '1 minute'"
