@@ -218,7 +218,7 @@ async def scene(folder: Path, step: int = STEP) -> AsyncIterator[Relay]:
                 clock.behind -= step * SECOND
                 for job in ("flush", "sweep", "history"):
                     await relay.app.jobs.run(job)
-            await until(lambda: relay.app.dispatcher.lanes["erp"].held, 30)
+            await until(lambda: relay.app.dispatcher.lanes["erp"].health.circuit.is_open, 30)
             again = {"filter": {"destination": "search", "state": "dead"}}
             await ask(relay, "POST", "deliveries/retry", again)
             for job in ("activity", "ledger", "history"):
