@@ -7,7 +7,7 @@ from pathlib import Path
 import asyncpg
 import msgspec
 import pytest
-from postgres import needs_postgres
+from postgres import maybe_pooled, name_of, needs_postgres, not_pooled, server
 from postgres_stores import emptied, run
 from stores import accept, check_rows, hooks, ids, make_store, refuse_writes, rows
 from support import until
@@ -58,8 +58,13 @@ def ending(delivery, state="delivered", **fields):
     return Outcome(delivery=delivery, attempt=attempt, state=state, **fields)
 
 
+def dsn_of(store):
+    """Return the DSN of a store's database, without a pooler."""
+    return server().url(name_of(store.database.address.hosts[0].dsn))
+
+
 async def change(store, sql, *values):
-    await run(store.database.address.hosts[0].dsn, sql, values, path="public")
+    await run(dsn_of(store), sql, values, path="public")
 
 
 def lose(store, monkeypatch, when):
@@ -138,6 +143,7 @@ async def test_an_outcome_whose_answer_is_lost_counts_once(store, clock, monkeyp
     assert [len(news.outcomes) for news in store.news if news.outcomes] == [1]
 
 
+@not_pooled("it hides which process of the server has a session")
 async def test_the_writer_connects_again_and_wakes_the_lanes(store, clock):
     await store.events.append(accept(clock, b"{}"))
     await change(
@@ -188,7 +194,7 @@ async def test_a_server_that_is_not_there_is_reported_without_the_password(tmp_p
 
 async def test_a_second_daemon_is_refused_with_the_place_of_the_first(store, tmp_path, clock):
     (tmp_path / "other").mkdir()
-    second = opening.make_store(store.database.address.hosts[0].dsn, tmp_path / "other", clock)
+    second = opening.make_store(maybe_pooled(dsn_of(store)), tmp_path / "other", clock)
     with pytest.raises(StorageError, match="another daemon uses this database") as caught:
         await second.open()
     assert not isinstance(caught.value, StorageUnavailableError)
@@ -275,8 +281,7 @@ async def test_a_delivery_that_is_inserted_behind_an_ending_one_of_its_key_becom
     hooks(store).route = lambda _event: (Target("crm", order_key="a"),)
     await store.events.append(accept(clock, b"{}"))
     [head] = store.fresh
-    dsn = store.database.address.hosts[0].dsn
-    other = await asyncpg.connect(dsn)
+    other = await asyncpg.connect(dsn_of(store))
     try:
         begun = other.transaction()
         await begun.start()
@@ -458,7 +463,7 @@ async def test_tables_that_need_a_newer_program_are_refused_with_its_version(sto
         with pytest.raises(StorageError, match=r"version 99 and need .* 98; this one knows \d") as caught:
             await store.open()
         assert caught.value.hint == "run hookferry 7.1.0, which migrated it, or a newer version"
-        offline = opening.offline_store(store.database.address.hosts[0].dsn, Path())
+        offline = opening.offline_store(maybe_pooled(dsn_of(store)), Path())
         with pytest.raises(StorageError, match="need a program that knows version 98"):
             async with offline.read():
                 pass
@@ -498,7 +503,7 @@ async def test_a_migration_gives_way_to_a_statement_that_waits_for_it(store, clo
     await store.close()
     for module in (schema, store_module):
         monkeypatch.setattr(module, "MIGRATIONS", (*MIGRATIONS, newer))
-    other = await asyncpg.connect(store.database.address.hosts[0].dsn)
+    other = await asyncpg.connect(dsn_of(store))
     connection = await connect(store.database.address, writes=True)
     try:
         begun = other.transaction()
@@ -559,7 +564,7 @@ async def test_a_migration_gives_up_soon_if_a_table_is_locked(store, clock, monk
         monkeypatch.setattr(module, "MIGRATIONS", (*MIGRATIONS, "ALTER TABLE owed ADD COLUMN newer integer"))
     monkeypatch.setattr(store_module, "TABLE_PATIENCE", "100ms")
     monkeypatch.setattr(store_module, "TABLES_FOR", 0.0)
-    other = await asyncpg.connect(store.database.address.hosts[0].dsn)
+    other = await asyncpg.connect(dsn_of(store))
     connection = await connect(store.database.address, writes=True)
     try:
         async with other.transaction():
