@@ -401,7 +401,7 @@ async def _stream(context: Any, server: Server, url: str, name: str, seconds: fl
     session = await context.new_cdp_session(page)
     await session.send("Performance.enable")
     await page.goto(url)
-    # The page stops to count new events at this number; the whole run is measured.
+    # The page stops counting new events at this number. A high one lets it count during the whole run.
     await page.evaluate(
         "const place = document.querySelector('[data-tail]'); if (place) place.dataset.most = 1e9"
     )

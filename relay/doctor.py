@@ -61,8 +61,8 @@ def wakeups(figures: Mapping[str, float], cautions: Iterable[Caution]) -> Check:
     for caution in cautions:
         if "notifications" in caution.what:
             hint = (
-                "[storage] listen_url, or url without it, must be a direct connection to the database; "
-                "if url is that of a pooler, add pooler=true to it"
+                "[storage] listen_url (if unset, url) must be a direct connection to the database; if url is "
+                "the address of a pooler, add pooler=true to it"
             )
             return Check(name="wakeups", ok=False, detail=caution.what, hint=hint)
     milliseconds = figures["wakeup_delay"] * 1000

@@ -115,7 +115,7 @@ class DaemonApi:
         return await status_of(self._context, self._began)
 
     async def _show_problems(self, _to: str, _argument: None) -> Problems:
-        """Return the problems that this node knows for another one."""
+        """Return the problems of this node, for another node."""
         return problems_of(self._context)
 
     @endpoint(

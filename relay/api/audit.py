@@ -46,8 +46,8 @@ class AuditView(msgspec.Struct):
     access: Annotated[
         str,
         about(
-            "How the name was proved: `socket`, `token`, `login` to the dashboard, or `proxy`; `none`: a "
-            "login was refused after too many wrong tokens."
+            "How the name was proved: `socket`, `token`, `login` to the dashboard, or `proxy`; `none`: not "
+            "at all, because a login was refused after too many wrong tokens."
         ),
     ]
     remote: Annotated[str, about("Address of the client; empty on the socket.")]

@@ -37,7 +37,7 @@ from relay.errors import RelayError, SetInConfigError
 from relay.model import AttemptResult
 
 SHOW = "show destinations"
-"""The request of another node."""
+"""The request by which a node asks the others for the destinations that they own."""
 
 PATIENCE = 2.0  # seconds within which the other nodes must answer
 
@@ -45,7 +45,7 @@ _OF_OWNER = (
     "held", "paused_by", "paused_until", "circuit", "failing_since", "disabled_at", "held_until",
     "last_error", "last_error_at", "attempts_per_minute", "failed_per_minute", "certificate_expires",
 )  # fmt: skip
-"""Fields that only the node knows that owns the lane."""
+"""Fields that only the owner of the lane knows."""
 
 
 class TimingView(msgspec.Struct):
@@ -190,7 +190,7 @@ class DestinationsApi:
         return [self._fields(lane, recent) for lane in lanes if lane.is_owned]
 
     async def _add_owners(self, items: Sequence[dict[str, Any]]) -> None:
-        """Let the owners of lanes say why they do not deliver; only they know."""
+        """Add the fields that only the owners of lanes know to the destinations of other nodes."""
         elsewhere = {each["name"]: each for each in items if each["held"] == ELSEWHERE}
         if not elsewhere:
             return
@@ -203,7 +203,7 @@ class DestinationsApi:
                     shown.update(known, in_flight=owned["in_flight"] + mine, last_success=last)
 
     async def _recent(self, name: str | None = None) -> dict[str, tuple[float | None, float | None]]:
-        """Return the attempts of the last minute at one or each destination, and those that failed."""
+        """Return the attempts of the last minute by destination, all and failed; `name` selects one."""
         found = {}
         for each in (await self._history.hour(minutes=1, periods=1, destination=name)).destinations:
             [succeeded], [failed] = each.figures["succeeded"], each.figures["failed"]

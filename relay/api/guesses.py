@@ -1,4 +1,4 @@
-"""Limits for wrong tokens, so that nobody can try many of them.
+"""Limits for wrong tokens, so that a client cannot guess one.
 
 One-time codes need no limit: they have 128 random bits and are valid for a minute.
 """
@@ -18,14 +18,14 @@ OF_ALL = Rate(100, 60)
 """Wrong tokens of all addresses together."""
 
 MOST_ADDRESSES = 1000
-"""Addresses that are remembered, the least recently used one is dropped; `OF_ALL` still counts for it."""
+"""Addresses that are remembered. The least recently used one is dropped; `OF_ALL` still limits it."""
 
 REPORTS = Rate(1, 60)
-"""Refusals that are reported, because strangers must not fill the audit trail."""
+"""Refusals that are reported. The limit keeps strangers from filling the audit trail."""
 
 DELAY = 1.0  # seconds until the answer to a wrong Bearer token beyond the limits
 MOST_DELAYED = 20
-"""Such answers that wait; meanwhile, further Bearer tokens are refused without a look at them."""
+"""Delayed answers at a time. While they all wait, further Bearer tokens are refused without a check."""
 
 
 class Guesses:
@@ -45,7 +45,7 @@ class Guesses:
         return max(self._all.wait(now), 0.0 if bucket is None else bucket.wait(now))
 
     def note(self, remote: str | None) -> None:
-        """Note a wrong token."""
+        """Count a wrong token."""
         now, key = self._clock.steady(), _network(remote)
         bucket = self._addresses.setdefault(key, TokenBucket(OF_ADDRESS, now, burst=OF_ADDRESS.count))
         self._addresses.move_to_end(key)
@@ -55,18 +55,18 @@ class Guesses:
         self._all.take(now)
 
     def may_report(self) -> bool:
-        """Return whether a refusal is worth a report: at most one a minute is."""
+        """Return whether to report a refusal: at most one a minute."""
         return not self._reports.take(self._clock.steady())
 
     @property
     def is_flooded(self) -> bool:
-        """Whether so many answers wait that further tokens must be refused."""
+        """Whether `MOST_DELAYED` answers wait, so further tokens must be refused."""
         return self._delayed >= MOST_DELAYED
 
     async def delay(self, remote: str | None) -> None:
-        """Note a wrong token, and wait if the client has sent too many of them.
+        """Count a wrong token, and wait if the client has sent too many of them.
 
-        A client whose token is valid does not wait, even if it shares its address with such a client.
+        A client with a valid token never waits, even if it shares the address.
         """
         is_slow = bool(self.wait(remote))
         self.note(remote)
@@ -79,7 +79,7 @@ class Guesses:
 
 
 def _network(remote: str | None) -> str:
-    """Return the address of a client, or its network with IPv6: one client owns a /64."""
+    """Return the IPv4 address of a client, or its IPv6 network /64, which belongs to one client."""
     try:
         address = ipaddress.ip_address((remote or "").partition("%")[0])
     except ValueError:

@@ -40,7 +40,7 @@ OPERATOR = web.RequestKey("operator", Operator)
 """Of a request whose operator is known."""
 
 SUSPECT = web.RequestKey("suspect", Operator)
-"""Of a refused request that the audit trail notes, although its sender is unknown."""
+"""The unknown sender of a refused request that the audit trail records."""
 
 
 class Peer(msgspec.Struct, frozen=True):

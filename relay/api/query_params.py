@@ -99,15 +99,11 @@ class HistoryQuery(msgspec.Struct, kw_only=True):
         _about("Number of periods into which the time is divided.", parse=partial(_whole, most=360)),
         msgspec.Meta(ge=1, le=360),
     ] = 60
-    source: Annotated[str, _about("Name of the source; leaves out all others, and destinations.")] | None = (
-        None
-    )
-    destination: (
-        Annotated[str, _about("Name of the destination; leaves out all others, and sources.")] | None
-    ) = None
+    source: Annotated[str, _about("Return only this source, and no destinations.")] | None = None
+    destination: Annotated[str, _about("Return only this destination, and no sources.")] | None = None
     running: Annotated[
         Literal["0", "1"],
-        _about("1: the last period ends now, so it may be up to ten seconds shorter; 0: all are complete."),
+        _about("1: the last period ends now, up to ten seconds early; 0: all periods are complete."),
     ] = "0"
 
 
@@ -180,7 +176,7 @@ class DeliveriesQuery(EventsQuery, kw_only=True):
     replayed: (
         Annotated[
             Literal["yes", "no"],
-            _about("no: only deliveries that were not sent again, as a retry selects them; yes: the others."),
+            _about("no: deliveries that were not sent again; a retry selects only these. yes: the others."),
         ]
         | None
     ) = None

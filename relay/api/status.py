@@ -62,15 +62,15 @@ class StatusProblem(msgspec.Struct, frozen=True):
     )
 
     def is_same(self, other: "StatusProblem") -> bool:
-        """Return whether another node reports the same problem of a source that all nodes share."""
+        """Return whether two nodes report the same problem: all nodes share the sources."""
         return self.what == other.what or (self.kind == other.kind == "source" and self.name == other.name)
 
 
 Problems = tuple[tuple[StatusProblem, ...], ...]
-"""In groups, the most severe first."""
+"""Problems in groups, the most severe group first."""
 
 SHOW = "show problems"
-"""The request of another node."""
+"""The request by which a node asks the others for their problems."""
 
 PATIENCE = 2.0  # seconds within which the other nodes must answer
 
@@ -111,7 +111,7 @@ async def status_of(context: Context, began: int) -> StatusView:
 
 
 async def _all_problems(context: Context) -> list[StatusProblem]:
-    """Return the problems of this node, and those that the other nodes know."""
+    """Return the problems of all nodes."""
     others = await context.store.nodes.ask_others(SHOW, None, PATIENCE)
     groups = [list(group) for group in problems_of(context)]
     silent = list(others.silent)
@@ -125,7 +125,7 @@ async def _all_problems(context: Context) -> list[StatusProblem]:
             assert isinstance(mine, list)  # noqa: S101 - there are at least as many groups here
             mine += [_from(node, each) for each in more if not any(map(each.is_same, mine))]
     missing = [
-        StatusProblem(f"the problems of the node {name} are unknown: it does not answer", "relay nodes")
+        StatusProblem(f"node {name} does not answer, so its problems are unknown", "relay nodes")
         for name in silent
     ]
     return [*missing, *(each for group in groups for each in group)]
@@ -200,7 +200,7 @@ def _problems_of_config(context: Context) -> Iterator[StatusProblem]:
 
 
 def _problems_of_certificates(context: Context, lanes: Sequence[Lane]) -> Iterator[StatusProblem]:
-    """Yield certificates of destinations that end soon."""
+    """Yield certificates of destinations that expire soon."""
     for lane in lanes:
         now, certificate = context.clock.wall(), lane.certificate
         if certificate is not None and now > certificate.renewal_overdue:

@@ -206,7 +206,7 @@ class DestinationView(DestinationSteered, kw_only=True):
     pending: int
     shards: Annotated[
         tuple[ShardView, ...] | msgspec.UnsetType,
-        about("Of a destination that a cluster divides; as of the latest second."),
+        about("Only of a destination with `shards` in a cluster; up to a second old."),
     ] = msgspec.UNSET
 
 

@@ -1,7 +1,7 @@
 """Shards: the parts of a destination's deliveries that different nodes of a cluster send at the same time.
 
-A delivery has a slot, a number that never changes. A shard is a set of slots, so that the number of shards
-can change without a change of stored deliveries. Deliveries with the same key have the same slot.
+A delivery has a slot, a number that never changes. A shard is a set of slots, so a new number of shards
+changes no stored delivery. Deliveries with the same key have the same slot.
 """
 
 import hashlib
@@ -9,10 +9,10 @@ import hashlib
 import msgspec
 
 SLOTS = 48
-"""It divides evenly by 2, 3, 4, 6, 8, 12 and 16. A claim reads one range of an index per slot."""
+"""Number of slots. It is divisible by 2, 3, 4, 6, 8, 12 and 16. A claim reads one index range per slot."""
 
 MOST_SHARDS = 16
-"""Shards of a destination. Eight fully loaded nodes are about as much as one PostgreSQL server can serve."""
+"""Shards of a destination: two for each of the eight loaded nodes that one PostgreSQL server can serve."""
 
 _HEX = 16
 _ID_DIGITS = 4  # the last digits of an id, which are random
@@ -36,7 +36,7 @@ def slot_of(key: str | None, public_id: str) -> int:
 def lane_of(destination: str, slot: int | None, count: int) -> str:
     """Return the name of the lane that sends a delivery; `count` is the number of shards, 1 or more.
 
-    A delivery without a slot will get one. Until then, no lane sends it, and the first one may end it.
+    With several shards, no lane sends a delivery until it has a slot. Until then, the first lane may end it.
 
     >>> lane_of("crm", 5, 4), lane_of("crm", None, 4), lane_of("crm", 5, 1)
     ('crm/1', 'crm/0', 'crm')

@@ -8,12 +8,12 @@ SLICE = 0.0005
 
 
 class Turns:
-    """Gives other tasks a turn between the steps of a work."""
+    """Gives other tasks a turn between the steps of long work."""
 
     __slots__ = ("_until",)
 
     def __init__(self) -> None:
-        self._until = 0.0  # so that the first step is apart from the work before it
+        self._until = 0.0  # the first call gives a turn, because the time of earlier work is unknown
 
     async def give(self) -> None:
         """Let other tasks run if they have waited for longer than `SLICE`; call it after each short step."""

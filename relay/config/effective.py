@@ -34,17 +34,18 @@ def effective(config: Config) -> dict[str, Any]:
 
 
 _AGREED = ("shards",)
-"""Keys of a destination about which the nodes agree, whatever each one has."""
+"""Keys of a destination that may differ between nodes, because the nodes agree on one value."""
 
 
 class Digests(msgspec.Struct, frozen=True):
     """Digests of the settings that the nodes of a cluster should share, in hexadecimal.
 
-    Secrets other than URLs do not count. Neither do defaults, because a newer version has more of them.
+    They leave out secrets other than URLs, and settings with their default value, because a newer version
+    has more settings.
     """
 
     whole: str = ""
-    jobs: str = ""  # of retention, sources and rules of workers, which jobs of a cluster use
+    jobs: str = ""  # of the settings that jobs of a cluster use: retention, sources, rules of workers
     destinations: dict[str, str] = {}  # by name
 
 

@@ -190,8 +190,8 @@ class Storage(msgspec.Struct, frozen=True, kw_only=True):
         Url | None,
         _check(validators.listen_url),
         _help(
-            "the same PostgreSQL database without the pooler, for the notifications of a cluster; "
-            "unset: `url`, or polling if `url` has `pooler=true`"
+            "URL of the same PostgreSQL database without the pooler, for the notifications of a cluster; "
+            "unset: the relay listens over `url`, or polls if `url` has `pooler=true`"
         ),
     ] = None
     durability: Annotated[
@@ -245,8 +245,8 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True):
     enabled: Annotated[
         bool | None,
         _help(
-            "whether other daemons may use the same PostgreSQL database; they share the work. `false`: a "
-            "second daemon is refused. If the key is not set: `true` with PostgreSQL"
+            "let other daemons use the same PostgreSQL database and share the work; `false` refuses a "
+            "second daemon; unset: `true` with PostgreSQL, `false` with SQLite"
         ),
     ] = None
     node: Annotated[
@@ -559,8 +559,8 @@ class DestinationConfig(msgspec.Struct, frozen=True, kw_only=True):
         int,
         msgspec.Meta(ge=1, le=MOST_SHARDS),
         _help(
-            "in a cluster, divide the deliveries into this many [shards](cluster.md#shards) that several "
-            "nodes send at the same time; at most 16"
+            "in a cluster, number of [shards](cluster.md#shards) into which the deliveries are divided, so "
+            "that several nodes send them at the same time; at most 16"
         ),
     ] = 1
     rate_limit: Annotated[

@@ -48,7 +48,7 @@ _OF_LIBPQ = {
     *("requirepeer", "requiressl", "scram_client_key", "scram_server_key", "sslcertmode", "sslcompression"),
     *("sslcrldir", "sslsni", "tcp_user_timeout"),
 }
-"""Options of psql that asyncpg would send to the server as settings, and the server refuses the connection.
+"""Options of psql that asyncpg sends to the server as settings, so that the server refuses the connection.
 
 https://www.postgresql.org/docs/current/libpq-connect.html#LIBPQ-PARAMKEYWORDS"""
 _ENCODE = "In a user name or password, write / ? # @ : and % as %2F %3F %23 %40 %3A %25"

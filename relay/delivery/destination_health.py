@@ -22,7 +22,7 @@ ELSEWHERE = "on another node"
 """Why this node holds deliveries whose lane another node owns, or will take."""
 
 DISABLE = "disable"
-"""The request of a node that owns a shard to the node that keeps the state of the destination."""
+"""The request by which the owner of a shard asks the keeper of the state to disable the destination."""
 
 NO_STORAGE = "waiting for storage"
 """Why a lane is held while the store fails: an attempt whose outcome is lost would be repeated."""
@@ -48,7 +48,7 @@ class DestinationHealth:
         self.is_keeper = True
         self.is_divided = False
         self.opened_by: tuple[str, bool] | None = None  # why the circuit opened, and `Standing.is_quiet`
-        self.reported_by: tuple[str, bool] | None = None  # the same of any shard, as reported to operators
+        self.reported_by: tuple[str, bool] | None = None  # the same for any shard, as reported to operators
         self._rest_reason = RESTING
         self._stored_hold = PAUSED_IN_CONFIG if config.paused else state.held
         self._config = config
@@ -252,15 +252,15 @@ class DestinationHealth:
             name, is_quiet = self._config.name, event.source == OPERATOR_SOURCE
             try:
                 await self._store.nodes.ask(name, DISABLE, {"reason": disable, "is_quiet": is_quiet})
-            except RelayError as error:  # then the next attempt gets the same response
+            except RelayError as error:  # the next attempt gets the same response, and asks again
                 extra = fields(destination=name)
-                log.warning("%s: cannot disable it: %s", name, error.message, extra=extra)
+                log.warning("%s: cannot disable the destination: %s", name, error.message, extra=extra)
         change = self.circuit.record(result, self._clock.steady(), openings)
         if change is not None:
             await self._report_circuit(change, event, reason)
 
     async def _report_circuit(self, change: Change, event: StoredEvent | None, reason: str) -> None:
-        """Log that the circuit changed, and send an operator event; None: an operator closed it.
+        """Log that the circuit changed, and send an operator event; `event` is None if an operator closed it.
 
         If the lane has shards, `report_shards` sends the event.
         """
@@ -274,9 +274,9 @@ class DestinationHealth:
             await self._report(change, reason, is_quiet=is_quiet)
 
     async def report_shards(self, opened_by: tuple[str, bool] | None) -> None:
-        """Send an operator event if the circuit of the first shard has opened, or none is open any longer.
+        """Send an operator event when the first circuit of the shards opens, and when all are closed again.
 
-        `opened_by` is that of any shard whose circuit is open.
+        `opened_by` is from any shard whose circuit is open; None: all circuits are closed.
         """
         before, self.reported_by = self.reported_by, opened_by
         if (before is None) == (opened_by is None):

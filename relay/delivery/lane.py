@@ -108,7 +108,7 @@ class Lane:
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = 0  # steady clock
         self.node = ""  # the node that owns this lane, if it is another one and known
-        self.shards: Shards | None = None  # those that this node owns; None: the destination is not divided
+        self.shards: Shards | None = None  # shards that this node owns; None: the destination is not divided
         self.others: tuple[ShardElsewhere, ...] = ()  # the other shards
         self._reports = False  # whether this node reports the circuits of all shards
         self._by_slot: Counter[int] = Counter()  # attempts in flight
@@ -197,7 +197,7 @@ class Lane:
             self.apply_hold()
 
     def release_shard(self, number: int) -> None:
-        """Start no further attempts for a shard, which another node will own."""
+        """Start no further attempts for a shard, so that another node can own it."""
         if self.shards is not None and number in self.shards.numbers:
             self._set_shards(Shards(self.shards.count, self.shards.numbers - {number}))
             if not self.shards.numbers:
@@ -224,7 +224,7 @@ class Lane:
 
     @property
     def in_flight_everywhere(self) -> int:
-        """Return the number of attempts in flight, with those at shards of other nodes."""
+        """Return the number of attempts in flight, including those at shards of other nodes."""
         return self.in_flight + sum(each.in_flight for each in self.others)
 
     @property
@@ -280,11 +280,11 @@ class Lane:
 
     @property
     def is_keeper(self) -> bool:
-        """Whether this node keeps the state of the destination: operators' requests are for it."""
+        """Whether this node keeps the state of the destination, and so handles operators' requests."""
         return self.is_owned if self.shards is None else self.health.is_keeper
 
     def _set_shards(self, shards: Shards | None) -> None:
-        """Limit the lane to some shards: their part of the limits, and their deliveries."""
+        """Limit the lane to the deliveries of some shards, and to their part of the limits."""
         before, self.shards = self.shards, shards
         if shards is None:
             self.others, self._reports = (), False

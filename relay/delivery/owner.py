@@ -27,7 +27,7 @@ STEER, CLOSE_CIRCUIT = "pause or resume", "close the circuit"
 CLOSE_SHARDS = "close the circuits of shards"
 """Request of an operator to all nodes."""
 
-PATIENCE = 5.0  # seconds for the answers to it
+PATIENCE = 5.0  # seconds within which the other nodes must answer
 
 
 class Owner:
@@ -54,7 +54,7 @@ class Owner:
         self._due = asyncio.Event()  # set: renew at once
         self._failing = False
         self._has_lanes = False  # the first renewal has ended
-        self._leaves_alone = False  # this node is the last one, and stops
+        self._leaves_alone = False  # this node stops, and no other one is live
 
     async def start(self) -> None:
         """Take lanes now, and then regularly; returns after the first try."""
@@ -132,7 +132,7 @@ class Owner:
         return await lane.close_circuit(reason)
 
     async def _close_shards(self, _to: str, argument: Mapping[str, str]) -> bool:
-        """Close the circuit of the shards on this node, for an operator who uses another node."""
+        """Close the circuit of this node's shards, for an operator on another node."""
         lane = self._dispatcher.lanes.get(argument["destination"])
         return lane is not None and await lane.close_circuit(argument["reason"])
 
@@ -190,7 +190,7 @@ class Owner:
             elif name in self._hand_overs or name in owned.hand_over:
                 pass
             elif name in gained:
-                # The start of a daemon that is alone is no news.
+                # A single daemon always gets its lanes when it starts: not worth a line at INFO.
                 level = logging.INFO if self._has_lanes or self._has_company else logging.DEBUG
                 log.log(level, "%s: this node runs the lane", name, extra=fields(destination=name))
                 lane.own(until, state)

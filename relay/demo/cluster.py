@@ -322,7 +322,7 @@ async def _demo(count: int, storage: str | None, *, leave: bool) -> int:
     async with AsyncExitStack() as life:
         keeper = await life.enter_async_context(kept(with_server=storage is None))
         for removed in keeper.removed:
-            print(f"removed {removed}, which an earlier demo had left", flush=True)
+            print(f"removed {removed}, left by an earlier demo", flush=True)
         url, folder = storage or keeper.url, Path(keeper.folder)
         key = Secret(SHARED + base64.b64encode(secrets.token_bytes(32)).decode())
         arrivals = Arrivals()

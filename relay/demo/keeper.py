@@ -27,24 +27,24 @@ from relay.errors import RelayError
 FOLDER = "hookferry-nodes-"
 SERVER_FOLDER = "hookferry-postgres-"
 SHORT = "/tmp"  # noqa: S108 - mkdtemp makes a private folder
-"""Where the server's folder is: another user may have to enter it, and the path of a socket is short."""
+"""Parent of the server's folder: the user `postgres` can enter it, and the path of a socket must be short."""
 
 UNLOCKED = 10.0
-"""Seconds after its creation in which a folder may not be locked yet."""
+"""Seconds within which a keeper locks the folder that it has created."""
 
 KEEP = "from relay.demo.keeper import main; main()"
 PATIENCE = 5.0  # seconds for nodes to end
 
 
 class Kept(msgspec.Struct):
-    """What the keeper has made, in its first line; or why it could not."""
+    """The first line of the keeper: the folders and the server that it started, or the error."""
 
     folder: str = ""
     url: str = ""  # of the server's database
     removed: list[str] = []  # folders of earlier demos
     error: str | None = None
     hint: str = ""
-    pipe: int = 0  # to be the standard input of each node
+    pipe: int = 0  # file descriptor, the standard input of each node
 
 
 # --- in the demo ----------------------------------------------------------------------------------
@@ -52,7 +52,7 @@ class Kept(msgspec.Struct):
 
 @asynccontextmanager
 async def kept(*, with_server: bool) -> AsyncIterator[Kept]:
-    """Start a keeper, and yield what it has made; removes all of it at the end.
+    """Start a keeper, and yield its folders and its server, which end with the context.
 
     Raises:
         RelayError: the server does not start.
@@ -68,7 +68,7 @@ async def kept(*, with_server: bool) -> AsyncIterator[Kept]:
         try:
             line = await process.stdout.readline()
             if not line:
-                raise RelayError("the demo failed: its keeper has ended")
+                raise RelayError("the demo failed: the process that keeps its server and its files has ended")
             first = msgspec.json.decode(line, type=Kept)
             if first.error is not None:
                 raise RelayError(first.error, hint=first.hint)
@@ -86,7 +86,7 @@ async def kept(*, with_server: bool) -> AsyncIterator[Kept]:
 
 
 def end_with_the_demo() -> None:
-    """Let this process be killed when its standard input ends."""
+    """Kill this process when its standard input ends."""
     Thread(target=_kill_at_end, name="demo", daemon=True).start()
 
 
@@ -105,7 +105,7 @@ def _wait_for_end() -> None:
 
 
 def main() -> None:
-    """Make a folder for nodes, with the argument "server" a database as well, until the demo has ended."""
+    """Keep a folder for nodes until the demo ends; with the argument "server", also a database server."""
     with ExitStack() as life:
         try:
             removed = remove_abandoned()

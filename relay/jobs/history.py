@@ -22,7 +22,7 @@ SLOTS = 360
 """Slots that are kept: one hour."""
 
 MOST_MADE = 8
-"""Answers that are kept until the next reading: several pages and nodes ask for the same one."""
+"""Results that are cached until the next reading, because several pages and nodes request the same one."""
 
 FRESH = 1.0
 """Seconds between two readings of the running slot."""
@@ -95,7 +95,7 @@ class History:
         self._names = {"sources": sources, "destinations": destinations}
         self._pending = pending
         self._rings: dict[tuple[str, str, str], Ring] = {}  # by kind, name and figure
-        self._made: dict[Hashable, Hour] = {}  # answers until the next reading
+        self._made: dict[Hashable, Hour] = {}  # cached results, see `MOST_MADE`
         self._before: Reading | None = None
         self._slot = 0  # the last one
         self._ran_at = 0  # its end, steady clock
@@ -142,7 +142,7 @@ class History:
             ring.set(slot, value)
 
     async def _note_running(self) -> None:
-        """Note the running slot so far; its end replaces the figures."""
+        """Record the running slot so far. When the slot ends, its final figures replace these."""
         async with self._reading:
             before, steady = self._before, self._clock.steady()
             if before is None or steady - self._read_at < FRESH * SECOND:
@@ -169,7 +169,7 @@ class History:
         """
         if running:
             await self._note_running()
-        names = tuple(tuple(each()) for each in self._names.values())  # a reload changes them
+        names = tuple(tuple(each()) for each in self._names.values())  # a reload may change them
         asked, read_at = (minutes, periods, source, destination, running, names), self._read_at
         if (made := self._made.get(asked)) is not None:
             return made

@@ -224,7 +224,7 @@ class Replays:
         return (await self._measure(request))[0]
 
     async def count_deliveries(self, selection: Selection) -> int:
-        """Return the number of deliveries that a retry of a selection sends again."""
+        """Return the number of deliveries that a retry of a selection would send."""
         span = await self._store.queries.span(selection)
         pages = self._store.queries.select(selection, span)
         return sum([len(one.destinations) async for page in pages for one in page])

@@ -146,7 +146,7 @@ def _complete(
 
 
 class _Manager(pluggy.PluginManager):
-    """Examines only marked functions of a module, because pluggy takes a few ms for all its names."""
+    """Examines only marked functions of a module: with all names of a module, pluggy takes a few ms."""
 
     def parse_hookimpl_opts(self, plugin: Any, name: str) -> pluggy.HookimplOpts | None:
         """See pluggy."""

@@ -357,7 +357,7 @@ class Queries(Protocol):
         """List `events`, `deliveries`, `attempts`, `worker_metrics` or `worker_commands`, newest first.
 
         Filters are the fields of a `Selection`, and ids; `event_id` and `delivery_id` may be row ids.
-        Deliveries have `replayed`, too: whether a later one sends the event to the same destination again. A
+        For deliveries, `replayed` selects those that a later delivery sends again, or the others. A
         search has a budget: a page may have fewer rows than `limit` and still have a cursor.
 
         Raises:
@@ -610,7 +610,7 @@ class Upkeep(Protocol):
     async def measure(self, *, counts: bool = True) -> Measured:
         """Return the number of stored events and deliveries, and the space that they take.
 
-        Without `counts`, events are not counted, which takes long in a large database.
+        Counting the events of a large database takes long; `counts=False` leaves it out.
 
         Raises:
             StorageError: it cannot be read.
@@ -640,17 +640,17 @@ class Upkeep(Protocol):
 class Standing(msgspec.Struct, frozen=True):
     """The state of a lane as its owner reports it to the other nodes."""
 
-    shards: int = 1  # of a destination: into how many shards it is divided; 0: the number is changing
+    shards: int = 1  # number of shards of a destination; 0: the number is changing
     in_flight: int = 0  # attempts of a shard
     circuit: str | None = None  # why the circuit breaker is open; None: it is closed
-    is_quiet: bool = False  # it opened because of the relay's own events, which must cause no further ones
+    is_quiet: bool = False  # deliveries of the relay's own events opened it: report no further event
 
 
 class Ownership(msgspec.Struct, frozen=True):
     """The lanes of this node. Other nodes own the other lanes, or will take them.
 
-    A destination that is divided has a lane per shard, such as `crm/0`. The owner of `crm` itself sends
-    nothing by that: it keeps the state of the destination.
+    A destination that is divided has a lane per shard, such as `crm/0`. The lane `crm` then sends nothing:
+    its owner keeps the state of the destination.
     """
 
     until: Mapping[str, int]  # owned lanes; no attempt may begin at this time or later (steady clock)

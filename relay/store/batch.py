@@ -64,9 +64,9 @@ class Restored(msgspec.Struct):
 
 
 class Scope(msgspec.Struct, frozen=True):
-    """The lanes whose pending deliveries this node ends; only owners know the attempts in flight."""
+    """The lanes whose pending deliveries this node may end: only owners know the attempts in flight."""
 
-    mine: frozenset[str]  # owned lanes; of a destination with shards, these shards
+    mine: frozenset[str]  # owned lanes; for a destination with shards, the owned shards
     known: frozenset[str]  # destinations in the config of a node
     has_orphans: bool  # whether this node also ends the deliveries of destinations that no node knows
     kept: frozenset[str] = frozenset()  # destinations whose state this node keeps
@@ -77,11 +77,11 @@ class Scope(msgspec.Struct, frozen=True):
         return self.lane_of(destination, slot) in self.mine
 
     def covers(self, destination: str, slot: int | None = None) -> bool:
-        """Return whether this node ends a delivery."""
+        """Return whether this node may end a delivery."""
         return self.owns(destination, slot) or self._is_orphan(destination)
 
     def covers_lane(self, lane: str) -> bool:
-        """Return whether this node ends the deliveries of a lane, or a lane that no longer exists."""
+        """Return whether this node may end the deliveries of a lane, which may no longer exist."""
         name, _, number = lane.partition("/")
         count = self.shards.get(name, 1)
         is_lane = int(number) < count if number else count == 1

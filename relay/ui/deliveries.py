@@ -90,7 +90,7 @@ def _state(visit: Visit, each: Mapping[str, Any]) -> Content:
 
 
 def _sent_again(visit: Visit, items: Sequence[Mapping[str, Any]]) -> Content:
-    """Return a note about the rows that a change of all leaves out."""
+    """Return a note about the deliveries that a change of all matches leaves out."""
     count = sum(each["replayed_by"] is not None for each in items)
     if not count or visit.query.get("replayed"):
         return None

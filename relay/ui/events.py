@@ -37,7 +37,7 @@ OVERLAP = SECOND
 """Microseconds before the newest row of a list from which its script counts later events."""
 
 MOST_NEW = 10_000
-"""New events after which the script stops to count; no reader needs the exact number then."""
+"""New events after which the script stops counting; nobody needs a more exact number."""
 
 
 async def list_(visit: Visit) -> web.Response:

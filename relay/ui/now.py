@@ -26,7 +26,7 @@ from relay.ui.sources import NO_SOURCES, state_of
 from relay.ui.workers import maintenance
 
 YEAR = 365
-"""Days after which a full disk is nobody's concern yet."""
+"""Days: a disk that will be full later than this is not mentioned."""
 
 PERIODS = 30
 """Bars of a history of an hour."""
@@ -91,7 +91,7 @@ async def show(visit: Visit) -> web.Response:
 
 
 def _changed() -> Markup:
-    """Return where the script says that the page is out of date, if it must not reload a page in use."""
+    """Return the hidden link that the script shows when the state changes while the page is in use."""
     link = tag("a", "The state has changed: show", href="")
     return tag("p", link, class_="new", hidden=True, data_changed=True)
 

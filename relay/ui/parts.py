@@ -142,7 +142,7 @@ _NOTHING = tag("td", NONE, class_="none")
 
 
 def nothing(visit: Visit, noun: str, more: str | None, *first: Content) -> Content:
-    """Return what stands in place of an empty list of this noun.
+    """Return the text of an empty list; `noun` names an entry.
 
     `more` is the cursor of the next page. `first` is shown if the list has no filter, so it has no entries.
     """
@@ -350,7 +350,7 @@ MOST_TEXT = 16 * 1024
 
 
 MOST_INDENTED = 3 * MOST_TEXT
-"""Characters that a body may have with indentation; a deeply nested one has many times more than without."""
+"""Maximum length of an indented body: indentation makes a deeply nested body many times longer."""
 
 
 def body_text(text: str, label: str) -> Content:

@@ -436,7 +436,7 @@ async def test_a_node_takes_over_at_once_from_a_dead_one_with_the_same_state_fol
     assert not (await own(stranger)).until
     [caution] = stranger.cautions()
     assert caution.what.startswith(
-        "the node that ran these lanes does not answer: crm, erp; others take them"
+        "the node that ran these lanes does not answer: crm, erp; other nodes take them"
     )
     await stranger.close()
     cluster.nodes.remove(stranger)
@@ -460,8 +460,8 @@ async def test_a_node_with_other_settings_gets_nothing_until_those_in_force_are_
     differs, barred = (caution.what for caution in stranger.cautions())
     assert differs == "nodes with a configuration that differs from this node's: a"
     assert barred == (
-        "this node does not deliver to crm and runs no jobs: another node has other settings of them, or had "
-        "them less than 30 s ago"
+        "this node does not deliver to crm and runs no jobs: its settings differ from those of another node "
+        "that runs, or ran less than 30 s ago"
     )
     assert caplog.text.count("this node does not deliver to crm") == 1
     first.digests = Digests("aa", "newest", {"crm": "newest"})  # a reload: the owner's settings are in force

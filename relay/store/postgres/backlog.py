@@ -2,8 +2,8 @@
 
 A node adds deliveries up to the `ceiling` of its row in `ledger`. `pending + unused parts of all ceilings <=
 max_pending` holds for each destination, because only the holder of one lock raises a ceiling. The commit
-checks the node's own ceiling in the row that it counts in anyway. A node whose ceiling is too low takes the
-lock, reads the sums of all nodes, and if there is no room, takes back what the other nodes have not used.
+checks the node's own ceiling in the row whose counts it changes anyway. A node whose ceiling is too low takes
+the lock and reads the sums of all nodes; if there is no room, it resets the ceilings of the other nodes.
 """
 
 from collections import Counter
@@ -33,7 +33,7 @@ TAKE_BACK_SQL = """
     UPDATE ledger AS l SET ceiling = NULL FROM others AS o
      WHERE l.slot = o.slot AND l.destination = o.destination
 """
-"""Waits for transactions that are using the ceilings; later ones fail, and begin again."""
+"""Waits for transactions that use the ceilings. Later transactions fail, and are repeated."""
 
 RAISE_SQL = """
     INSERT INTO ledger AS l (slot, destination, created, delivered, dead, expired, cancelled, ceiling)
@@ -62,7 +62,7 @@ class SharedLimits:
         self._rooms: dict[str, Room] = {}
 
     def forget(self) -> None:
-        """Forget all ceilings: the node has another slot, or a commit failed, maybe at a lower ceiling."""
+        """Forget all ceilings: the node has a new slot, or a commit failed, perhaps because of a ceiling."""
         self._rooms.clear()
 
     async def decide(self, batch: Batch, transaction: Transaction, slot: int) -> None:
@@ -85,7 +85,7 @@ class SharedLimits:
             await self._refuse(batch, transaction, rooms)
 
     def is_near(self, batch: Batch) -> bool:
-        """Return whether the decision about a batch needs statements before the one that writes it."""
+        """Return whether `decide` needs statements of its own before the statement that writes the batch."""
         return bool(self._near(batch, batch.new_counts()))
 
     def _near(self, batch: Batch, counts: Counter[str]) -> set[str]:
@@ -115,7 +115,7 @@ class SharedLimits:
         limits, pending = batch.limits, self._ledger.pending_counts
         rooms: dict[str, int] = {}
         if full := [name for name in wanted if pending[name] >= limits[name]]:
-            # No lock is needed to add nothing.
+            # A full destination gets no delivery, so it needs no lock.
             rooms = {
                 name: 0
                 for name, (count, _) in (await self._sums(transaction, full)).items()

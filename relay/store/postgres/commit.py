@@ -139,7 +139,7 @@ _LEDGER_SQL = f"""
         DO UPDATE SET {", ".join(f"{column} = l.{column} + excluded.{column}" for column in LEDGER)})
 """  # noqa: S608 - only constants
 
-# A ceiling that another node has lowered meanwhile makes the statement fail: `created` must not be NULL.
+# If another node has lowered the ceiling meanwhile, `created` becomes NULL, and the statement fails.
 _CHECKED_SQL = _LEDGER_SQL.replace(
     "SET created = l.created + excluded.created",
     """SET created = CASE WHEN excluded.destination <> ALL($8::text[])
@@ -217,8 +217,8 @@ class PostgresCommitter(Committer):
 
     sequences: IdSequences
     nodes: PostgresNodes | None = None  # None: this daemon uses the database alone
-    limits: SharedLimits | None = None  # None: as well
-    shared_workers: SharedWorkers | None = None  # None: as well
+    limits: SharedLimits | None = None  # None if `nodes` is None
+    shared_workers: SharedWorkers | None = None  # None if `nodes` is None
     note_retry: Callable[[Outcome], None]  # see `PostgresDeliveries.note_retry`; set when the store is made
 
     async def begin(self, transaction: Transaction, jobs: Sequence[Job[Any]]) -> Batch:

@@ -4,8 +4,8 @@ The lease of a lane is `lane:DESTINATION`. If a destination is divided into shar
 its own, `lane:DESTINATION/NUMBER`, and the node with the lease of the destination sends nothing by it:
 it keeps the destination's state and decides about the number of shards. The number in force is stored in the
 row of that lease. It is the smallest number in the configs of the live nodes, and changes in two steps: to 0,
-so that all shards end their attempts and no node takes one, and to the new number when no shard is held. So
-no delivery ever belongs to the lanes of two nodes.
+so that all shards end their attempts and no node takes a shard, and to the new number when no shard is held.
+So no delivery ever belongs to the lanes of two nodes.
 """
 
 import hashlib
@@ -20,16 +20,16 @@ from relay.store import Standing
 from relay.store.postgres.clock import SLEW
 
 SETTLE_IN = 30.0
-"""Seconds after its start in which a node takes no lane that another node holds; or one lease, if shorter."""
+"""Seconds after its start before a node gets lanes from other nodes; `lease` if that is shorter."""
 
 NEGLECTED = 5.0
 """Seconds after which any node takes a free lease, even if another live node should take it."""
 
 ABSENT = 30.0
-"""Seconds after which a node with another definition takes a free lease; see `bar`."""
+"""Seconds after which a node with other settings takes a free lease; see `bar`."""
 
 SLOTS = 256
-"""Nodes at a time; row ids contain the slot of the node that made them."""
+"""Maximum number of live nodes; a row id contains the slot of the node that created it."""
 
 LANE, JOB = "lane:", "job:"
 
@@ -46,7 +46,7 @@ class Lease(msgspec.Struct, frozen=True):
     is_held: bool
     free_for: float | None = None  # seconds since it became free; None: it never was held, or is held
     standing: Standing = Standing()
-    definition: str | None = None  # of the node that held it last; None: of a node of an older version
+    definition: str | None = None  # settings of the node that held it last, as a digest; None: older version
     place: str | None = None  # the state folder of that node
 
     @property
@@ -64,7 +64,7 @@ class Peer(msgspec.Struct, frozen=True):
     destinations: frozenset[str]
     config: str = ""  # digest of its config, in hexadecimal
     shards: Mapping[str, int] | None = {}  # numbers in its config; None: its version has no shards
-    definitions: Mapping[str, str] | None = None  # by destination, "" for jobs; None: an older version
+    definitions: Mapping[str, str] | None = None  # digests by destination, "": jobs; None: older version
     place: str | None = None  # its state folder
     barred: frozenset[str] = frozenset()  # jobs that it must leave to other nodes
 
@@ -75,7 +75,7 @@ class Peer(msgspec.Struct, frozen=True):
         return destination_of(name.removeprefix(LANE)) in self.destinations
 
     def was_at(self, place: str | None) -> bool:
-        """Return whether it is the successor of a node with this state folder."""
+        """Return whether this node uses the state folder of a former node."""
         return place is not None and self.place == place
 
     def defines(self, name: str) -> str | None:
@@ -98,12 +98,12 @@ class Plan(msgspec.Struct, frozen=True):
 
 
 def bar(peers: Sequence[Peer], leases: Iterable[Lease]) -> list[Peer]:
-    """Take from each node the lanes and jobs that it must leave to nodes with the definition in force.
+    """Return the peers without the lanes and jobs that they must leave to nodes with the definition in force.
 
-    That is the definition of the node that held the lease last. Another one comes into force when no live
-    node has the former one and the lease has been free for a while, or at once on the node that had it last.
-    So a daemon that was started on the wrong database, with destinations of the same names, gets nothing. The
-    shards of a destination follow its own lease.
+    The definition in force is that of the node that held the lease last. Another definition comes into force
+    when no live node has the former one and the lease has been free for `ABSENT`, or at once if the node that
+    held the lease last has changed it. So a daemon that was started on the wrong database, with destinations
+    of the same names, gets no lease. The shards of a destination follow its own lease.
     """
     barred: dict[str, set[str]] = {peer.incarnation: set() for peer in peers}
     for lease in leases:
@@ -218,9 +218,9 @@ def wanted_shards(destination: str, peers: Iterable[Peer]) -> int:
 
 
 def next_shards(destination: str, now: int, wanted: int, leases: Iterable[Lease]) -> int | None:
-    """Return the number of shards to set next, None: nothing can change yet. `now` is the number in force.
+    """Return the number of shards to set next; None: nothing can change yet. `now` is the number in force.
 
-    If it is 1, only the caller sends to the destination, and must end its attempts first.
+    If `now` is 1, only the caller sends to the destination, and must end its attempts first.
     """
     if now == wanted:
         return None

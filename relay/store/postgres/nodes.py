@@ -464,7 +464,7 @@ class PostgresNodes:
         return tuple(found)
 
     def _note_unanswered(self, leases: Iterable[Lease]) -> None:
-        """Note the lanes whose node does not answer, which nobody runs until their leases end."""
+        """Note the lanes whose node does not answer: no node runs them until their leases end."""
         live = {self.incarnation, *(peer.incarnation for peer in self._peers)}
         names = (lease.name for lease in leases if lease.is_held and lease.incarnation not in live)
         former, self._unanswered = self._unanswered, _of_kind(LANE, names)
@@ -474,8 +474,8 @@ class PostgresNodes:
     def _unanswered_text(self) -> str:
         longest = max(self._length(_lane(name)) for name in self._unanswered)
         return (
-            f"the node that ran these lanes does not answer: {', '.join(self._unanswered)}; others take "
-            f"them over when its leases end, after at most {longest:g} s"
+            f"the node that ran these lanes does not answer: {', '.join(self._unanswered)}; other nodes "
+            f"take them over when its leases end, after at most {longest:g} s"
         )
 
     def _note_barred(self, wanted: AbstractSet[str], peers: Sequence[Peer]) -> None:
@@ -495,8 +495,8 @@ class PostgresNodes:
         shown = [f"does not deliver to {', '.join(lanes)}"] if lanes else []
         shown += ["runs no jobs"] if len(lanes) < len(self._barred) else []
         return (
-            f"this node {' and '.join(shown)}: another node has other settings of them, or had them less "
-            f"than {ABSENT:g} s ago"
+            f"this node {' and '.join(shown)}: its settings differ from those of another node that runs, or "
+            f"ran less than {ABSENT:g} s ago"
         )
 
     def _differing(self) -> list[str]:
@@ -616,11 +616,12 @@ class PostgresNodes:
                 return
 
     async def _succeed(self) -> None:
-        """End the leases of a node that had the same state folder: it has ended without giving them."""
+        """End the leases of a former node with the same state folder, which ended without giving them up."""
         rows = await self._fetch(SUCCEED_SQL, self.incarnation, self._place(), FORGET_AFTER / 2)
         if names := _of_kind(LANE, (row["name"] for row in rows)):
             log.info(
-                "this node has ended without handing over its lanes, which are free now: %s", ", ".join(names)
+                "the former process of this node ended without handing over its lanes; they are free now: %s",
+                ", ".join(names),
             )
 
     async def _be_seen(self) -> None:
@@ -674,7 +675,7 @@ class PostgresNodes:
 
     @property
     def _divisible(self) -> list[str]:
-        """The destinations in the config that are divided, or that the config divides."""
+        """The destinations in the config that are divided now, or have several shards in the config."""
         return [name for name in self._wanted.keys() | self._shards.keys() if name in self._lanes]
 
     def note_assigned(self, destination: str) -> None:
@@ -839,7 +840,7 @@ def _job(name: str) -> str:
 def _divided(count: int) -> str:
     if count == CHANGING:
         return "the number of its shards changes; its attempts in flight end first"
-    return "it is divided no longer" if count == 1 else f"it is divided into {count} shards"
+    return "no longer divided into shards" if count == 1 else f"divided into {count} shards"
 
 
 def _lease_of(row: Any) -> Lease:

@@ -36,7 +36,7 @@ DAY = 86_400_000 << 22
 
 
 def by_ids(table: str, alias: str, columns: str = "*") -> str:
-    """Return the rows of a partitioned table whose ids are in `$1`, of which `$2` and `$3` are the extremes.
+    """Return a FROM item: the rows of a partitioned table with the ids `$1`, which lie from `$2` to `$3`.
 
     Each id is looked up in its own partition. `id = ANY($1)` would look for each id in every partition.
     """

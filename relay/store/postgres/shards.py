@@ -13,7 +13,7 @@ log = logging.getLogger("relay.store")
 
 LOOK_EVERY = 0.5  # seconds
 AT_ONCE = 5000
-"""Deliveries of one statement that get slots; it takes about 100 ms."""
+"""Deliveries that get slots in one statement, which takes about 100 ms."""
 
 SLOT_SQL = f"""
     (CASE WHEN coalesce(order_key, group_key, latest_key) IS NULL
@@ -42,8 +42,8 @@ def due_sql(share: str, shards: Shards) -> str:
     """Return the claim of deliveries of some shards; `share` as in `DUE_SQL` of `deliveries.py`.
 
     The ranges of the index, one per slot, are already in the order of the result, so the server merges them
-    and reads no more rows than it returns. With `slot = ANY(…)`, it would read and sort all due ones; also
-    without a limit for each range, because a generic plan for a small table sorts.
+    and reads no more rows than it returns. With `slot = ANY(…)`, the server would read and sort all due rows.
+    It would also do so without a limit per range, because a generic plan for a small table sorts.
     """
     return _merged(
         f"SELECT {CLAIM_COLUMNS}, next_attempt_at FROM owed WHERE destination = $1 AND attempts {share} 0"  # noqa: S608 - only constants
@@ -69,7 +69,8 @@ def next_sql(share: str, shards: Shards) -> str:
 def _merged(sql: str, shards: Shards, slots: str, limit: str) -> str:
     """Repeat a statement for each slot in the parameter `slots`, and merge the results."""
     order = f"ORDER BY next_attempt_at, id {limit}"
-    if shards.is_all:  # Without those that get a slot soon. Only the index for all deliveries fits coalesce.
+    if shards.is_all:
+        # Leave out deliveries without a slot. `coalesce` makes the planner use the index over all slots.
         return f"{sql} AND coalesce(slot, -1) >= 0 AND {slots}::int[] IS NOT NULL {order}"
     numbers = range(1, len(shards.slots) + 1)
     parts = (f"({sql} AND slot = ({slots}::int[])[{number}] {order})" for number in numbers)

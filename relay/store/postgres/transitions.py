@@ -56,8 +56,8 @@ FORGET_SQL = """
     DELETE FROM order_keys AS k USING unnest($1::text[], $2::text[]) AS f (destination, order_key)
      WHERE k.destination = f.destination AND k.order_key = f.order_key AND k.pending <= 0
 """
-# A node that was frozen meanwhile must not end deliveries that another node may be sending. It may believe in
-# a former number of shards: then it does not hold the lease of its shard, or the destination is divided now.
+# A node that was suspended must not end deliveries that another node may be sending. It may use a former
+# number of shards: then it does not hold the lease of its shard, or the destination has been divided since.
 END_SQL = """
     WITH gone AS (
          DELETE FROM owed AS o USING unnest($1::bigint[], $6::text[]) AS e (id, lane)
@@ -395,7 +395,7 @@ def _part_of(batch: Batch, lane: str) -> tuple[str, tuple[int, ...] | None]:
 async def _seconds_to_expiry(
     batch: Batch, transaction: Transaction, lane: str, kept: int, since: int
 ) -> int | None:
-    """Return after how many seconds the first delivery expires, if the operator must know that now."""
+    """Return the seconds until the first delivery expires, if an operator must know now; otherwise None."""
     name, slots = _part_of(batch, lane)
     found = [(await transaction.fetch(FIRST_SQL.format(share=share), name, slots))[0][0] for share in SHARES]
     first = min((due for due in found if due is not None), default=None)

@@ -1,4 +1,4 @@
-"""The rows of the worker registry: how a daemon reads all of them, and writes those of a batch."""
+"""The rows of the worker registry: read all of them, and write those of a batch."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -60,7 +60,7 @@ COMMANDS = Part("""
 
 
 async def load_roster(connection: Connection) -> Roster:
-    """Read all workers, and the commands that wait for them."""
+    """Read all workers, and their queued commands."""
     # The worker with the latest heartbeat is last: it gets the sessions that several rows contain.
     workers = await connection.fetch(LOAD_SQL)
     commands = await connection.fetch(QUEUED_SQL)

@@ -25,10 +25,10 @@ MOST_TYPES = 500
 """Event types that are compared with a pattern; each costs one step along the index of types."""
 
 TYPES_AT_ONCE = 100
-"""Of them, those that one statement finds."""
+"""Event types that one statement reads."""
 
 TYPES_SECONDS = 0.010
-"""Time to find them. In PostgreSQL, each costs a step in every partition."""
+"""Time limit for reading event types. In PostgreSQL, each type costs a step in every partition."""
 
 MOST_LISTED = 5000
 """Rows that a plan may read at once and sort in memory, because no index has them in the list's order."""
