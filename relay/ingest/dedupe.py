@@ -94,13 +94,26 @@ class UnheardReplies:
         if not self._unheard and not self._shared:
             return None
         self._forget_old()
-        ids = await self._take(_digest(fingerprint))
+        ids = await self._take_in_turn(fingerprint)
         if ids is None:
             return None
         if isinstance(ids, str):
             return Receipt(event_id=ids, duplicate=True)
         each = tuple([Receipt(event_id=id_, duplicate=True) for id_ in ids])
         return Receipt(event_id=ids[0], duplicate=True, each=each)
+
+    async def _take_in_turn(self, fingerprint: Fingerprint) -> Ids | None:
+        """Return the same as `_take`; further repetitions wait until the caller has begun its request."""
+        if self._shared is None:
+            return await self._take(_digest(fingerprint))
+        asking = self._open[fingerprint] = Entry(lambda: True)
+        try:
+            return await self._take(_digest(fingerprint))
+        finally:
+            if self._open.get(fingerprint) is asking:
+                del self._open[fingerprint]
+            if asking.receipt is not None:
+                asking.receipt.set_result(None)
 
     async def _take(self, digest: bytes) -> Ids | None:
         """Forget a reply, of any node, and return the ids of its events; None: it is not remembered."""
