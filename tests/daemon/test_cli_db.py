@@ -130,7 +130,7 @@ async def test_the_database_is_found_where_the_unit_puts_it(relay, tmp_path, mon
 async def test_the_doctor_passes_for_a_healthy_relay(relay, commands, config):
     await commands("deliveries", "cancel", "--destination", "crm", "--yes")
     result = await commands("doctor", code=1 if CARELESS else 0)
-    assert {row[0] for row in result.rows if row[1] != "ok"} == CARELESS
+    assert {row[0] for row in result.rows if row[1] != "ok"} <= CARELESS
     names = [row[0] for row in result.rows]
     assert names[-3:] == ["ready", "jobs", "config"]
     await stopped(relay)
