@@ -36,6 +36,8 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+gc.disable()  # until all tests are collected, see `pytest_collection_finish`
+
 # Properties hold or not; how long an example takes says something about the machine only.
 hypothesis.settings.register_profile(
     "suite", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
@@ -65,7 +67,7 @@ if not {"TMPDIR", "PYTEST_DEBUG_TEMPROOT"} & os.environ.keys() and is_roomy(MEMO
     os.environ["PYTEST_DEBUG_TEMPROOT"] = str(MEMORY)
 
 IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ
-WORKERS = 3 * (os.cpu_count() or 1)  # most tests wait most of their time
+WORKERS = 4 * (os.cpu_count() or 1)  # most tests wait most of their time
 SLOWEST_FIRST = (
     "packaging",
     "torture",
@@ -103,6 +105,7 @@ def pytest_collection_finish():
     gc.collect()
     gc.freeze()
     gc.set_threshold(*GC_THRESHOLDS)
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items):
