@@ -14,7 +14,12 @@ async def test_a_backlog_drains_in_order_with_a_ramp_and_constant_memory(tmp_pat
 
 
 async def test_the_check_detects_a_destination_without_order(tmp_path):
-    findings = await torture(tmp_path, 600, variant="unordered")
+    for events in (600, 2000, 4000):  # a few may be in order by chance
+        folder = tmp_path / f"{events}"
+        folder.mkdir()
+        findings = await torture(folder, events, variant="unordered")
+        if findings.disordered:
+            break
     assert findings.disordered
     assert not findings.fine
 
