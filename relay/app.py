@@ -6,7 +6,7 @@ import logging
 import os
 import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack, suppress
 from functools import partial
 from pathlib import Path
@@ -26,6 +26,7 @@ from relay.delivery.dispatcher import StuckLanes
 from relay.delivery.owner import Owner
 from relay.errors import StorageError, StorageUnavailableError
 from relay.ingest.implementation import implementation_of
+from relay.ingest.refused import Case
 from relay.ingest.server import MAX_CONNECTIONS, Server
 from relay.ingest.token_use import EVERY as TOKENS_EVERY
 from relay.jobs.activity import Activity
@@ -39,6 +40,7 @@ from relay.jobs.replay import Replays
 from relay.jobs.retention import RETENTION
 from relay.jobs.scheduler import Jobs, Past
 from relay.metrics import Metrics
+from relay.model import Finding
 from relay.plugin_loading.loader import Setup
 from relay.plugin_loading.observers import Observers
 from relay.process.descriptors import connection_cap, limit_accept_errors, raise_limit
@@ -127,6 +129,7 @@ class App:
             store=self.store,
             clock=clock,
             metrics=self.metrics,
+            explain=self._explain,
         )
         self.ingest, self.dispatcher = self.state.ingest, self.state.dispatcher
         self.watch, self.upkeep = self.state.watch, self.state.upkeep
@@ -210,6 +213,12 @@ class App:
         self._retention: asyncio.Task[Past] | None = None  # a pass that started because the disk is full
         self._retention_due = 0  # steady clock: earliest start of the next such pass
         self._deadline = 0.0  # loop time by which requests and attempts in flight must end
+
+    def _explain(self, cases: Sequence[Case]) -> list[tuple[Finding, ...]]:
+        """Return why requests were refused, in a thread."""
+        from relay.diagnosis.refusal import explain  # noqa: PLC0415 - only refused requests need it
+
+        return explain(cases, self.config)
 
     def _digests(self) -> Digests:
         """Return the digests of the configuration that all nodes of a cluster should share."""

@@ -156,6 +156,20 @@ class Named(msgspec.Struct, frozen=True):
     chosen: Chosen
 
 
+Cause = Literal["secret", "encoding", "bytes", "clock", "scope", "headers", "route", "body", "plugin"]
+"""Area of a problem. `secret`: another secret; `encoding`: another form of the right one; `bytes`: a changed
+body; `scope`: a token without the permission."""
+
+
+class Finding(msgspec.Struct, frozen=True, kw_only=True):
+    """One reason why a request is not accepted. Its texts never contain a secret."""
+
+    cause: Cause
+    where: str  # a header, the body, or a key of config.toml
+    what: str
+    do: str  # the advice
+
+
 class RefusedRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """A refused request in the form that is stored: tokens are masked."""
 
@@ -172,6 +186,7 @@ class RefusedRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     remote: str
     size: int = 0  # bytes of the body that arrived
     body: bytes | None = None  # None: the sender was not authenticated, or the body is too large to keep
+    findings: tuple[Finding, ...] = ()  # the diagnosis, made while the whole request was known
     retried_at: int | None = None
     event_id: str | None = None  # public id of the event that a retry stored
 

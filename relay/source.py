@@ -518,10 +518,10 @@ class Source(msgspec.Struct, metaclass=_SourceMeta):
         return Reply(status=refusal.status, body={"error": error})
 
     def diagnose(self, incoming: Incoming) -> tuple[str, ...]:
-        """Return reasons for `relay verify` why `verify` refuses a request, apart from its bearer token.
+        """Return reasons why `verify` refuses a request, apart from its bearer token.
 
-        Called only for refused requests. A source that checks signatures names the secret, encoding or bytes
-        that would match; it never returns a secret itself.
+        Called only for refused requests: by `relay verify`, and by the daemon in a thread. A source that
+        checks signatures names the secret, encoding or bytes that would match; it never returns a secret.
         """
         _ = incoming
         return ()

@@ -12,6 +12,7 @@ from relay.config.schema import Config
 from relay.delivery.dispatcher import Dispatcher, DispatchPlan
 from relay.ingest.body import Patience
 from relay.ingest.handler import Ingest
+from relay.ingest.refused import Explain
 from relay.ingest.routes import Mount, mounts_of
 from relay.ingest.sender_address import SenderAddress
 from relay.ingest.token_use import TokenUses
@@ -47,6 +48,7 @@ class State:
         store: Store,
         clock: Clock,
         metrics: Metrics,
+        explain: Explain | None = None,
     ) -> None:
         config = setup.config
         self.setup = setup
@@ -61,6 +63,7 @@ class State:
             patience=_patience_of(config),
             token_uses=TokenUses(metrics, clock, config.admin.tokens),
             refused=config.refused,
+            explain=explain,
         )
         self.dispatcher = Dispatcher(
             config.destinations, formats=setup.formats, store=store, clock=clock, metrics=metrics

@@ -11,7 +11,16 @@ from relay.api.query_params import RefusedQuery, read_filters
 from relay.api.views import Time, about, unknown
 from relay.base.clock import rfc3339
 from relay.errors import Refusal, RelayError
-from relay.model import RefusedRequest
+from relay.model import Cause, RefusedRequest
+
+
+class FindingView(msgspec.Struct):
+    """One reason for the refusal, found by a diagnosis of the whole request."""
+
+    cause: Annotated[Cause, about("Area of the problem.")]
+    where: Annotated[str, about("A header, the body, or a key of config.toml.")]
+    what: str
+    do: Annotated[str, about("What to do.")]
 
 
 class RefusedView(msgspec.Struct):
@@ -28,6 +37,9 @@ class RefusedView(msgspec.Struct):
     target: Annotated[str, about("Path and query; tokens are masked.")]
     remote: Annotated[str, about("Address of the sender.")]
     size: Annotated[int, about("Bytes of the body.")]
+    findings: Annotated[
+        list[FindingView], about("The diagnosis, made when the request was refused; they contain no secret.")
+    ]
     retried_at: Time | None
     event_id: Annotated[str | None, about("The event that a retry stored.")]
 
@@ -120,6 +132,7 @@ def _view(kept: RefusedRequest) -> dict[str, Any]:
         "target": kept.target,
         "remote": kept.remote,
         "size": kept.size,
+        "findings": [msgspec.structs.asdict(each) for each in kept.findings],
         "retried_at": None if kept.retried_at is None else rfc3339(kept.retried_at),
         "event_id": kept.event_id,
     }

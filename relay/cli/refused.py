@@ -1,5 +1,7 @@
 """`relay refused`."""
 
+import sys
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import click
@@ -15,6 +17,7 @@ from relay.cli.screen import Field
 from relay.cli.selection import gather
 
 COLUMNS = ("at", "id", "source", "reason", "status", "method", "target", "problem")
+FINDING = ("cause", "where", "what", "do")
 SHAPE = (
     screen.moment("at", "refused"), screen.short_id("id", least=screen.UNIQUE_DIGITS),
     screen.text("source", least=10, long="middle"), screen.word("reason"), screen.number("status"),
@@ -53,9 +56,9 @@ def show(answer: Any, **_: str) -> None:
     Example: relay refused show 01a201eb
 
     REQUEST is an id, with or without ref_; any unique prefix works. Tokens are masked. The body is kept only
-    if the sender was authenticated. To find out why a signature does not match: relay verify --help
+    if the sender was authenticated. The diagnosis is that of `relay verify`, made when the request arrived.
     """
-    source = answer["source"]
+    source, findings = answer["source"], answer.pop("findings")
     retried = screen.full_time(answer["retried_at"])
     print_fields(
         answer,
@@ -68,9 +71,13 @@ def show(answer: Any, **_: str) -> None:
             Field("Problem", answer["problem"]),
             Field("Field", answer["field"]),
             Field("Sender", answer["remote"]),
+            *_diagnosis(findings),
             Field("Retried", retried if answer["event_id"] is None else f"{retried}: {answer['event_id']}"),
         ],
     )
+    if not sys.stdout.isatty():
+        for each in findings:
+            click.echo("\t".join(("finding", *(printable(each[name]) for name in FINDING))))
     click.echo(f"\n{answer['method']} {printable(answer['target'])}")
     for name, value in answer["headers"]:
         click.echo(f"{printable(name)}: {printable(value)}")
@@ -79,6 +86,12 @@ def show(answer: Any, **_: str) -> None:
         click.echo(f"(the body of {answer['size']} bytes was not kept)")
     else:
         click.echo("\n".join(map(printable, answer["body"].split("\n"))))
+
+
+def _diagnosis(findings: Iterable[Mapping[str, str]]) -> Iterator[Field]:
+    for each in findings:
+        yield Field("Diagnosis", f"{each['where']}: {each['what']}")
+        yield Field("Advice", each["do"])
 
 
 @refused.command()

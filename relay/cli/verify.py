@@ -23,7 +23,8 @@ from relay.config.schema import DestinationConfig
 from relay.config.secrets import Absent, Secret, Url
 from relay.config.tokens import all_tokens
 from relay.diagnosis import delivery, source_request
-from relay.diagnosis.captured import Captured, Finding, Report, read_captured
+from relay.diagnosis.captured import Captured, Report, read_captured
+from relay.model import Finding
 
 
 @click.command()

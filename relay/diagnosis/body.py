@@ -8,7 +8,9 @@ from typing import Any
 import msgspec
 
 from relay.base.json_text import decode
-from relay.diagnosis.captured import Finding
+from relay.model import Finding
+
+UNEXPLAINED = "the source rejects the JSON"
 
 _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 _FORM = "application/x-www-form-urlencoded"
@@ -50,7 +52,7 @@ def _syntax(body: bytes) -> str:
         return f"invalid JSON: {what}"
     except RecursionError:
         return "the JSON is nested too deeply"
-    return "the source rejects the JSON"
+    return UNEXPLAINED
 
 
 _UTF8 = "have the sender write UTF-8"

@@ -3,23 +3,12 @@
 import base64
 import binascii
 import re
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 from multidict import CIMultiDict
 
-Cause = Literal["secret", "encoding", "bytes", "clock", "scope", "headers", "route", "body", "plugin"]
-"""Area of a problem. `secret`: another secret; `encoding`: another form of the right one; `bytes`: a changed
-body; `scope`: a token without the permission."""
-
-
-class Finding(msgspec.Struct, frozen=True, kw_only=True):
-    """One reason why a request is not accepted. Its texts never contain a secret."""
-
-    cause: Cause
-    where: str  # a header, the body, or a key of config.toml
-    what: str
-    do: str  # the advice
+from relay.model import Finding
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):

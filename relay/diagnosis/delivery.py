@@ -8,7 +8,8 @@ from multidict import CIMultiDict
 from relay.config.schema import DestinationConfig
 from relay.config.signatures import DEFAULT
 from relay.diagnosis import scheme, signature
-from relay.diagnosis.captured import Captured, Finding, Report
+from relay.diagnosis.captured import Captured, Report
+from relay.model import Finding
 
 _SVIX, _STANDARD = "svix-", "webhook-"
 

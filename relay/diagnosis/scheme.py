@@ -12,9 +12,10 @@ from relay.config.schema import DestinationConfig
 from relay.config.secrets import Secret
 from relay.config.signatures import SignatureConfig
 from relay.diagnosis.body_variants import body_variants
-from relay.diagnosis.captured import Captured, Cause, Finding, Report
+from relay.diagnosis.captured import Captured, Report
 from relay.diagnosis.signature import keys_of, late
 from relay.keys import SHARED, is_asymmetric
+from relay.model import Cause, Finding
 from relay.signing import SchemeSigner, key_of
 
 _LENGTHS = {"sha1": 20, "sha256": 32, "sha512": 64}

@@ -18,8 +18,9 @@ from relay.base.units import render_duration
 from relay.config.schema import DestinationConfig
 from relay.config.secrets import Secret
 from relay.diagnosis.body_variants import body_variants
-from relay.diagnosis.captured import Captured, Finding, Report
+from relay.diagnosis.captured import Captured, Report
 from relay.keys import SHARED, has_signed, is_asymmetric, public_key, shared_key
+from relay.model import Finding
 from relay.signing import TOLERANCE, Signer
 
 WHERE = "header webhook-signature"

@@ -15,7 +15,7 @@ from relay.config.schema import SourceConfig
 from relay.config.secrets import Credential, Secret, Secrets
 from relay.config.tokens import Token
 from relay.diagnosis.body import explain_malformed, is_twice_encoded
-from relay.diagnosis.captured import Captured, Finding, Report
+from relay.diagnosis.captured import Captured, Report
 from relay.diagnosis.tokens import explain_token, token_of
 from relay.errors import (
     Forbidden,
@@ -30,6 +30,7 @@ from relay.errors import (
 from relay.ingest.compression import encoding_of, pieces
 from relay.ingest.event import make_event
 from relay.ingest.routes import Match, Routes, mounts_of
+from relay.model import Finding
 from relay.source import Accepted, Incoming, Reply
 
 WHERE = "request line"
@@ -149,7 +150,7 @@ def handle(match: Match, incoming: Incoming) -> Accepted | Reply:
     return answer
 
 
-class _Watched(Incoming, frozen=True, kw_only=True, gc=False):
+class Watched(Incoming, frozen=True, kw_only=True, gc=False):
     """A request that records which tokens the source compares with its bearer token."""
 
     compared: list[Secrets] = msgspec.field(default_factory=list)
@@ -181,7 +182,7 @@ def diagnose(
     match, inner, findings = (None, "", []) if not path else find_route(sources, name, path, captured.method)
     if match is not None and (wrong := wrong_method(captured.method, match)):
         findings.append(wrong)
-    incoming = _Watched(
+    incoming = Watched(
         method=captured.method,
         path=inner,
         headers=CIMultiDictProxy(captured.headers),
@@ -200,7 +201,7 @@ def diagnose(
         readable = not findings
     if match is not None and not findings and (handshake := _handshake(source, incoming)) is not None:
         return handshake
-    fits, refused = _verify(source, incoming, tokens)
+    fits, refused = verify(source, incoming, tokens)
     findings += refused
     because = "" if source.settings.is_open() else "the source accepts these credentials"
     report = Report(findings=tuple(findings), fits=fits, because=because)
@@ -262,7 +263,7 @@ def _handshake(source: SourceConfig, incoming: Incoming) -> Report | None:
     except Refusal as refusal:
         return Report(findings=(_refused(source, refusal),))
     except BaseException as error:  # noqa: BLE001 - a plugin may raise anything
-        return Report(findings=(_failed(source, error),))
+        return Report(findings=(failed(source, error),))
     if reply is None:
         return None
     return Report(findings=(), because=_without_event(reply))
@@ -272,8 +273,8 @@ def _without_event(reply: Reply) -> str:
     return f"the source answers with {reply.status} and creates no event"
 
 
-def _verify(
-    source: SourceConfig, incoming: _Watched, tokens: Sequence[Token]
+def verify(
+    source: SourceConfig, incoming: Watched, tokens: Sequence[Token]
 ) -> tuple[str | None, list[Finding]]:
     """Return the key of the matching token, and the findings about a refused request."""
     try:
@@ -296,13 +297,13 @@ def _verify(
     except Refusal as refusal:
         return None, [_refused(source, refusal)]
     except BaseException as error:  # noqa: BLE001 - a plugin may raise anything
-        return None, [_failed(source, error)]
+        return None, [failed(source, error)]
     used = [token for token in tokens if token.kind == "source" and token.owner == source.name]
     token = token_of(incoming, [*used, *_clear_tokens(source, incoming)]) if incoming.compared else None
     return None if token is None else token.key, []
 
 
-def _clear_tokens(source: SourceConfig, incoming: _Watched) -> list[Token]:
+def _clear_tokens(source: SourceConfig, incoming: Watched) -> list[Token]:
     """Return the clear-text secrets of a source that are in the text it compared last, as tokens."""
     settings, compared = source.settings, incoming.compared[-1]
     return [
@@ -348,7 +349,7 @@ def _read(source: SourceConfig, match: Match, incoming: Incoming, report: Report
         what, do = f"{refusal.detail}{twice}", f"`relay send {source.name} --list` lists valid samples"
         finding = Finding(cause="body", where="body", what=what, do=do)
     except PluginFailed as refusal:
-        finding = _failed(source, refusal.__cause__ or refusal)
+        finding = failed(source, refusal.__cause__ or refusal)
     except Refusal as refusal:
         finding = _refused(source, refusal)
     else:
@@ -364,6 +365,7 @@ def _refused(source: SourceConfig, refusal: Refusal) -> Finding:
     )
 
 
-def _failed(source: SourceConfig, error: BaseException) -> Finding:
+def failed(source: SourceConfig, error: BaseException) -> Finding:
+    """Return the finding about an exception of a plugin."""
     what = f"failed: {type(error).__name__}: {error}"
     return Finding(cause="plugin", where=f'plugin "{source.plugin}"', what=what, do="correct the plugin")

@@ -10,7 +10,7 @@ from urllib.parse import unquote
 
 import msgspec
 
-from relay.diagnosis.captured import Cause
+from relay.model import Cause
 
 _QUOTES = "\"'`\u2018\u2019\u201c\u201d"
 _INVISIBLE = re.compile(r"[\s\u200b-\u200f\u2060\ufeff\u00ad]+")

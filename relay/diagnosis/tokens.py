@@ -7,9 +7,9 @@ from urllib.parse import parse_qsl, unquote
 
 from relay.config.secrets import digest
 from relay.config.tokens import Token
-from relay.diagnosis.captured import Finding
 from relay.diagnosis.token_variants import is_placeholder, variant_of
 from relay.errors import Forbidden, Unauthenticated
+from relay.model import Finding
 from relay.source import Incoming
 
 AUTHORIZATION = "header Authorization"
@@ -41,7 +41,7 @@ def explain_token(
     """
     values = incoming.headers.getall("Authorization", [])
     if isinstance(refusal, Forbidden):
-        return _beyond(refusal, token_of(incoming, own))
+        return explain_scope(refusal, token_of(incoming, own))
     if not values:
         return _elsewhere(incoming, own) or _headers(
             "missing", f"have the sender send `{_FORM}`; some proxies and redirects drop the header"
@@ -54,7 +54,8 @@ def explain_token(
     return _unknown(text.strip(), own, others)
 
 
-def _beyond(refusal: Forbidden, token: Token | None) -> Finding:
+def explain_scope(refusal: Forbidden, token: Token | None) -> Finding:
+    """Return why a token does not permit a request; None: the token is not known."""
     if token is None:
         return Finding(
             cause="scope", where=AUTHORIZATION, what=refusal.detail, do="give the sender another token"

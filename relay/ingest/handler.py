@@ -34,7 +34,7 @@ from relay.ingest.compression import decompress, encoding_of
 from relay.ingest.dedupe import UnheardReplies, fingerprint, fingerprint_all
 from relay.ingest.event import make_event
 from relay.ingest.refusals import LONGEST_SHOWN, Refusals, request_id_of
-from relay.ingest.refused import RefusedRequests, incoming_of
+from relay.ingest.refused import Explain, RefusedRequests, incoming_of
 from relay.ingest.replies import (
     REFUSING,
     OnHeard,
@@ -96,6 +96,7 @@ class Ingest:
         patience: Patience,
         token_uses: TokenUses | None = None,
         refused: RefusedConfig | None = None,
+        explain: Explain | None = None,
         most_bytes: int = MOST_BYTES,
     ) -> None:
         self.mounts: dict[str, Mount] = {}
@@ -111,7 +112,9 @@ class Ingest:
         self._log = RateLimitedLog(log, clock, most=LONGEST_QUIET)
         self._refusals = Refusals(clock, metrics, self._log)
         self._workers = WorkerRequests(store, self._log)
-        self.refused = RefusedRequests(store.refused, clock, is_full=lambda: self.admission.disk_full)
+        self.refused = RefusedRequests(
+            store.refused, clock, is_full=lambda: self.admission.disk_full, explain=explain
+        )
         self.mount(mounts, sender_address, patience, refused)
 
     def mount(

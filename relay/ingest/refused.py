@@ -4,9 +4,10 @@ Requests that the sender repeats anyway (429, 503) are not kept. The body is kep
 authenticated: otherwise strangers could fill the disk or plant data on it.
 """
 
+import asyncio
 import logging
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from urllib.parse import parse_qsl, urlencode
 
 import msgspec
@@ -21,7 +22,7 @@ from relay.config.secrets import Credential, Secret, Secrets, digest
 from relay.errors import RateLimited, Refusal, RelayError, Unauthenticated, Unavailable
 from relay.ingest.request import Request
 from relay.ingest.routes import Mount
-from relay.model import RefusedRequest
+from relay.model import Finding, RefusedRequest
 from relay.source import Incoming
 from relay.store import Refused
 
@@ -52,9 +53,28 @@ MOST_HEADERS = 64
 BODY_SHARE = 8
 """A body larger than this share of `max_size` is not kept."""
 
+MOST_DIAGNOSED = 64 * 1024
+"""Bytes of the largest body that is diagnosed: the diagnosis tries variants of the whole body."""
+
+PATIENCE = 10.0  # seconds for the diagnosis of the requests of a second
+
 _SENSITIVE = re.compile(r"auth|cookie|token|secret|passw|api-?_?key|credential", re.IGNORECASE)
 _DROPPED = {"content-length", "transfer-encoding", "connection", "expect", "content-encoding"}
 """Headers that describe the transfer, not the request: a retry has the decompressed body."""
+
+
+class Case(msgspec.Struct, frozen=True, kw_only=True):
+    """A refused request with its tokens and its body, for a diagnosis before both are forgotten."""
+
+    source: str | None  # None: no source owns the path
+    path: str  # with the source's prefix
+    refusal: Refusal
+    incoming: Incoming
+    is_cut: bool  # whether the body was too large for a diagnosis, and is left out
+
+
+Explain = Callable[[Sequence[Case]], Sequence[tuple[Finding, ...]]]
+"""Returns why each request was refused; called in a thread."""
 
 
 class RefusedRequests:
@@ -62,14 +82,25 @@ class RefusedRequests:
 
     every = EVERY
 
-    def __init__(self, store: Refused, clock: Clock, *, is_full: Callable[[], bool]) -> None:
-        """Keep nothing yet; `is_full` returns whether the disk has no room for senders."""
+    def __init__(
+        self, store: Refused, clock: Clock, *, is_full: Callable[[], bool], explain: Explain | None = None
+    ) -> None:
+        """Keep nothing yet.
+
+        Args:
+            store: keeps the requests.
+            clock: of the daemon.
+            is_full: returns whether the disk has no room for senders.
+            explain: makes the diagnoses; None: there are none.
+        """
         self._store = store
         self._clock = clock
         self._is_full = is_full
+        self._explain = explain
+        self._writing = asyncio.Lock()
         self._config = RefusedConfig()
         self._tokens: frozenset[bytes] = frozenset()  # digests of all configured tokens
-        self._waiting: list[RefusedRequest] = []
+        self._waiting: list[tuple[RefusedRequest, Case | None]] = []
         self._bytes = 0
         self._buckets: dict[tuple[str | None, str, bool], TokenBucket] = {}
         self._pruned_at = 0
@@ -120,24 +151,40 @@ class RefusedRequests:
         if isinstance(refusal, Unauthenticated):
             problem = f"{problem} ({refusal.problem})"
         wall = self._clock.wall()
-        self._bytes += 0 if body is None else len(body)
-        self._waiting.append(
-            RefusedRequest(
-                id=new_id(REFUSED, wall),
-                at=wall,
-                source=name,
-                reason=refusal.reason if mount is not None else "path",
-                status=status,
-                problem=problem if mount is not None else "no source owns this path",
-                field=refusal.field,
-                method=request.method,
-                target=_clean(self._masked_target(request.target, authenticated=authenticated)),
-                headers=self._masked_headers(request.headers),
-                remote=remote,
-                size=len(received) or request.content_length,
-                body=body,
-            )
+        case = self._case(name, request, refusal, incoming)
+        self._bytes += len(body or b"") + (0 if case is None else _size(case.incoming))
+        kept = RefusedRequest(
+            id=new_id(REFUSED, wall),
+            at=wall,
+            source=name,
+            reason=refusal.reason if mount is not None else "path",
+            status=status,
+            problem=problem if mount is not None else "no source owns this path",
+            field=refusal.field,
+            method=request.method,
+            target=_clean(self._masked_target(request.target, authenticated=authenticated)),
+            headers=self._masked_headers(request.headers),
+            remote=remote,
+            size=len(received) or request.content_length,
+            body=body,
         )
+        self._waiting.append((kept, case))
+
+    def _case(
+        self, source: str | None, request: Request, refusal: Refusal, incoming: Incoming | None
+    ) -> Case | None:
+        """Return a request for the diagnosis; None if there is no diagnosis."""
+        if self._explain is None:
+            return None
+        path = request.target.partition("?")[0]
+        if incoming is None:
+            incoming = Incoming(method=request.method, path=path, headers=request.headers)
+        size = _size(incoming)
+        is_cut = size > MOST_DIAGNOSED or self._bytes + size > MOST_WAITING_BYTES
+        if is_cut:
+            incoming = msgspec.structs.replace(incoming, body=b"", compressed=None)
+        _forget_frames(refusal)
+        return Case(source=source, path=path, refusal=refusal, incoming=incoming, is_cut=is_cut)
 
     async def run(self) -> None:
         """Write the waiting requests and delete old ones, as a periodic job."""
@@ -156,9 +203,29 @@ class RefusedRequests:
             log.warning("refused requests could not be kept: %s", error)
 
     async def _write(self) -> None:
-        waiting, self._waiting, self._bytes = self._waiting, [], 0
-        if waiting and not self._is_full():
-            await self._store.add(waiting)
+        async with self._writing:  # a list that is read meanwhile waits for the requests that are diagnosed
+            waiting, self._waiting, self._bytes = self._waiting, [], 0
+            if waiting and not self._is_full():
+                await self._store.add(await self._diagnosed(waiting))
+
+    async def _diagnosed(self, waiting: Sequence[tuple[RefusedRequest, Case | None]]) -> list[RefusedRequest]:
+        """Return the requests with their findings, without them if the diagnosis fails."""
+        cases = [case for _, case in waiting if case is not None]
+        found: Sequence[tuple[Finding, ...]] = ()
+        if self._explain is not None and cases:
+            try:
+                async with asyncio.timeout(PATIENCE):
+                    found = await asyncio.to_thread(self._explain, cases)
+            except TimeoutError:
+                self._explain = None
+                log.error("the diagnosis of refused requests hangs; the daemon makes none until it restarts")  # noqa: TRY400 - the traceback is the timer's
+            except Exception:
+                log.exception("the diagnosis of refused requests failed")
+        findings = iter(found)
+        return [
+            request if case is None else msgspec.structs.replace(request, findings=next(findings, ()))
+            for request, case in waiting
+        ]
 
     def _has_room(self, size: int) -> bool:
         return size <= self._config.max_size // BODY_SHARE and self._bytes + size <= MOST_WAITING_BYTES
@@ -188,6 +255,17 @@ class RefusedRequests:
             is_secret = not authenticated or _SENSITIVE.search(name) or self._is_token(value)
             fields.append((name, MASK if value and is_secret else value))
         return f"{path}?{urlencode(fields, safe='<>', errors='replace')}"[:LONGEST_TARGET]
+
+
+def _size(incoming: Incoming) -> int:
+    return len(incoming.body) + len(incoming.compressed or b"")
+
+
+def _forget_frames(error: BaseException | None) -> None:
+    """Drop the tracebacks of an exception: their frames would keep whole bodies in memory."""
+    while error is not None:
+        error.__traceback__ = None
+        error = error.__cause__ or error.__context__
 
 
 def _clean(text: str) -> str:

@@ -21,6 +21,7 @@ from relay.ui.parts import (
     nothing,
     number,
     pages,
+    prose,
     size,
     state,
     table,
@@ -35,13 +36,15 @@ async def list_(visit: Visit) -> web.Response:
     """List refused requests, with the counts of the last hour above."""
     page = await visit.ask("listRefused", query=api_query(visit))
     history = await visit.ask("history", query={"periods": "1", "running": "1"})
+    sources = (await visit.ask("listSources"))["items"]
+    last = {each["name"]: each["last_event"] for each in sources}
     return visit.page(
         "Refused requests",
         await table(
             visit,
-            "All refused requests of the last hour",
-            ("Source", "Refused", "Kept, on this page"),
-            _sources(visit, history["sources"], page["items"]),
+            "Sources with refused requests: all of the last hour, and those that are kept",
+            ("Source", "Refused", "Kept, on this page", "Last stored event"),
+            _sources(visit, history["sources"], page["items"], last),
             numbers=("Refused",),
             empty="No request to a source was refused in the last hour.",
         ),
@@ -71,25 +74,40 @@ async def list_(visit: Visit) -> web.Response:
 
 
 def _sources(
-    visit: Visit, history: Sequence[Mapping[str, Any]], items: Sequence[Mapping[str, Any]]
+    visit: Visit,
+    history: Sequence[Mapping[str, Any]],
+    items: Sequence[Mapping[str, Any]],
+    last: Mapping[str, str | None],
 ) -> Iterator[tuple[Content, ...]]:
     kept: dict[str, Counter[str]] = {}
     for each in items:
         kept.setdefault(each["source"] or "", Counter())[each["reason"]] += 1
     for source in history:
         count = sum(value or 0 for value in source["refused"])
-        if count:
+        if count or source["name"] in kept:
             reasons = kept.get(source["name"], Counter()).most_common()
             yield (
-                tag("a", source["name"], href=visit.link(SECTION, source=source["name"])),
-                number(round(count)),
+                tag("a", source["name"], href=visit.link("sources", source["name"])),
+                tag("a", number(round(count)), href=visit.link(SECTION, source=source["name"], since="1h")),
                 ", ".join(f"{reason} {times}" for reason, times in reasons) or NONE,
+                _last(visit, source["name"], last.get(source["name"])),
             )
+
+
+def _last(visit: Visit, name: str, time: str | None) -> Content:
+    """Return when the source stored an event, as a link to its events."""
+    return "never" if time is None else tag("a", when(visit, time), href=visit.link("events", source=name))
 
 
 def _row(visit: Visit, each: Mapping[str, Any]) -> tuple[Content, ...]:
     return (
-        tag("a", _problem(each), href=visit.link(SECTION, each["id"])),
+        [
+            tag("a", _problem(each), href=visit.link(SECTION, each["id"])),
+            [
+                tag("div", f"{finding['where']}: {finding['what']}", class_="note")
+                for finding in each["findings"]
+            ],
+        ],
         each["source"] or NONE,
         when(visit, each["at"]),
         f"{each['status']} {each['reason']}",
@@ -97,6 +115,10 @@ def _row(visit: Visit, each: Mapping[str, Any]) -> tuple[Content, ...]:
         each["remote"],
         _retried(visit, each),
     )
+
+
+def _brief(finding: Mapping[str, str]) -> str:
+    return f"{finding['where']}: {finding['what']}"
 
 
 def _problem(each: Mapping[str, Any]) -> str:
@@ -135,6 +157,7 @@ async def show(visit: Visit) -> web.Response:
             ("Body", size(shown["size"]) + ("" if shown["can_retry"] else ", not kept")),
             *([("Retried", _retried(visit, shown))] if shown["retried_at"] else []),
         ),
+        _diagnosis(shown["findings"]),
         tag("h2", "What to do"),
         tag("p", *_advice(shown)),
         tag("h2", "Request"),
@@ -149,13 +172,30 @@ def _source(visit: Visit, name: str | None) -> Content:
     return NO_SOURCE if name is None else tag("a", name, href=visit.link("sources", name))
 
 
+def _diagnosis(findings: Sequence[Mapping[str, str]]) -> Content:
+    """Return the reasons that the relay found while it had the whole request."""
+    if not findings:
+        return None
+    items = [
+        tag(
+            "li",
+            tag("b", each["where"]),
+            ": ",
+            each["what"],
+            tag("div", prose(f"{each['do'][:1].upper()}{each['do'][1:]}."), class_="note"),
+        )
+        for each in findings
+    ]
+    return [tag("h2", "Diagnosis"), tag("ul", items, class_="problems")]
+
+
 def _advice(shown: Mapping[str, Any]) -> Iterator[Content]:
     source = shown["source"]
     if source is None:
         yield "Compare the sender's address with the paths of the sources: "
         yield command("sources", "list")
-    elif shown["reason"] == "auth":
-        yield "Compare the sender's secret with the one in config.toml. To find out why it does not match: "
+    elif shown["reason"] in ("auth", "forbidden"):
+        yield "Compare the sender's secret with the one in config.toml. To diagnose a captured request: "
         yield command("verify", "--source", source, "--request", "captured.http")
     elif shown["can_retry"]:
         yield "Correct the configuration or the plugin, and handle the request again: "

@@ -1,6 +1,8 @@
 """Refused requests: kept without tokens, listed, shown and retried."""
 
+import hmac
 import json
+import threading
 
 import pytest
 from commands import Commands
@@ -8,7 +10,7 @@ from daemons import SOURCES, destination, running, write_config
 from wire import request
 
 from relay.base.clock import SECOND
-from relay.ingest.refused import MASK
+from relay.ingest.refused import MASK, MOST_DIAGNOSED
 
 SHOP = """
 [sources.shop]
@@ -25,6 +27,13 @@ plugin = "generic"
 path = "/hooks/keyed"
 secrets = ["query-token"]
 verify = { api_key = { query = "pass" } }
+type = "{body:kind}"
+
+[sources.signed]
+plugin = "generic"
+path = "/hooks/signed"
+secrets = ["signing-key"]
+verify = { hmac = { header = "X-Sig", algorithm = "sha256" } }
 type = "{body:kind}"
 
 [sources.silent]
@@ -82,6 +91,78 @@ async def test_of_a_stranger_only_the_head_is_kept(relay, commands):
     failed = await commands("refused", "retry", item["id"], code=1)
     assert "was kept without its body" in failed.err
     assert "not kept" in (await commands("refused", "show", item["id"])).out
+
+
+def signature(body):
+    return hmac.new(b"signing-key", body, "sha256").hexdigest()
+
+
+KIND = b'{"kind": "x"}'
+BEARER = "header Authorization"
+DIAGNOSES = {
+    "another form of the token": ((SHOP_PATH, INVALID, {"token": '"the-token"'}), (BEARER, "is in quotes")),
+    "a token of another source": (
+        (SHOP_PATH, INVALID, {"token": "query-token-of-nobody"}), (BEARER, "unknown token of 21 characters"),
+    ),
+    "a changed body": (
+        ("/hooks/signed", KIND + b"\n", {"x_sig": signature(KIND)}),
+        ('plugin "generic"', "signed the body without the line ending that was added to it"),
+    ),
+    "another key": (
+        ("/hooks/signed", KIND, {"x_sig": "0" * 64}), ('plugin "generic"', "no configured key matches"),
+    ),
+    "a body that is too large to compare": (
+        ("/hooks/signed", KIND + b" " * MOST_DIAGNOSED, {"x_sig": signature(KIND)}), None,
+    ),
+    "broken JSON": ((SHOP_PATH, b"{'id': 7}", {}), ("body", "single quotes")),
+    "an extra slash": (
+        ("/hooks/shop/eu/", INVALID, {}), ("request line", "did you mean /hooks/shop/eu?"),
+    ),
+    "a misspelt path": (
+        ("/hooks/signet", INVALID, {}),
+        ("request line", "no source owns this path; did you mean /hooks/signed?"),
+    ),
+    "an unknown path of a source": (
+        ("/v1/Events", b"{}", {}), ("request line", "the path has capital letters"),
+    ),
+    "a path like no other": (("/", INVALID, {}), ("request line", "none has a similar one")),
+    "another method": ((SHOP_PATH, b"", {"method": "PUT"}), ("request line", "PUT is not allowed")),
+}  # fmt: skip
+"""A request, and the place and the fault that its diagnosis names."""
+
+
+async def test_the_diagnosis_names_the_fault_without_a_secret(relay, commands):
+    for name, ((path, body, changes), expected) in DIAGNOSES.items():
+        assert await send(relay, path, body, **changes) >= 400, name
+        item = (await listed(commands))[0]
+        findings = item["findings"]
+        if expected is None:
+            assert findings == [], name
+            continue
+        where, what = expected
+        assert [each for each in findings if each["where"] == where and what in each["what"]], (name, item)
+        assert all(each["do"] for each in findings)
+        text = json.dumps(findings)
+        assert not [secret for secret in ("the-token", "query-token", "signing-key") if secret in text], name
+    shown = (await commands("refused", "show", item["id"])).out
+    assert (
+        "\nfinding\troute\trequest line\tPUT is not allowed on this path\thave the sender use POST\n" in shown
+    )
+
+
+async def test_a_diagnosis_that_fails_or_hangs_loses_no_request(relay, commands, monkeypatch, caplog):
+    kept = relay.app.ingest.refused
+    monkeypatch.setattr(kept, "_explain", lambda _cases: 1 / 0)
+    assert await send(relay, body=b"{") == 400
+    assert [each["findings"] for each in await listed(commands)] == [[]]
+    assert "the diagnosis of refused requests failed" in caplog.text
+    ended = threading.Event()
+    monkeypatch.setattr(kept, "_explain", lambda _cases: ended.wait(30))
+    monkeypatch.setattr("relay.ingest.refused.PATIENCE", 0.1)
+    assert await send(relay, body=b"{") == 400
+    assert len(await listed(commands)) == 2
+    ended.set()
+    assert "makes none until it restarts" in caplog.text
 
 
 async def test_a_source_that_is_open_to_everyone_keeps_heads_only(relay, commands):

@@ -217,12 +217,18 @@ async def test_a_delivery_shows_attempts_response_and_request(relay):
     }
 
 
-async def test_a_refused_request_shows_the_next_step(relay):
-    id_ = await refuse(relay)
+async def test_a_refused_request_shows_its_diagnosis_and_the_next_step(relay):
+    await store(relay)
+    await relay.exchange(request("POST", "/v1/eventz", b"{}"))
+    id_ = await refuse(relay, "/v1x/events")
     _, found = await page(relay, "/ui/refused")
+    links = [each["href"] for each in found.all("a")]
+    assert {"./refused?source=adorn&since=1h", "./events?source=adorn"} <= set(links)
+    assert "did you mean /v1/events?" in found.text
     assert f"./refused/{id_}" in [each["href"] for each in found.all("a")]
     _, found = await page(relay, f"/ui/refused/{id_}")
-    assert "no source owns this path" in found.text
+    assert "no source owns this path; did you mean /v1/events?" in found.text
+    assert "Have the sender post to /v1/events." in found.text
     assert "relay sources list" in found.text
     assert not buttons(found)
 

@@ -199,7 +199,11 @@ def refused(number, **more):
         ("github-enterprise-production", "auth", 401, "the signature does not match"),
         (None, "unknown_route", 404, "no source has this path"),
     )[number % 3]
+    what = "secrets[0] matches: the sender signed the body without the line ending that was added to it"
+    do = "compare [sources.adorn] with the sender's settings"
+    finding = {"cause": "plugin", "where": 'plugin "generic"', "what": what, "do": do}
     return {
+        "findings": [finding] if number == 0 else [],
         "id": id_("ref_", -60 * number, 7), "at": at(-60 * number), "source": source, "reason": reason,
         "status": status, "problem": problem, "field": "session_id" if number == 0 else "",
         "method": "POST", "target": ("/v1/events", "/hooks/github/" + "x" * 90, "/wp-login.php")[number % 3],
