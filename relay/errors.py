@@ -271,5 +271,10 @@ REASONS = (
 )
 """All values of `Refusal.reason`: the label values of `relay_events_rejected_total`."""
 
+TEMPORARY = frozenset(
+    each.reason for each in (RateLimited, Paused, Draining, DiskFull, StorageDown, Overloaded)
+)
+"""Reasons with status 429 or 503: the sender repeats the request, so that it is not kept."""
+
 UNROUTABLE = ("path", "method", "malformed", "too_many")
 """Reasons why a request matched no route: the label values of `relay_requests_unroutable_total`."""

@@ -12,9 +12,10 @@ from relay.cli.api_client import Daemon
 from relay.cli.endpoint import daemon_options, endpoint
 from relay.cli.main import Group
 from relay.cli.options import filter_options, page_options
-from relay.cli.output import print_fields, print_page
+from relay.cli.output import print_fields, print_note, print_page
 from relay.cli.screen import Field
 from relay.cli.selection import gather
+from relay.errors import TEMPORARY
 
 COLUMNS = ("at", "id", "source", "reason", "status", "method", "target", "problem")
 FINDING = ("cause", "where", "what", "do")
@@ -46,6 +47,11 @@ def list_(daemon: Daemon, *, as_json: bool, quiet: bool, **query: Any) -> None:
     """
     page = gather(daemon, "refused", **query)
     print_page(page, COLUMNS, SHAPE, as_json=as_json, quiet=quiet)
+    if query["reason"] in TEMPORARY:
+        print_note(
+            "Requests that are refused for this reason are not kept, because their senders repeat them."
+            " The log names the senders: `journalctl --unit relay.service --grep refused`"
+        )
 
 
 @refused.command()

@@ -191,6 +191,8 @@ async def test_requests_that_senders_repeat_are_not_kept(relay, commands):
     await commands("sources", "pause", "shop")
     assert await send(relay, body=b'{"id": 7, "order": {}}') == 503
     assert await listed(commands) == []
+    assert (await commands("refused", "list", "--reason", "auth")).err == ""
+    assert "--grep refused`" in (await commands("refused", "list", "--reason", "paused")).err
 
 
 async def test_a_source_may_keep_none(relay, commands):
