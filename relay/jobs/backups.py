@@ -11,7 +11,7 @@ import msgspec
 
 from relay.base.clock import SECOND, Clock, rfc3339
 from relay.base.units import render_duration, render_size
-from relay.config.schema import Config
+from relay.config.schema import BackupConfig, Config
 from relay.errors import StorageError
 from relay.model import Backup, Check, Measured
 from relay.process.logs import in_one_line
@@ -101,7 +101,7 @@ class Backups:
         self._config = config
         self._metrics = metrics
         self._failed: str | None = None  # error of the latest backup
-        self._has_run = False  # whether the job has run since the start
+        self._applied: BackupConfig | None = None  # settings with which the job has run
 
     @property
     def folder(self) -> Path:
@@ -129,11 +129,17 @@ class Backups:
 
     @property
     def overdue(self) -> bool:
-        """Whether the latest backup is too old; never before the first run of the job."""
-        every, latest = self._config().backup.every, self.summary.last_success
-        if every is None or not self._has_run:
+        """Whether the latest backup is too old; never before the first run of the job with these settings."""
+        every, latest = self._applied_interval, self.summary.last_success
+        if every is None:
             return False
         return is_overdue(None if latest is None else latest / SECOND, every, self._clock.wall() / SECOND)
+
+    @property
+    def _applied_interval(self) -> float | None:
+        """The interval of backups in seconds, if the job has run with it."""
+        settings = self._config().backup
+        return settings.every if settings == self._applied else None
 
     @property
     def failed(self) -> str | None:
@@ -143,8 +149,8 @@ class Backups:
     async def run(self) -> None:
         """Make a backup if one is due, judged by the names of the existing files."""
         self.look()
-        every, now = self._config().backup.every, self._clock.wall() // SECOND
-        self._has_run = True
+        self._applied = self._config().backup
+        every, now = self._applied.every, self._clock.wall() // SECOND
         if self._metrics is not None:
             self._metrics.backup_every.set(every or 0)
         if every is None or any(0 <= now - made < every for made in self.made().values()):
@@ -155,9 +161,11 @@ class Backups:
             raise StorageError(f"backup failed: {error.message}", hint=error.hint) from error
 
     def examine(self) -> Check:
-        """Check the backups for `relay doctor`; a backup is not overdue before the first run of the job."""
-        every = self._config().backup.every if self._has_run else None
-        return examine(self.made(), every, self._clock.wall() // SECOND, self._failed)
+        """Check the backups for `relay doctor`."""
+        check = examine(self.made(), self._applied_interval, self._clock.wall() // SECOND, self._failed)
+        if self._applied_interval is None and self._config().backup.every is not None:
+            return msgspec.structs.replace(check, detail="the first check of the backups is due within a minute")
+        return check
 
     async def make(self) -> Backup:
         """Make a backup now, and delete the oldest beyond `[backup] keep`.

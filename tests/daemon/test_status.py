@@ -109,7 +109,7 @@ async def troubled(tmp_path):
         now = app.clock.wall()
         old._runner.client.certificate = Certificate(now - 80 * DAY, now + 10 * DAY + 3600 * SECOND)
         app.dispatcher.lanes["erp"]._runner.client.certificate = Certificate(now - 4 * DAY, now + 2 * DAY)
-        app.backups._has_run = True
+        app.backups._applied = app.backups._config().backup
         await change_rows(app.store, "UPDATE ledger SET created = created + 1 WHERE destination = 'crm'")
         await app.ledger_check.check()
         await change_rows(app.store, "UPDATE ledger SET created = created - 1 WHERE destination = 'crm'")

@@ -241,5 +241,10 @@ async def test_the_summary_and_the_metrics_follow_each_backup_and_the_folder(sto
     await backups.run()
     assert shown() == (1_704_067_200, 25, 0)
     assert not backups.overdue
+    set_rules(backups, tmp_path, every=DAY)
+    assert not backups.overdue
+    check = backups.examine()
+    assert (check.ok, check.detail) == (True, "the first check of the backups is due within a minute")
+    set_rules(backups, tmp_path)
     await backups.make()  # by an operator, while the job is off
     assert shown()[0] == clock.wall() / 1_000_000
