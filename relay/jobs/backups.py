@@ -164,7 +164,8 @@ class Backups:
         """Check the backups for `relay doctor`."""
         check = examine(self.made(), self._applied_interval, self._clock.wall() // SECOND, self._failed)
         if self._applied_interval is None and self._config().backup.every is not None:
-            return msgspec.structs.replace(check, detail="the first check of the backups is due within a minute")
+            detail = "the first check of the backups is due within a minute"
+            return msgspec.structs.replace(check, detail=detail)
         return check
 
     async def make(self) -> Backup:
