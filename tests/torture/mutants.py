@@ -184,9 +184,30 @@ MUTANTS = {
     "late-commits-unannounced": Mutant(
         [
             Change(
-                f"{POSTGRES}/commit.py", "late = self._clock.steady() - batch.steady > LATE", "late = False"
+                f"{POSTGRES}/commit.py",
+                "nodes.announce(others, since=batch.steady)",
+                "nodes.announce(others, since=2**62)",
             )
         ],
+        [SHARED],
+    ),
+    "announcements-lost-during-a-claim": Mutant(
+        [
+            Change(
+                f"{POSTGRES}/deliveries.py",
+                "floor = self._floors.pop((destination, retries), None)",
+                "floor = self._floors.get((destination, retries))",
+            ),
+            Change(
+                f"{POSTGRES}/deliveries.py",
+                "        self._cursors[key] = (now - 1, began)",
+                "        self._floors.pop(key, None)\n        self._cursors[key] = (now - 1, began)",
+            ),
+        ],
+        [SHARED],
+    ),
+    "deliveries-of-a-killed-node-unannounced": Mutant(
+        [Change(f"{POSTGRES}/nodes.py", "            self._search_own_lanes()\n", "            pass\n")],
         [SHARED],
     ),
     "former-owner-changes-a-state": Mutant(

@@ -14,6 +14,7 @@ from relay.errors import StorageError
 from relay.model import Attempt, DestinationState, Outcome, Target
 from relay.store import opening
 from relay.store.postgres.clock import ServerClock
+from relay.store.postgres.deliveries import OVERLAP_EVERY
 from relay.store.postgres.nodes import PostgresNodes
 from relay.store.postgres.rows import micros_of
 
@@ -30,8 +31,7 @@ class Attendant:
         self.woken = set()
 
     def wake(self, lanes, *, retries=False):
-        if lanes is not None:
-            self.woken |= {(name, retries) for name in lanes}
+        self.woken |= {(name, retries) for name in lanes or ("all",)}
 
     def renew_soon(self):
         pass
@@ -237,19 +237,87 @@ async def test_a_frozen_node_ends_nothing_and_changes_no_state_of_a_lane_that_it
     assert await second.store.deliveries.expire() == 1
 
 
+@pytest.mark.parametrize("seconds", [0, 2, 10])
 @needs_postgres
-async def test_deliveries_of_a_commit_that_took_long_are_claimed_at_once(nodes):
+async def test_deliveries_of_a_commit_that_took_some_time_are_claimed_at_once(nodes, seconds):
     """They are due before the time at which the owner's claims continue."""
     first, second = nodes
     written, allowed = hold_commits(first)
     sending = asyncio.ensure_future(first.send())
     await asyncio.wait_for(written.wait(), 30)
-    with patch.object(CLOCK, "steady", lambda: SystemClock.steady(CLOCK) + 10 * SECOND):
+    with patch.object(CLOCK, "steady", lambda: SystemClock.steady(CLOCK) + seconds * SECOND):
         assert await second.claim("erp") == ()
         allowed.set()
         await sending
         await until(lambda: ("erp", False) in second.attendant.woken)
         assert len(await second.claim("erp")) == 1
+
+
+@needs_postgres
+async def test_deliveries_that_are_announced_during_a_claim_are_found_by_the_next_one(nodes):
+    first, second = nodes
+    written, committed = hold_commits(first)
+    sending = asyncio.ensure_future(first.send())
+    await asyncio.wait_for(written.wait(), 30)
+    connection = second.store.database.writer.connection
+    fetch, fetched, ended = connection.fetch, asyncio.Event(), asyncio.Event()
+
+    async def fetch_and_wait(*args):
+        rows = await fetch(*args)
+        fetched.set()
+        await ended.wait()
+        return rows
+
+    with patch.object(connection, "fetch", fetch_and_wait):
+        claiming = asyncio.ensure_future(second.claim("erp"))
+        await asyncio.wait_for(fetched.wait(), 30)
+        committed.set()
+        await sending
+        await until(lambda: ("erp", False) in second.attendant.woken)
+        ended.set()
+        assert await claiming == ()
+    assert len(await second.claim("erp")) == 1
+
+
+@needs_postgres
+async def test_a_claim_without_a_look_back_asks_for_another_claim_soon(nodes):
+    """It finds late deliveries whose announcement was lost."""
+    _, second = nodes
+    found = [await second.store.deliveries.claim("erp", 10, retries=False) for _ in range(2)]
+    assert found[0].next_due is None
+    assert 0 < found[1].next_due - CLOCK.steady() <= OVERLAP_EVERY
+
+
+@needs_postgres
+async def test_the_others_look_for_deliveries_that_a_killed_node_has_not_announced(nodes):
+    first, second = nodes
+    written, allowed = hold_commits(first)
+    sending = asyncio.ensure_future(first.send())
+    await asyncio.wait_for(written.wait(), 30)
+    await second.own("erp")
+    for _ in range(2):
+        assert await second.claim("erp") == ()
+    with patch.object(first.store.nodes, "announce"):
+        allowed.set()
+        await sending
+    await first.store.nodes._fetch("UPDATE nodes SET seen = seen - interval '1 minute' WHERE name = 'a'")
+    await second.own("erp")
+    assert second.attendant.woken == {("all", True)}
+    assert len(await second.claim("erp")) == 1
+
+
+@needs_postgres
+async def test_a_lane_that_returns_to_a_node_is_read_from_the_beginning(nodes):
+    first, second = nodes
+    with patch.object(CLOCK, "steady", lambda: SystemClock.steady(CLOCK) + 10 * SECOND):
+        assert await first.claim("crm") == ()
+    await first.own()
+    await second.own("crm", "erp")
+    await second.send()
+    second.store.deliveries.release(each.id for each in second.fresh)
+    await second.own("erp")
+    await first.own("crm")
+    assert len(await first.claim("crm")) == 1
 
 
 @needs_postgres

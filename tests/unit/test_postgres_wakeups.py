@@ -69,10 +69,10 @@ async def test_the_other_nodes_hear_an_announcement(make):
     await until(lambda: first.arrives and second.arrives)
     first.heard.clear()
     second.heard.clear()
-    for name in ("crm", "erp", "crm"):
-        first.announce((name,))
+    for name, since in (("crm", 7), ("erp", 5), ("crm", 9)):
+        first.announce((name,), since=since)
     await until(lambda: second.heard)
-    assert second.heard == [WakeUp("a", lanes=("crm", "erp"))]
+    assert second.heard == [WakeUp("a", lanes=("crm", "erp"), since=5)]
     first.announce(leases=True)
     first.announce(requests=True)
     await until(lambda: len(second.heard) == 2)

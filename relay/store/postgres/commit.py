@@ -15,7 +15,6 @@ from relay.store.dedupe import Key, Keys
 from relay.store.postgres import transitions
 from relay.store.postgres.backlog import SharedLimits
 from relay.store.postgres.connection import Connection
-from relay.store.postgres.deliveries import OVERLAP
 from relay.store.postgres.nodes import PostgresNodes
 from relay.store.postgres.rows import IdSequences, text, uuid_of
 from relay.store.postgres.transaction import Part, Transaction
@@ -25,9 +24,6 @@ from relay.store.rows import command_row, event_row, measurement_row, worker_row
 from relay.store.transitions import apply_cancellations, handle_dead
 from relay.store.worker_changes import StoredWorkerChanges
 from relay.store.writer import Committer, Job
-
-LATE = OVERLAP // 2
-"""Microseconds of one transaction after which claims of other nodes may have passed its due times."""
 
 ANY_REQUEST = b""
 """Identity in `dedupe` of a key that only one request may use."""
@@ -257,16 +253,15 @@ class PostgresCommitter(Committer):
     def _wake_others(self, batch: Batch, nodes: PostgresNodes) -> None:
         """Announce the due deliveries of lanes that other nodes own; this node does not claim them."""
         scope, mine = nodes.scope, nodes.scope.mine
-        late = self._clock.steady() - batch.steady > LATE
         if scope.shards:
             mine = scope.whole
         names = {delivery.destination for delivery in batch.due}
         if names - mine:
             batch.due = [each for each in batch.due if scope.owns(each.destination, each.slot)]
         if others := (names | batch.woken | batch.later.keys()) - mine:
-            nodes.announce(others, late=late)
+            nodes.announce(others, since=batch.steady)
         if hurried := set(batch.made_due.values()) - mine:
-            nodes.announce(hurried, retries=True, late=late)
+            nodes.announce(hurried, since=batch.steady, retries=True)
 
     async def _look_up(self, transaction: Transaction, keys: Keys, used: Sequence[Key]) -> None:
         rows = await transaction.connection.fetch(

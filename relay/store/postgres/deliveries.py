@@ -19,7 +19,11 @@ OVERLAP = 5 * SECOND
 or of the outcome before a retry."""
 
 OVERLAP_EVERY = SECOND
-"""Microseconds between two such claims of first attempts: they walk over all that ended in that time."""
+"""Microseconds between two such claims of first attempts: they walk over all that ended in that time.
+
+Claims between them find late commits that other nodes have announced. A claim that finds no more deliveries
+asks for the next such claim, in case an announcement was lost.
+"""
 
 CANCEL = "cancel deliveries"
 """The verb of a node's request to the owner of a lane."""
@@ -63,8 +67,10 @@ class PostgresDeliveries(StoredDeliveries):
         self._nodes = nodes  # None: this daemon uses the database alone
         if nodes is not None:
             nodes.handle(CANCEL, self._cancel_here)
-            nodes.on_late = self._forget_cursors
-        self._cursors: dict[tuple[str, bool], tuple[int, int]] = {}  # due time, when the beginning was read
+            nodes.on_due = self._read_since
+        # By destination and whether retries: due time, when the beginning was read.
+        self._cursors: dict[tuple[str, bool], tuple[int, int]] = {}
+        self._floors: dict[tuple[str, bool], int] = {}  # due times at which the next claims begin, if earlier
         self._looked_back: dict[str, int] = {}  # when a claim of first attempts began before the cursor
         self._shards: dict[str, Shards | None] = {}  # of the latest claims
         self._passed: dict[tuple[str, bool], dict[int, int]] = {}  # due times of claimed ones that claims saw
@@ -79,12 +85,22 @@ class PostgresDeliveries(StoredDeliveries):
 
         async def claim_due(connection: Connection) -> Claim:
             claimed: list[Delivery] = []
+            floor = self._floors.pop((destination, retries), None)
             try:
                 return await self._claim(
-                    connection, destination, limit, claimed, shards, retries=retries, together=together
+                    connection,
+                    destination,
+                    limit,
+                    claimed,
+                    shards,
+                    retries=retries,
+                    together=together,
+                    floor=floor,
                 )
             except BaseException:  # the caller will not get them
                 self.release(each.id for delivery in claimed for each in delivery.members)
+                if floor is not None:
+                    self._read_from((destination, retries), floor)
                 raise
 
         return await self._database.writer.call(claim_due)
@@ -92,17 +108,16 @@ class PostgresDeliveries(StoredDeliveries):
     def release(self, delivery_ids: Iterable[int]) -> None:
         """See `Deliveries.release`; the next claim finds them again.
 
-        The cursor of the lane goes back to the released ones that a claim has passed. It has not passed a
-        new delivery that a lane without room releases at once.
+        The next claim begins before the released ones that a claim has passed. None has passed a new
+        delivery that a lane without room releases at once.
         """
         ids = tuple(delivery_ids)
         for id_ in ids:
             name = self._claims.destination_of(id_)
             for key in () if name is None else ((name, False), (name, True)):
                 due = self._passed.get(key, {}).pop(id_, None)
-                if due is not None and key in self._cursors:
-                    cursor, began = self._cursors[key]
-                    self._cursors[key] = (min(cursor, due - 1), began)
+                if due is not None:
+                    self._read_from(key, due)
         super().release(ids)
 
     def note_retry(self, outcome: Outcome) -> None:
@@ -111,20 +126,24 @@ class PostgresDeliveries(StoredDeliveries):
         The time of a retry counts from the end of the attempt, and the outcome is stored later.
         """
         delivery = outcome.delivery
-        key = delivery.destination, delivery.attempts + outcome.counts > 0
-        if key in self._cursors and outcome.next_attempt_at is not None:
-            cursor, began = self._cursors[key]
-            self._cursors[key] = (min(cursor, outcome.next_attempt_at - 1), began)
+        if outcome.next_attempt_at is not None:
+            key = delivery.destination, delivery.attempts + outcome.counts > 0
+            self._read_from(key, outcome.next_attempt_at)
 
     def forget_cursor(self, destination: str) -> None:
         """Let the next claims of a destination begin with its oldest delivery."""
-        for retries in (False, True):
-            self._cursors.pop((destination, retries), None)
-            self._passed.pop((destination, retries), None)
+        self._read_since((destination,), 0, retries=True)
 
-    def _forget_cursors(self, destinations: Iterable[str]) -> None:
-        for name in destinations:
-            self.forget_cursor(name)
+    def _read_since(self, lanes: Iterable[str], since: int, *, retries: bool) -> None:
+        """See `OnDue`."""
+        for name in lanes:
+            self._read_from((name, False), since)
+            if retries:
+                self._read_from((name, True), since)
+
+    def _read_from(self, key: tuple[str, bool], due: int) -> None:
+        """Let the next claim read deliveries from a due time on, even if a claim is under way now."""
+        self._floors[key] = min(due, self._floors.get(key, due))
 
     async def set_destination(self, state: DestinationState, event: GeneratedEvent | None = None) -> None:
         """See `Deliveries.set_destination`; an attempt of a former owner may end late."""
@@ -173,12 +192,16 @@ class PostgresDeliveries(StoredDeliveries):
         *,
         retries: bool,
         together: int,
+        floor: int | None,
     ) -> Claim:
         now, share = self._clock.steady(), ">" if retries else "="
-        cursor, began = self._cursors.get((destination, retries), (0, now))
+        key = destination, retries
+        cursor, began = self._cursors.get(key, (0, now))
         if now - began >= FROM_BEGINNING:
             cursor, began = 0, now
         begin = self._begin(destination, cursor, now, retries=retries)
+        if floor is not None:
+            begin = max(min(begin, floor - 1), 0)
         most = limit + self._claims.of(destination)
         slots = () if shards is None else (shards.slots,)
         sql = DUE_SQL.format(share=share) if shards is None else due_sql(share, shards)
@@ -201,16 +224,17 @@ class PostgresDeliveries(StoredDeliveries):
                     delivery, map(delivery_of, others), together
                 )
                 self._claims.add(delivery.followers)
-        seen = self._passed.get((destination, retries), {})
+        seen = self._passed.get(key, {})
         seen |= {row["id"]: row["next_attempt_at"] for row in rows}
-        self._passed[destination, retries] = {id_: due for id_, due in seen.items() if id_ in self._claims}
-        is_more = len(claimed) == limit or len(rows) == most
-        if not is_more:
-            self._cursors[destination, retries] = (now - 1, began)  # others may become due in this moment
-        elif claimed:
-            due = next(row["next_attempt_at"] for row in rows if row["id"] == claimed[-1].id)
-            self._cursors[destination, retries] = (max(cursor, due - 1), began)
-        if is_more:
+        self._passed[key] = {id_: due for id_, due in seen.items() if id_ in self._claims}
+        if len(claimed) == limit or len(rows) == most:
+            last = claimed[-1].id if claimed else 0
+            passed = next((row["next_attempt_at"] - 1 for row in rows if row["id"] == last), begin)
+            self._cursors[key] = (passed, began)  # others may have the same due time
             return Claim(tuple(claimed), now)
+        self._cursors[key] = (now - 1, began)  # others may become due in this moment
         sql = NEXT_SQL.format(share=share) if shards is None else next_sql(share, shards)
-        return Claim(tuple(claimed), await connection.value(sql, destination, now, *slots))
+        due = await connection.value(sql, destination, now, *slots)
+        if not retries and (latest := self._looked_back.get(destination, now)) < now:
+            due = latest + OVERLAP_EVERY if due is None else min(due, latest + OVERLAP_EVERY)
+        return Claim(tuple(claimed), due)

@@ -186,6 +186,17 @@ NODES_SQL = """
 """
 
 
+class OnDue(Protocol):
+    """Gets the lanes for which other nodes have stored deliveries."""
+
+    def __call__(self, lanes: Iterable[str], since: int, *, retries: bool) -> None:
+        """Let the next claims of these destinations read from the due time `since`; 0: all deliveries.
+
+        With `retries`, retries as well as first attempts.
+        """
+        ...
+
+
 class Rows(Protocol):
     """A connection. A failing statement raises StorageError; every one ends within a few seconds."""
 
@@ -250,7 +261,7 @@ class PostgresNodes:
         self._renewed_at = clock.steady()
         self._lock = asyncio.Lock()  # held while the connection is used
         self._has_left = False
-        self.on_late: Callable[[Iterable[str]], None] = lambda _lanes: None  # see `WakeUp.late`
+        self.on_due: OnDue = _ignore
         self._attendant: Attendant | None = None
         self._wake_ups: WakeUps | None = None  # None: no notifications are received
         if listen is not None or send is not None:
@@ -285,16 +296,16 @@ class PostgresNodes:
         self,
         lanes: Iterable[str] = (),
         *,
+        since: int = 0,
         retries: bool = False,
         leases: bool = False,
         requests: bool = False,
         unheard: bool = False,
-        late: bool = False,
     ) -> None:
         """Announce new work in the database to the other nodes, soon; see `WakeUp`."""
         if self._wake_ups is not None:
             self._wake_ups.announce(
-                lanes, retries=retries, leases=leases, requests=requests, unheard=unheard, late=late
+                lanes, since=since, retries=retries, leases=leases, requests=requests, unheard=unheard
             )
 
     async def ask(self, lane: str, verb: str, argument: Any) -> Any:
@@ -352,8 +363,11 @@ class PostgresNodes:
             self._known = frozenset().union(*(peer.destinations for peer in peers))
             await self.replies.refresh(self._fetch)
             self._scope_until = 0
+            gone = {peer.incarnation for peer in self._peers} - {peer.incarnation for peer in peers}
             self._peers, self._renewed_at = peers, self._clock.steady()
             self._note_unanswered(leases)
+        if gone:
+            self._search_own_lanes()
         self._answer_requests()
         return self._ownership(leases, peers)
 
@@ -533,14 +547,20 @@ class PostgresNodes:
         attendant = self._attendant
         if attendant is None:
             return
-        if heard.late:
-            self.on_late(heard.lanes)
+        if heard.lanes:
+            self.on_due(heard.lanes, heard.since, retries=heard.retries)
         if heard.lanes or heard.is_poll:
             attendant.wake(None if heard.is_poll else heard.lanes, retries=heard.retries)
         if heard.leases:
             attendant.renew_soon()
         if heard.requests or heard.is_poll:
             self._answer_requests()
+
+    def _search_own_lanes(self) -> None:
+        """Look for all due deliveries: a node that is gone may have stored some without announcing them."""
+        self.on_due(map(destination_of, self.owned), 0, retries=True)
+        if self._attendant is not None:
+            self._attendant.wake(None, retries=True)
 
     def _answer_requests(self) -> None:
         """Look for requests to this node, in the background."""
@@ -753,9 +773,12 @@ class PostgresNodes:
     async def _take(self, sql: str, names: list[str], *more: Any) -> None:
         asked = self._clock.steady()
         lengths = [self._length(name) for name in names]
-        for row in await self._fetch(sql, self.incarnation, names, lengths, *more):
+        rows = await self._fetch(sql, self.incarnation, names, lengths, *more)
+        for row in rows:
             self._held[row["name"]] = row["epoch"]
             self._trust(row["name"], asked)
+        taken = _of_kind(LANE, (row["name"] for row in rows))
+        self.on_due(map(destination_of, taken), 0, retries=True)
 
     async def _give(self, names: Sequence[str]) -> None:
         if names:
@@ -820,6 +843,10 @@ class PostgresNodes:
         if name.startswith(JOB):
             return self._lease / 2
         return self._lanes.get(destination_of(name.removeprefix(LANE)), self._lease / 2)
+
+
+def _ignore(lanes: Iterable[str], since: int, *, retries: bool) -> None:
+    """Ignore lanes: the store does not claim deliveries."""
 
 
 def _definitions(digests: Digests) -> str | None:

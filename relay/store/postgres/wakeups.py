@@ -6,7 +6,7 @@ NOTIFY one after another, which made 32 writers 9 times slower (pgbench). A lost
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext, suppress
 from typing import Any, Protocol
 
@@ -32,8 +32,8 @@ class WakeUp(msgspec.Struct, frozen=True, omit_defaults=True):
 
     sender: str  # incarnation
     lanes: tuple[str, ...] = ()  # destinations with deliveries that are due now
+    since: int = 0  # the earliest due time of these deliveries; claims may have passed it before the commit
     retries: bool = False  # these are retries, too
-    late: bool = False  # their commit took so long that they were due several seconds ago
     leases: bool = False  # a lease may be free
     requests: bool = False  # a request of an operator waits for the owner of a lane
     unheard: bool = False  # a reply did not reach its sender, which may repeat its request elsewhere
@@ -86,8 +86,8 @@ class WakeUps:
         self._sending: Notifications | None = None
         self._lock = asyncio.Lock()  # held while the connection that sends is made or used
         self._can_send = asyncio.Event()
-        self._lanes: dict[bool, set[str]] = {False: set(), True: set()}  # to announce; by `WakeUp.retries`
-        self._leases = self._requests = self._unheard = self._late = False
+        self._lanes: dict[bool, dict[str, int]] = {False: {}, True: {}}  # by `WakeUp.retries`, with `since`
+        self._leases = self._requests = self._unheard = False
         self._due = asyncio.Event()  # an announcement is waiting
         self._probe = 0  # number of the latest probe
         self._answered = asyncio.Event()  # the latest probe has arrived
@@ -118,19 +118,23 @@ class WakeUps:
         self,
         lanes: Iterable[str] = (),
         *,
+        since: int = 0,
         retries: bool = False,
         leases: bool = False,
         requests: bool = False,
         unheard: bool = False,
-        late: bool = False,
     ) -> None:
         """Announce a wake-up to the other nodes, soon and together with other announcements."""
-        self._lanes[retries].update(lanes)
+        self._add_lanes(dict.fromkeys(lanes, since), retries=retries)
         self._leases |= leases
         self._requests |= requests
         self._unheard |= unheard
-        self._late |= late
         self._due.set()
+
+    def _add_lanes(self, lanes: Mapping[str, int], *, retries: bool) -> None:
+        waiting = self._lanes[retries]
+        for name, since in lanes.items():
+            waiting[name] = min(since, waiting.get(name, since))
 
     async def _listen(self, connect: Callable[[], Awaitable[Notifications]]) -> None:
         """Keep a connection that listens, and check that notifications arrive."""
@@ -221,23 +225,22 @@ class WakeUps:
     async def _flush(self) -> None:
         if not self._can_send.is_set():  # sent once it is connected
             return
-        lanes, self._lanes = self._lanes, {False: set(), True: set()}
-        late, self._late = self._late, False
+        lanes, self._lanes = self._lanes, {False: {}, True: {}}
         others = WakeUp(self._sender, leases=self._leases, requests=self._requests, unheard=self._unheard)
         self._leases = self._requests = self._unheard = False
         try:
-            for retries, names in lanes.items():
-                for portion in _portions(sorted(names)):
-                    await self._notify(WakeUp(self._sender, portion, retries, late))
+            for retries, due in lanes.items():
+                for names in _portions(sorted(due)):
+                    since = min(due[name] for name in names)
+                    await self._notify(WakeUp(self._sender, names, since, retries))
             if others != WakeUp(self._sender):
                 await self._notify(others)
         except BaseException:  # sent again after the next connect
-            for retries, names in lanes.items():
-                self._lanes[retries] |= names
+            for retries, due in lanes.items():
+                self._add_lanes(due, retries=retries)
             self._leases |= others.leases
             self._requests |= others.requests
             self._unheard |= others.unheard
-            self._late |= late
             raise
 
     async def _notify(self, message: WakeUp) -> None:
