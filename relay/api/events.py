@@ -9,11 +9,20 @@ from aiohttp import web
 
 from relay.api.context import Context
 from relay.api.endpoints import IdPage, Lines, Page, endpoint
-from relay.api.query_params import EventsQuery, ExportQuery, Filter, ImportQuery, StatsQuery, TypesQuery
+from relay.api.query_params import (
+    EventQuery,
+    EventsQuery,
+    ExportQuery,
+    Filter,
+    ImportQuery,
+    StatsQuery,
+    TypesQuery,
+)
 from relay.api.responses import LINES, CountView, check_selected_once, respond, stream_lines
 from relay.api.views import (
     EventShown,
     EventView,
+    ReplyView,
     StatView,
     TypeView,
     about,
@@ -102,6 +111,7 @@ class EventsApi:
         self._dispatcher = context.dispatcher
         self._clock = context.clock
         self._state = context.state
+        self._ingest = context.ingest
         self._check_names = context.check_names
 
     @endpoint(
@@ -123,10 +133,21 @@ class EventsApi:
         )
 
     @endpoint(
-        "GET", "/api/events/{id}", "showEvent", "Show an event with its deliveries.", returns=EventShown
-    )
-    async def _show(self, request: web.Request) -> dict[str, Any]:
-        return await show_event(self._store, request.match_info["id"])
+        "GET", "/api/events/{id}", "showEvent", "Show an event with its deliveries.",
+        query=EventQuery, returns=EventShown,
+    )  # fmt: skip
+    async def _show(self, request: web.Request, query: EventQuery) -> dict[str, Any]:
+        shown = await show_event(self._store, request.match_info["id"], query.payload)
+        replies = [
+            ReplyView(
+                received_at=rfc3339(sent.received_at),
+                status=sent.status,
+                duration_ms=round(sent.duration / 1000, 1),
+                heard=sent.heard,
+            )
+            for sent in self._ingest.replies.of(shown["id"])
+        ]
+        return {**shown, "replies": replies}
 
     @endpoint(
         "GET", "/api/events/{id}/body", "eventBody", "Return the request body of an event, byte for byte.",

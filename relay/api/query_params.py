@@ -25,6 +25,9 @@ STATES: tuple[DeliveryState, ...] = get_args(DeliveryState)
 MOST_ROWS = 500
 """Maximum number of rows of one page."""
 
+MOST_PAYLOAD = 2**20
+"""Maximum number of bytes of a body that are returned with its event."""
+
 _MOST_DIGITS = 18  # of a number that SQLite can hold
 _TRUE, _FALSE = ("1", "true"), ("", "0", "false")
 
@@ -167,6 +170,20 @@ class EventsQuery(Filter, kw_only=True):
     id: Annotated[str, _about("Id; any unique prefix works.", option=None)] | None = None
     limit: Limit = 50
     cursor: Cursor | None = None
+
+
+class EventQuery(msgspec.Struct, kw_only=True):
+    """`GET /api/events/{id}`."""
+
+    payload: Annotated[
+        int,
+        _about(
+            "Maximum number of bytes of the body, up to 1,048,576.",
+            parse=partial(_whole, most=MOST_PAYLOAD),
+            hint="for a whole body of any size: GET /api/events/{id}/body",
+        ),
+        msgspec.Meta(ge=1, le=MOST_PAYLOAD),
+    ] = 16_384
 
 
 class DeliveriesQuery(EventsQuery, kw_only=True):

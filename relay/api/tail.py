@@ -21,7 +21,7 @@ from relay.api.context import Context
 from relay.api.endpoints import EVENT_STREAM, endpoint
 from relay.api.query_params import MOST_ROWS, TailQuery, read_field
 from relay.api.stream import Follower, Followers, LostView, SilentView, frame, stream
-from relay.api.views import MOST_PAYLOAD, Time, about, unknown
+from relay.api.views import PAYLOAD, Time, about, unknown
 from relay.base.clock import SECOND, moment, rfc3339
 from relay.errors import RelayError
 from relay.model import OPERATOR_SOURCE, DeliveryState, News, Outcome, StoredEvent
@@ -483,8 +483,8 @@ def _event(event: StoredEvent, *, payload: bool) -> TailEvent:
 
 
 def _add_payload(event: TailEvent, body: bytes) -> None:
-    event.payload = body[:MOST_PAYLOAD].decode("utf-8", "replace")
-    event.payload_truncated = len(body) > MOST_PAYLOAD
+    event.payload = body[:PAYLOAD].decode("utf-8", "replace")
+    event.payload_truncated = len(body) > PAYLOAD
 
 
 def _frames_of(text: str) -> list[bytes]:

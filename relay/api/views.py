@@ -4,6 +4,8 @@ The file of a stopped relay lacks the state that lanes keep in memory: open circ
 receivers, and deliveries in flight. This module needs no aiohttp, because commands start faster without it.
 """
 
+import asyncio
+import hashlib
 import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import Annotated, Any, Literal
@@ -13,7 +15,6 @@ import msgspec
 
 from relay.api.query_params import MOST_ROWS, STATES, read_filters
 from relay.base.clock import rfc3339
-from relay.base.json_text import decode
 from relay.config.problems import guess
 from relay.config.schema import DestinationConfig
 from relay.errors import RelayError, UnknownError
@@ -28,13 +29,16 @@ from relay.model import (
     Selection,
     Stat,
 )
-from relay.store import Span, StoredData
+from relay.store import StoredData
 
 ABSENT = "not_in_config"
 """`held` of a destination that is no longer in config.toml: its deliveries wait until it returns."""
 
-MOST_PAYLOAD = 16 * 1024
-"""Bytes of a body that are shown with an event."""
+PAYLOAD = 16 * 1024
+"""Bytes of a body that are shown with an event by default."""
+
+LARGE = 256 * 1024
+"""Bytes of a body whose digest is computed in a thread, because that takes longer than the event loop may."""
 
 MOST_COUNTS = 50_000
 """Counts per hour, source and type that are read to list the types, the latest first."""
@@ -63,6 +67,7 @@ class EventView(msgspec.Struct):
     received_at: Time
     size: Annotated[int, about("Bytes of the body.")]
     duplicate: Annotated[bool, about("Whether later requests repeated this event.")]
+    repetitions: Annotated[int, about("Number of these requests; each was answered with this event's id.")]
     deliveries: Annotated[dict[str, int], about("Number of deliveries by state.")]
 
 
@@ -113,13 +118,31 @@ class AttemptView(msgspec.Struct):
     ]
 
 
+class ReplyView(msgspec.Struct):
+    """A reply about an event."""
+
+    received_at: Annotated[Time, about("Of the request; of the first request, it is the event's.")]
+    status: int
+    duration_ms: Annotated[float, about("From the head of the request until the reply was ready.")]
+    heard: Annotated[bool, about("Whether the sender was connected when the reply was sent.")]
+
+
 class EventShown(EventView):
     """An event with its deliveries."""
 
+    replies: Annotated[
+        tuple[ReplyView, ...],
+        about(
+            "Replies to its first request and to repetitions, oldest first. The daemon that received them "
+            "keeps those about its latest 4,096 events or more in memory."
+        ),
+    ]
     owed: tuple[DeliveryView, ...]
     id_digits: Annotated[int, about("Hex digits by which the ids of these deliveries can be looked up.")]
     content_type: str
-    payload: Annotated[str, about("The first 16 KiB of the body; invalid UTF-8 is replaced.")]
+    sha256: Annotated[str, about("Stored digest of the body, hexadecimal.")]
+    intact: Annotated[bool, about("Whether the body has this digest; a damaged body is not sent.")]
+    payload: Annotated[str, about("The start of the body; invalid UTF-8 is replaced.")]
     payload_truncated: bool
 
 
@@ -370,8 +393,12 @@ async def _row(stored: StoredData, noun: str | None, given: str) -> int:
     return (await stored.queries.name_deliveries([given]))[0].id
 
 
-async def show_event(stored: StoredData, given: str) -> dict[str, Any]:
-    """Return an event by its id or a unique prefix of it, with its deliveries.
+async def show_event(stored: StoredData, given: str, most: int = PAYLOAD) -> dict[str, Any]:
+    """Return an event by its id or a unique prefix of it, with its deliveries and the start of its body.
+
+    `most` is the number of bytes of the body.
+
+    The daemon adds the replies, which are not stored.
 
     Raises:
         RelayError: no event has this id, or several have this prefix.
@@ -383,31 +410,23 @@ async def show_event(stored: StoredData, given: str) -> dict[str, Any]:
     deliveries = await stored.queries.find("deliveries", limit=MOST_ROWS, event_id=chosen.event_id)
     owed = [view_of(each) for each in deliveries]
     digits = await stored.queries.digits_of("deliveries", (row["id"] for row in deliveries))
-    payload = await _payload(stored, chosen.event_id)
-    return {**view_of(rows[0]), "owed": owed, "id_digits": digits, **payload}
+    payload = await _payload(stored, chosen.event_id, most)
+    return {**view_of(rows[0]), "replies": [], "owed": owed, "id_digits": digits, **payload}
 
 
-class _Exported(msgspec.Struct):
-    """The fields of an exported event that `_payload` needs."""
-
-    content_type: str
-    body: str | None = None
-    body_base64: bytes = b""
-
-
-_exported = msgspec.json.Decoder(_Exported)
-
-
-async def _payload(stored: StoredData, event_id: int) -> dict[str, Any]:
-    """Return the start of an event's body. The export does not check the body, so a damaged one is shown."""
-    found = _Exported("")
-    async for line in stored.queries.export(Selection(), Span(event_id, event_id)):
-        found = decode(_exported, line)  # its `data` may contain a lone surrogate
-    body = found.body_base64 if found.body is None else found.body.encode()
+async def _payload(stored: StoredData, event_id: int, most: int) -> dict[str, Any]:
+    """Return the start of an event's body, and whether the whole body has its digest."""
+    event = (await stored.queries.load([event_id])).get(event_id)
+    if event is None:
+        raise UnknownError("the event has just been deleted")
+    body = event.body
+    digest = hashlib.sha256(body) if len(body) <= LARGE else await asyncio.to_thread(hashlib.sha256, body)
     return {
-        "content_type": found.content_type,
-        "payload": body[:MOST_PAYLOAD].decode("utf-8", "replace"),
-        "payload_truncated": len(body) > MOST_PAYLOAD,
+        "content_type": event.content_type,
+        "sha256": event.sha256.hex(),
+        "intact": digest.digest() == event.sha256,
+        "payload": body[:most].decode("utf-8", "replace"),
+        "payload_truncated": len(body) > most,
     }
 
 

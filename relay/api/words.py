@@ -1,5 +1,6 @@
 """Words for the states and reasons that the API returns as codes, for the command line and the dashboard."""
 
+import shlex
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -86,3 +87,27 @@ def heard_bars(minutes: str) -> tuple[str, str]:
     pairs = (minutes[at : at + 2] for at in range(0, len(minutes), 2))
     bars = "".join(_HEARD[pair.count("1")] for pair in pairs)
     return bars, f"{minutes.count('1')} of {len(minutes)} minutes with a heartbeat"
+
+
+def repeated_text(requests: int) -> str:
+    """Return by how many requests an event was repeated.
+
+    >>> repeated_text(0), repeated_text(1), repeated_text(1200)
+    ('', 'once by its sender', '1,200 times by its sender')
+    """
+    if not requests:
+        return ""
+    return "once by its sender" if requests == 1 else f"{requests:,} times by its sender"
+
+
+def curl_of(request: Mapping[str, Any]) -> str:
+    """Return a curl command that sends the request of a delivery (`GET /api/deliveries/{id}/request`)."""
+    body = request["body"] if request["body_base64"] is None else None
+    given = "@-" if body is None else shlex.quote(body)
+    lines = [
+        f"curl -X {request['method']} {shlex.quote(request['url'])}",
+        *(f"-H {shlex.quote(f'{name}: {value}')}" for name, value in request["headers"].items()),
+        f"--data-binary {given}",
+    ]
+    source = "" if body is not None else f"echo {request['body_base64']} | base64 -d | "
+    return source + " \\\n  ".join(lines)

@@ -1,14 +1,13 @@
 """`relay deliveries`."""
 
 import base64
-import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from relay.api.words import END_REASONS
+from relay.api.words import END_REASONS, curl_of
 from relay.base.text import printable
 from relay.cli import screen
 from relay.cli.api_client import Daemon
@@ -110,15 +109,10 @@ def request_(answer: Any, *, curl: bool, **_: str) -> None:
     The request is built with the current configuration, for this delivery alone; nothing is sent. Secrets and
     signatures are masked. To send a signed test request: relay destinations test NAME
     """
-    body = answer["body"] if answer["body_base64"] is None else None
     if curl:
-        parts = ["curl", "-X", answer["method"], shlex.quote(answer["url"])]
-        parts += [f"-H {shlex.quote(f'{name}: {value}')}" for name, value in answer["headers"].items()]
-        given = "@-" if body is None else shlex.quote(body)
-        command = f"{' '.join([*parts[:4]])} \\\n  " + " \\\n  ".join([*parts[4:], f"--data-binary {given}"])
-        source = "" if body is not None else f"echo {answer['body_base64']} | base64 -d | "
-        click.echo(source + command)
+        click.echo(curl_of(answer))
         return
+    body = answer["body"] if answer["body_base64"] is None else None
     click.echo(f"{answer['method']} {printable(answer['url'])}")
     for name, value in answer["headers"].items():
         click.echo(f"{name}: {printable(value)}")

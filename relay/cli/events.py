@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import click
 
+from relay.api.words import repeated_text
 from relay.cli import screen
 from relay.cli.api_client import Daemon, run_operation
 from relay.cli.completion import complete
@@ -55,6 +56,8 @@ PROGRESS_EVERY = 100  # lines between two updates of the progress line
 MOST_LINES = 60  # of a payload
 CHUNK = 256 * 1024  # bytes that an import sends at once
 NOTHING_MATCHES = "no event matches"
+INTACT = "matches its SHA-256"
+DAMAGED = "damaged: it does not match its SHA-256, so it is not sent"
 
 
 @click.group(cls=Group)
@@ -85,7 +88,7 @@ def show(answer: Any, **_: str) -> None:
 
     EVENT is an id, with or without evt_; any unique prefix works.
     """
-    hidden = ("owed", "id_digits", "payload", "payload_truncated")
+    hidden = ("owed", "replies", "id_digits", "payload", "payload_truncated")
     print_fields({name: value for name, value in answer.items() if name not in hidden}, _fields(answer))
     if answer["owed"]:
         click.echo()
@@ -104,9 +107,20 @@ def _fields(event: Mapping[str, Any]) -> list[Field]:
         Field("Subject", event["subject"] or ""),
         Field("Received", screen.full_time(event["received_at"])),
         Field("Size", f"{screen.size_text(event['size'])}, {event['content_type'] or 'no content type'}"),
-        Field("Repeated", "by later requests with the same content" if event["duplicate"] else ""),
+        Field("Body", INTACT if event["intact"] else DAMAGED, None if event["intact"] else "red"),
+        Field("Answered", _answered(event)),
+        Field("Repeated", repeated_text(event["repetitions"])),
         Field("Deliveries", deliveries or "no destination", screen.colour_of("deliveries", deliveries)),
     ]
+
+
+def _answered(event: Mapping[str, Any]) -> str:
+    """Return the reply to the first request; "" if the daemon does not know it."""
+    for reply in event["replies"]:
+        if reply["received_at"] == event["received_at"]:
+            heard = "" if reply["heard"] else "; the sender disconnected before"
+            return f"{reply['status']} after {reply['duration_ms']:,} ms{heard}"
+    return ""
 
 
 def _print_payload(event: Mapping[str, Any]) -> None:

@@ -31,14 +31,18 @@ from relay.errors import (
 from relay.ingest.admission import Admission, check_change
 from relay.ingest.body import SMALL, Budget, Extra, Hold, Patience, read_body
 from relay.ingest.compression import decompress, encoding_of
-from relay.ingest.dedupe import UnheardReplies, fingerprint, fingerprint_all
+from relay.ingest.dedupe import Entry, Fingerprint, UnheardReplies, fingerprint, fingerprint_all
 from relay.ingest.event import make_event
 from relay.ingest.refusals import LONGEST_SHOWN, Refusals, request_id_of
 from relay.ingest.refused import Explain, RefusedRequests, incoming_of
 from relay.ingest.replies import (
+    MOST_REPLIED,
+    MOST_REPLIES,
     REFUSING,
     OnHeard,
+    RecentReplies,
     Response,
+    Sent,
     allow_origin,
     answer,
     answer_again,
@@ -68,6 +72,7 @@ MOST_BYTES = 32 * 2**20
 LONGEST_QUIET = 600.0  # longest pause in seconds between two log lines with the same key
 LONGEST_KEY = 256  # characters of an idempotency key; a longer key is stored as its digest
 MOST_EVENTS = 5000  # of one request; its transaction delays the commits of others
+MOST_SHARED = 100  # events of one request whose reply is remembered
 MOST_COPIES = 4  # all data and contexts of such a request, as a multiple of `max_body`
 TURN = 0.001  # seconds of one turn of the event loop that such a request may use before it is stored
 
@@ -109,6 +114,7 @@ class Ingest:
         self._most_bytes = most_bytes
         self._budget = Budget(most_bytes)
         self._unheard_replies = UnheardReplies(clock, store.nodes.replies)
+        self.replies = RecentReplies()
         self._log = RateLimitedLog(log, clock, most=LONGEST_QUIET)
         self._refusals = Refusals(clock, metrics, self._log)
         self._workers = WorkerRequests(store, self._log)
@@ -164,8 +170,14 @@ class Ingest:
             )
             call = _Call(request, began, match, incoming)
             response = await self._serve(call, request)
-            exemplar = {"event_id": response.event_id} if response.event_id else None
-            self.counters[mount.name].seconds.observe((self._clock.steady() - began) / SECOND, exemplar)
+            duration, exemplar = self._clock.steady() - began, None
+            if id_ := response.event_id:
+                exemplar, noted = {"event_id": id_}, self.replies.recent
+                sent = Sent(call.incoming.received_at, response.status, duration)
+                noted[id_] = (sent,) if id_ not in noted else (*noted[id_][: MOST_REPLIES - 1], sent)
+                if len(noted) >= MOST_REPLIED:
+                    self.replies.drop_older()
+            self.counters[mount.name].seconds.observe(duration / SECOND, exemplar)
         except Refusal as refusal:
             if call is None:
                 owner = self._routes.owner(path)
@@ -366,6 +378,8 @@ class Ingest:
             if receipt != expected:
                 response = answer_again(accepted, receipt, response)
             response.event_id = receipt.event_id
+            sent = Sent(incoming.received_at, response.status, self._clock.steady() - call.began)
+            self.replies.note([own.event_id for own in receipt.each[1:MOST_SHARED]], sent)
         except BaseException:
             if on_heard is not None:
                 on_heard(False)  # noqa: FBT003 - it takes nothing else
@@ -424,7 +438,16 @@ class Ingest:
             raise
         if entry is None:
             return receipt, None
-        return receipt, lambda heard: replies.end(mark, entry, receipt, gone=not heard)
+        end = replies.end
+        return receipt, lambda heard: (end if heard else self._end_unheard)(
+            mark, entry, receipt, gone=not heard
+        )
+
+    def _end_unheard(self, mark: Fingerprint, entry: Entry, receipt: Receipt | None, *, gone: bool) -> None:
+        """Note the end of a request whose sender did not receive the reply."""
+        self._unheard_replies.end(mark, entry, receipt, gone=gone)
+        if receipt is not None:
+            self.replies.lose([each.event_id for each in receipt.each] or [receipt.event_id])
 
     def _sender_of(self, request: Request, mount: Mount) -> tuple[str, bool]:
         """Return the sender's address, and whether the sender is verified before its body is read."""

@@ -2,7 +2,7 @@
 
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from email.utils import formatdate
 from http import HTTPStatus
 from typing import Any
@@ -41,6 +41,12 @@ _LEAST, _MOST = 200, 599  # statuses of a final answer; 1xx announce another one
 REFUSING = range(400, _MOST + 1)
 _OURS = ("connection", "content-length", "transfer-encoding")  # they frame the answer
 
+
+MOST_REPLIED = 4096
+"""Events of each of the two parts of `RecentReplies`."""
+
+MOST_REPLIES = 10
+"""Replies about one event in a part: the first ones, and the latest."""
 
 OnHeard = Callable[[bool], None]
 """A function that the connection calls once, with whether the sender has received the answer."""
@@ -97,6 +103,47 @@ class Response:
             fields["Connection"] = "keep-alive" if goes_on else "close"
         head = _head("1.1" if request.is_1_1 else "1.0", self.status, fields)
         return head + self.body if has_body and request.method != "HEAD" else head
+
+
+class Sent(msgspec.Struct, frozen=True, gc=False):
+    """A reply about an event."""
+
+    received_at: int  # of the request, wall clock; of the first request, it is the event's
+    status: int
+    duration: int  # microseconds from the head of the request until the reply was ready
+    heard: bool = True  # False: the sender disconnected before the reply
+
+
+class RecentReplies:
+    """The replies to the senders of the latest events since the start, in memory.
+
+    Full, `recent` becomes the older part, and the former older part is dropped.
+    """
+
+    def __init__(self) -> None:
+        self.recent: dict[str, tuple[Sent, ...]] = {}  # by the public id of the event
+        self._older: dict[str, tuple[Sent, ...]] = {}
+
+    def note(self, event_ids: Iterable[str], sent: Sent) -> None:
+        """Note a reply about several events; for one event, `Ingest.handle` does the same without a call."""
+        for id_ in event_ids:
+            self.recent[id_] = (*self.recent.get(id_, ())[: MOST_REPLIES - 1], sent)
+        if len(self.recent) >= MOST_REPLIED:
+            self.drop_older()
+
+    def drop_older(self) -> None:
+        """Begin a new part."""
+        self.recent, self._older = {}, self.recent
+
+    def lose(self, event_ids: Iterable[str]) -> None:
+        """Note that the sender did not receive the latest reply about events."""
+        for id_ in event_ids:
+            if (known := self.recent.get(id_)) is not None:
+                self.recent[id_] = (*known[:-1], msgspec.structs.replace(known[-1], heard=False))
+
+    def of(self, event_id: str) -> tuple[Sent, ...]:
+        """Return the known replies about an event, oldest first."""
+        return (*self._older.get(event_id, ()), *self.recent.get(event_id, ()))
 
 
 def closing_response(status: int, code: str, message: str, **headers: str) -> bytes:

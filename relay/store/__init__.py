@@ -414,6 +414,10 @@ class Queries(Protocol):
         """Write a selection's events as lines of JSON, with their deliveries on request."""
         ...
 
+    async def load(self, event_ids: Sequence[int]) -> dict[int, StoredEvent]:
+        """Read events by row id, with their bodies, which are not checked; deleted events are missing."""
+        ...
+
     async def destination_states(self) -> dict[str, DestinationState]:
         """Return the stored state of each destination: paused, disabled and why."""
         ...

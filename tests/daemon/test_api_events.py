@@ -1,5 +1,6 @@
 """Lists and single events, deliveries, destinations and sources over the admin API."""
 
+from hashlib import sha256
 from urllib.parse import quote
 
 import pytest
@@ -62,6 +63,15 @@ async def test_an_event_is_shown_with_its_deliveries(relay, event):
         assert shown["subject"] == "s-1"
         assert (shown["deliveries"], shown["duplicate"]) == ({"delivered": 1}, False)
         assert [each["destination"] for each in shown["owed"]] == ["crm"]
+        assert (shown["sha256"], shown["intact"]) == (sha256(BODY).hexdigest(), True)
+        [reply] = shown["replies"]
+        assert (reply["status"], reply["heard"], reply["received_at"]) == (200, True, shown["received_at"])
+        assert 0 < reply["duration_ms"] < 60_000
+    cut = await relay.operator("GET", f"/api/events/{event}?payload=5")
+    assert (cut["payload"], cut["payload_truncated"]) == (BODY[:5].decode(), True)
+    for query in ("payload=0", "payload=1048577", "payloads=5"):
+        answer = await exchange(relay.addresses.socket, request("GET", f"/api/events/{event}?{query}"))
+        assert answer.status == 400
 
 
 async def test_a_body_is_a_download_of_the_exact_bytes(relay, event):
@@ -189,6 +199,7 @@ async def test_an_event_in_a_list_has_exactly_these_fields(relay, event):
         "received_at": shown["received_at"],
         "size": len(BODY),
         "duplicate": False,
+        "repetitions": 0,
         "deliveries": {"delivered": 1},
     }
 

@@ -21,6 +21,7 @@ from relay.config.schema import Retention, SourceRetention
 from relay.errors import Overloaded
 from relay.ingest import dedupe
 from relay.ingest.dedupe import UnheardReplies, fingerprint
+from relay.ingest.replies import MOST_REPLIED, MOST_REPLIES, RecentReplies, Sent
 from relay.model import Heartbeat, Receipt, Register, Session, Worker
 from relay.plugin_loading.loader import load
 from relay.process import logs
@@ -75,6 +76,20 @@ async def test_an_unheard_reply_is_remembered_in_constant_size():
         unheard(small, clock, number)
         unheard(large, clock, number, 100_000)
     assert weight(large._unheard) == weight(small._unheard) < 600 * 500
+
+
+def test_the_replies_about_the_latest_events_are_remembered_with_their_repetitions():
+    table = RecentReplies()
+    for number in range(3 * MOST_REPLIED):
+        table.note([f"evt_{number}"], Sent(number, 200, 5))
+    assert weight([table.recent, table._older]) < 2 * MOST_REPLIED * 500
+    assert [sent.received_at for sent in table.of(f"evt_{3 * MOST_REPLIED - 1}")] == [3 * MOST_REPLIED - 1]
+    assert table.of("evt_0") == ()
+    for number in range(100):
+        table.note(["evt_x"], Sent(number, 200, 5))
+    assert [sent.received_at for sent in table.of("evt_x")] == [*range(MOST_REPLIES - 1), 99]
+    table.lose(["evt_x", "evt_unknown"])
+    assert [sent.heard for sent in table.of("evt_x")] == [*[True] * (MOST_REPLIES - 1), False]
 
 
 async def test_a_request_in_progress_is_identified_by_a_bounded_text():

@@ -115,6 +115,13 @@ async def test_a_repetition_after_the_first_was_stored_unheard_is_its_duplicate_
     first, second = await relay.rows(subject="late echo")
     assert (repeated.json["event_id"], new.json["event_id"]) == (first["id"], second["id"])
     assert (first["duplicate"], second["duplicate"]) == (True, False)
+    shown = [await relay.operator("GET", f"/api/events/{each['id']}") for each in (first, second)]
+    assert [each["repetitions"] for each in shown] == [1, 0]
+    assert [[(each["status"], each["heard"]) for each in event["replies"]] for event in shown] == [
+        [(200, False), (200, True)],
+        [(200, True)],
+    ]
+    assert [event["replies"][0]["received_at"] == event["received_at"] for event in shown] == [True, True]
 
 
 async def test_two_equal_requests_with_replies_are_two_events(relay: Relay, slow_store):

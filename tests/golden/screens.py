@@ -45,7 +45,7 @@ def event(number, **more):
     return {
         "id": id_("evt_", age), "source": TYPES[number % 4].partition(".")[0], "type": TYPES[number % 4],
         "subject": SUBJECTS[number % 5], "received_at": at(age), "size": 412 * 7**number % 2_000_000,
-        "duplicate": number == 1,
+        "duplicate": number == 1, "repetitions": 2 * (number == 1),
         "deliveries": ({"delivered": 3}, {"pending": 2, "delivered": 5, "dead": 1}, {})[number % 3],
         **more,
     }  # fmt: skip
@@ -273,6 +273,12 @@ ANSWERS = {
         "content_type": "application/json",
         "payload": PAYLOAD,
         "payload_truncated": False,
+        "sha256": "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08",
+        "intact": True,
+        "replies": [
+            {"received_at": at(-4.25), "status": 200, "duration_ms": 3.1, "heard": False},
+            {"received_at": at(-2), "status": 200, "duration_ms": 2.2, "heard": True},
+        ],
     },
     "deliveries": id_page(15, *map(delivery, range(10))),
     "deliveries/01a2": {**delivery(3), "tries": [attempt(number) for number in range(3)]},

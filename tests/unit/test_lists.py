@@ -312,11 +312,13 @@ async def test_a_repeated_event_is_listed_as_duplicate(store, clock):
     receipt = await store.events.append(Acceptance(source="shop", event=again, repeats=other.public_id))
     assert (receipt.event_id, receipt.duplicate) == (other.public_id, True)
     await send(store, clock, key="other")
-    stored = {row["id"]: row["duplicate"] for row in await store.queries.find("events")}
-    assert Counter(stored.values()) == {0: 1, 1: 2}
-    assert stored[first.public_id] == stored[other.public_id] == 1
-    requests = await read_rows(store, "SELECT requests FROM repetitions ORDER BY event_id")
-    assert [row[0] for row in requests] == [1, 2]
+    rows = {row["id"]: row for row in await store.queries.find("events")}
+    assert Counter(row["duplicate"] for row in rows.values()) == {0: 1, 1: 2}
+    assert rows[first.public_id]["repetitions"] == 2
+    assert rows[other.public_id]["repetitions"] == 1
+    assert sum(row["repetitions"] for row in rows.values()) == 3
+    loaded = await store.queries.load([rows[first.public_id]["row"], 2**62])
+    assert {id_: event.body for id_, event in loaded.items()} == {rows[first.public_id]["row"]: first.body}
 
 
 async def test_a_duplicate_of_a_deleted_event_is_only_counted(store, clock):

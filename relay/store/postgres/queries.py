@@ -72,8 +72,9 @@ planner from joining whole partitions, whatever it believes about their size.
 EVENTS_SQL = f"""
     SELECT e.id AS row, 'evt_' || e.public_id AS id, e.source, e.type, left(e.subject, 256) AS subject,
            e.received_at, e.size,
-           EXISTS (SELECT FROM repetitions AS r WHERE r.event_id = e.id) AS duplicate
+           r.requests IS NOT NULL AS duplicate, coalesce(r.requests, 0) AS repetitions
       FROM {by_ids("events", "e", "id, public_id, source, type, subject, received_at, size")}
+      LEFT JOIN LATERAL (SELECT requests FROM repetitions WHERE event_id = e.id OFFSET 0) AS r ON true
 """  # noqa: S608 - constants
 DELIVERIES_SQL = f"""
     SELECT d.id AS row, 'dlv_' || d.public_id AS id, d.event_id AS event, d.destination,

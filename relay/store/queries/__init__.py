@@ -7,7 +7,7 @@ An engine provides a `reader.Reader` with its statements. Everything else is the
 from collections.abc import AsyncIterator, Iterable, Sequence
 from typing import Any, Literal
 
-from relay.model import Chosen, DestinationState, Named, Selection, Stat
+from relay.model import Chosen, DestinationState, Named, Selection, Stat, StoredEvent
 from relay.store import Page, Span
 from relay.store.export import write_line
 from relay.store.queries import lists
@@ -83,6 +83,10 @@ class PagedQueries:
                 for id_ in ids:
                     if (event := events.get(id_)) is not None:
                         yield write_line(event, None if lines is None else lines.get(id_, []))
+
+    async def load(self, event_ids: Sequence[int]) -> dict[int, StoredEvent]:
+        """See `Queries.load`."""
+        return await self._reader.load_events(event_ids)
 
     async def destination_states(self) -> dict[str, DestinationState]:
         """See `Queries.destination_states`."""

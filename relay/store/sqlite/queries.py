@@ -18,9 +18,9 @@ from relay.store.sqlite.rows import load_events, marks
 EVENTS_SQL = """
     SELECT e.id AS row, e.public_id AS id, e.source, e.type, substr(e.subject, 1, 256) AS subject,
            e.received_at, e.size,
-           EXISTS (SELECT 1 FROM repetitions AS r WHERE r.event_id = e.id) AS duplicate,
+           r.event_id IS NOT NULL AS duplicate, coalesce(r.requests, 0) AS repetitions,
            (SELECT json_object({counts}) FROM deliveries AS d WHERE d.event_id = e.id) AS deliveries
-      FROM events AS e WHERE e.id IN ({marks})
+      FROM events AS e LEFT JOIN repetitions AS r ON r.event_id = e.id WHERE e.id IN ({marks})
 """.replace(
     "{counts}", ", ".join(f"'{state}', sum(d.state = '{state}')" for state in get_args(DeliveryState))
 )
