@@ -2,7 +2,7 @@
 
 import http.client
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing, suppress
 from http import HTTPStatus
 from pathlib import Path
@@ -41,10 +41,10 @@ _LOOPBACK = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}  # noqa: S104
 
 
 @click.command()
-@click.argument("source", shell_complete=complete("source"))
+@click.argument("source", required=False, shell_complete=complete("source"))
 @click.argument("type_", metavar="[TYPE]", required=False)
 @click.option("--data", help="Send the body in @FILE instead, or standard input with -.")
-@click.option("--list", "list_", is_flag=True, help="Only list the source's samples.")
+@click.option("--list", "list_", is_flag=True, help="Only list the samples of SOURCE, or of all sources.")
 @click.option(
     "--to",
     help='URL of the listener, such as "http://127.0.0.1:8080".  [default: that of the running daemon, else'
@@ -54,7 +54,7 @@ _LOOPBACK = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}  # noqa: S104
 @env_file_option
 @json_option
 def send(
-    source: str,
+    source: str | None,
     type_: str | None,
     *,
     data: str | None,
@@ -71,16 +71,18 @@ def send(
     The request carries the source's configured secret. TYPE is one of the samples that --list prints; the
     default is the first one.
     """
+    if source is None and not list_:
+        raise click.UsageError("Missing argument 'SOURCE'.")
     path = find_config(config)
     loaded, given = load_without_secrets(path, env_files)
     setup = loaded.config
+    if source is None:
+        _list(setup.sources.values(), ("source", *COLUMNS), as_json=as_json)
+        return
     configured = source_named(source, setup.sources)
     samples = samples_of(configured)
     if list_:
-        rows = [(name, sample.method, configured.prefix + sample.path) for name, sample in samples.items()]
-        items = [dict(zip(COLUMNS, row, strict=True)) for row in rows]
-        shape = [screen.word(name) for name in COLUMNS]
-        print_page({"items": items, "next_cursor": None}, COLUMNS, shape, as_json=as_json, quiet=False)
+        _list([configured], COLUMNS, as_json=as_json)
         return
     sample = choose(samples, source, type_)
     demand(loaded, given, f"sources.{source}")
@@ -105,6 +107,18 @@ def send(
         silence = f"offline after {render_duration(configured.workers.offline_after)} without a heartbeat"
         click.echo(f"the sample worker is reported {silence}", err=True)
         click.echo(f"  remove it with `relay send {source} unregister`", err=True)
+
+
+def _list(sources: Iterable[SourceConfig], columns: Sequence[str], *, as_json: bool) -> None:
+    """Print the samples of sources."""
+    items = [
+        {"source": each.name, "type": name, "method": sample.method, "path": each.prefix + sample.path}
+        for each in sources
+        for name, sample in samples_of(each).items()
+    ]
+    shown = [{name: item[name] for name in columns} for item in items]
+    shape = [screen.text(name, least=16, long="middle") for name in columns]
+    print_page({"items": shown, "next_cursor": None}, columns, shape, as_json=as_json, quiet=False)
 
 
 def samples_of(source: SourceConfig) -> dict[str, Incoming]:

@@ -51,6 +51,13 @@ async def test_every_sample_of_a_bundled_source_is_accepted(config, source, type
         assert await relay.rows(source=source)
 
 
+def test_without_a_source_the_samples_of_all_are_listed(config):
+    found = run("send", "--list", "-c", config).rows
+    assert [row[0] for row in found if row[1] == "image.shared"] == ["adorn"]
+    assert {len(row) for row in found} == {4}
+    assert "Missing argument 'SOURCE'" in run("send", "-c", config, code=2).err
+
+
 async def test_a_sample_that_registers_a_worker_prints_how_to_remove_it(config):
     async with running(config) as relay:
         for type_, is_reported in (

@@ -101,7 +101,7 @@ KINDS = {
     "source of workers": Kind("whatsapp", "whatsap"),
     "job": Kind("ledger", "legder"),
     "kind of source": Kind("github", "gihtub"),
-    "sample": Kind("session.started", "session.strated"),
+    "sample": Kind("image.shared", "image.shered"),
     "new plugin": Kind("parcels"),
     "command of a worker": Kind("restart"),
     "object": Kind('{"reason": "update"}', wrong="[1]"),
@@ -143,9 +143,9 @@ _KIND_OF = {
 """The kind of each argument, by its word in the usage line; the words of a command before it go first."""
 
 WANTED = {
-    ("config", "init"), ("explain",), ("init",), ("sources", "add"), ("workers", "maintenance")
+    ("config", "init"), ("explain",), ("init",), ("send",), ("sources", "add"), ("workers", "maintenance")
 }  # fmt: skip
-"""Commands whose optional argument the tests give; without it they ask or write elsewhere."""
+"""Commands whose optional arguments the tests give; without them they ask or write elsewhere."""
 
 
 def kind_of(path, argument):
