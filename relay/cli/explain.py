@@ -1,17 +1,20 @@
 """`relay explain`."""
 
+import sys
 import time
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from relay.cli import screen
 from relay.cli.api_client import Daemon
 from relay.cli.completion import complete
 from relay.cli.endpoint import daemon_options
 from relay.cli.main import FAILED, NOTHING, CommandError
 from relay.cli.options import json_option, read_data
-from relay.cli.output import count, print_json, print_table
+from relay.cli.output import count, print_items, print_json, print_note
 from relay.config.paths import find_config
 from relay.config.schema import SourceConfig
 from relay.errors import MethodNotAllowed, NotFound, PluginFailed, Refusal
@@ -19,6 +22,11 @@ from relay.errors import MethodNotAllowed, NotFound, PluginFailed, Refusal
 if TYPE_CHECKING:
     from relay.model import StoredEvent
     from relay.source import Incoming
+
+_SHAPE = (
+    screen.text("name", "destination", least=16, long="middle"),
+    screen.text("why", least=30, wish=50, long="wrap"),
+)
 
 
 @click.command()
@@ -80,15 +88,31 @@ def explain(
     if as_json:
         print_json(answer)
         return
-    rows = [(each["name"], line) for each in answer["destinations"] for line in each["lines"]]
-    print_table(("destination", "why"), rows)
-    for each in answer["destinations"]:
-        if each["held"] is not None:
-            click.echo(f"{each['name']}: held now ({each['held']}); sent after the hold has ended", err=True)
-        for line in (*each["options"], *([] if each["retries"] is None else [each["retries"]])):
-            click.echo(f"{each['name']}: {line}", err=True)
+    print_items(("name", "why"), list(_lines(answer["destinations"])), _SHAPE)
+    if not sys.stdout.isatty():  # the table on a terminal contains them
+        for each in answer["destinations"]:
+            for line in _notes(each):
+                click.echo(f"{each['name']}: {line}", err=True)
     if more := answer.get("more"):
-        click.echo(f"the request has {count(more, 'more event')}; only the first one is explained", err=True)
+        print_note(f"the request has {count(more, 'more event')}; only the first one is explained")
+
+
+def _lines(destinations: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, str]]:
+    """Yield the rows of the table: on a terminal, a destination's name is only in its first row."""
+    is_terminal = sys.stdout.isatty()
+    for each in destinations:
+        lines = [*each["lines"], *(_notes(each) if is_terminal else [])]
+        for number, line in enumerate(lines):
+            yield {"name": "" if is_terminal and number else each["name"], "why": line}
+
+
+def _notes(destination: Mapping[str, Any]) -> Iterator[str]:
+    """Yield how a destination that gets the event handles its delivery."""
+    if (held := destination["held"]) is not None:
+        yield f"held now ({held}); sent after the hold has ended"
+    yield from destination["options"]
+    if destination["retries"] is not None:
+        yield destination["retries"]
 
 
 def _explained(

@@ -163,6 +163,6 @@ def retries(destination: DestinationConfig) -> str:
     if schedule:
         parts = [f"any response but a 2xx is retried: {len(schedule) + 1} attempts in {within}"]
     if final:
-        parts.append(f"{' and '.join(map(str, final))} end the delivery at once")
+        parts.append(f"{' and '.join(map(str, final))} {'end' if final[1:] else 'ends'} the delivery at once")
     enable = f"`relay destinations enable {destination.name}`"
     return "; ".join((*parts, f"410 disables the destination, and its deliveries wait until {enable}"))

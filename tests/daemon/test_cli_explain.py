@@ -74,16 +74,20 @@ def test_the_explanation_has_the_retried_responses(config):
 url = "https://strict.example/hook"
 final_statuses = [413, 400, 413]
 retry = { schedule = ["1m", "1h"] }
+[destinations.strictest]
+url = "https://strict.example/hook"
+final_statuses = [503]
 """
     )
     result = explain(config, "--source", "shop", "--data", f"@{config.parent / 'body.json'}")
-    usual, strict = (line for line in result.err.splitlines() if "retried" in line)
+    usual, strict, strictest = (line for line in result.err.splitlines() if "retried" in line)
     assert usual == f"all: {USUAL.format('all')}"
     assert strict == (
         "strict: any response but a 2xx is retried: 3 attempts in 1h1m;"
         " 400 and 413 end the delivery at once; 410 disables the destination, and its deliveries wait until"
         " `relay destinations enable strict`"
     )
+    assert "; 503 ends the delivery at once; " in strictest
 
 
 OPTIONS = """
