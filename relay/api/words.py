@@ -31,6 +31,24 @@ def held_text(held: str | None) -> str:
     return "delivering" if held is None else _HELD.get(held, held)
 
 
+def circuit_text(destination: Mapping[str, Any]) -> str:
+    """Return the state of a destination in words; an open circuit also shows while the relay probes.
+
+    >>> circuit_text({"held": None, "circuit": "open"}), circuit_text({"held": None, "circuit": "closed"})
+    ('circuit open, probing', 'delivering')
+    >>> shards = [{"circuit": "closed"}, {"circuit": "open"}]
+    >>> circuit_text({"held": None, "circuit": "open", "shards": shards})
+    'circuit open in 1 of 2 shards'
+    """
+    if destination["held"] is not None or destination["circuit"] != "open":
+        return held_text(destination["held"])
+    shards = destination.get("shards", ())
+    failing = sum(each["circuit"] == "open" for each in shards)
+    if not failing or failing == len(shards):
+        return "circuit open, probing"
+    return f"circuit open in {failing} of {len(shards)} shards"
+
+
 _ADVICE = {
     "paused": "resume it with `relay destinations resume {name}`",
     PAUSED_IN_CONFIG: "set `paused = false` in its table of config.toml and run `relay reload`",

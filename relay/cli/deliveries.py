@@ -79,14 +79,15 @@ def list_(daemon: "Daemon | Offline", *, as_json: bool, quiet: bool, **query: An
 
 
 @deliveries.command()
-@endpoint("GET deliveries/{delivery}", offline=True)
-def show(answer: Any, **_: str) -> None:
+@endpoint("GET deliveries/{delivery}", offline=True, asks_more=True)
+def show(answer: Any, *, daemon: "Daemon | Offline", **_: str) -> None:
     """Show a delivery, its attempts, and the receiver's responses.
 
     Example: relay deliveries show 01a201eb
 
     DELIVERY is an id, with or without dlv_; any unique prefix works. Shows the three latest distinct
-    responses, up to 1000 characters each; --json has the response of every attempt, up to 16 KiB each.
+    responses, up to 1000 characters each; --json has the response of every attempt, up to 16 KiB each. For a
+    pending delivery whose destination is held, stderr has the reason and the next command.
     """
     print_fields(answer, delivery_fields(answer))
     if answer["tries"]:
@@ -96,6 +97,8 @@ def show(answer: Any, **_: str) -> None:
         shape = (*ATTEMPT_SHAPE, screen.number("group_size", "group size")) if grouped else ATTEMPT_SHAPE
         print_items(names, answer["tries"], shape)
         _print_answers(answer["tries"])
+    if answer["state"] == "pending":
+        print_holds(daemon, answer["destination"])
 
 
 @deliveries.command("request")
@@ -128,7 +131,7 @@ def request_(answer: Any, *, curl: bool, **_: str) -> None:
 
 def delivery_fields(delivery: Mapping[str, Any]) -> list[Field]:
     """Return the lines about a delivery on a terminal."""
-    state, reason = delivery["state"], delivery["reason"]
+    state, reason, due_at = delivery["state"], delivery["reason"], delivery["next_attempt_at"]
     return [
         Field("Delivery", delivery["id"]),
         Field("Event", delivery["event_id"]),
@@ -142,7 +145,7 @@ def delivery_fields(delivery: Mapping[str, Any]) -> list[Field]:
         Field("Attempts", screen.number_text(delivery["attempts"])),
         Field("Last result", screen.result_text(delivery["last_status"], delivery["last_error"])),
         Field("Created", screen.full_time(delivery["created_at"])),
-        Field("Next attempt", screen.full_time(delivery["next_attempt_at"])),
+        Field("Due since" if screen.due(due_at) == "due" else "Next attempt", screen.full_time(due_at)),
         Field("Finished", screen.full_time(delivery["finished_at"])),
         Field("Repeats", delivery["replay_of"] or ""),
         Field("Sent again", delivery.get("replayed_by") or ""),

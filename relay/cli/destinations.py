@@ -2,11 +2,11 @@
 
 import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from relay.api.words import held_text, hold_advice, shards_text
+from relay.api.words import circuit_text, hold_advice, shards_text
 from relay.base.units import parse_time_span
 from relay.cli import screen
 from relay.cli.api_client import Daemon
@@ -16,17 +16,27 @@ from relay.cli.options import checked, quiet_option
 from relay.cli.output import print_fields, print_items, print_note, print_page
 from relay.cli.screen import Field
 
+if TYPE_CHECKING:
+    from relay.cli.offline import Offline
+
 COLUMNS = ("name", "held", "pending", "in_flight", "delivered", "dead", "expired", "cancelled")
 
 
-def _state_text(destination: Mapping[str, Any]) -> str:
+def _paused_text(destination: Mapping[str, Any]) -> str:
     """Return the state of a destination, and when its pause ends."""
     until = destination["paused_until"]
     [ends] = screen.clock_times([until])
-    return held_text(destination["held"]) + (f" until {ends}" if until else "")
+    return circuit_text(destination) + (f" until {ends}" if until else "")
 
 
-STATE = screen.Column("held", "state", screen.each(str), of=_state_text)
+def state_text(destination: Mapping[str, Any]) -> str:
+    """Return the state of a destination, and when its pause ends or the next attempt is made."""
+    until = destination.get("held_until")
+    next_ = f"; next attempt {screen.due(until)}" if until and not destination["paused_until"] else ""
+    return _paused_text(destination) + next_
+
+
+STATE = screen.Column("held", "state", screen.each(str), of=_paused_text)
 """The column that shows whether deliveries are sent, and if not, why."""
 
 _SHAPE = (
@@ -86,8 +96,9 @@ def show(answer: Any, *, name: str) -> None:
     print_fields({**fields, **deliveries}, _fields(answer))
     if sys.stdout.isatty():
         _print_deliveries(answer)
-    retried = answer["held"] is None and answer["oldest"] is not None and answer["oldest"]["last_error"]
-    _print_advice(name, "retried" if retried else answer["held"])
+    held = answer["held"] or ("circuit open" if answer["circuit"] == "open" else None)  # it may be probing
+    retried = held is None and answer["oldest"] is not None and answer["oldest"]["last_error"]
+    _print_advice(name, "retried" if retried else held)
 
 
 @destinations.command()
@@ -184,10 +195,6 @@ def enable(answer: Any, *, name: str) -> None:
 
 
 def _fields(shown: Mapping[str, Any]) -> list[Field]:
-    held = shown["held"]
-    state = _state_text(shown)
-    if (until := shown.get("held_until")) and not shown["paused_until"]:
-        state += f"; next attempt {screen.due(until)}"
     in_flight = shown["in_flight"]
     backlog = [
         f"{screen.number_text(shown['pending'])} pending",
@@ -201,16 +208,22 @@ def _fields(shown: Mapping[str, Any]) -> list[Field]:
     return [
         Field("Destination", shown["name"]),
         Field("Host", shown.get("url_host") or ""),
-        Field("State", state, screen.colour_of("held", held_text(held))),
+        Field("State", state_text(shown), screen.colour_of("held", circuit_text(shown))),
         Field("Failing since", screen.full_time(shown.get("failing_since"))),
         Field("Disabled at", screen.full_time(shown.get("disabled_at"))),
         Field("Last success", screen.full_time(shown.get("last_success"))),
+        Field("Last error", _last_error(shown)),
         Field("Certificate", _expiry(shown.get("certificate_expires"))),
         Field("Events", screen.cell(shown.get("events"))),
         *([Field("Shards", shards_text(shown["shards"]))] if "shards" in shown else []),
         Field("Backlog", ", ".join(backlog)),
         Field("Deliveries", ", ".join(ended), "red" if shown["dead"] else None),
     ]
+
+
+def _last_error(shown: Mapping[str, Any]) -> str:
+    error, at = (screen.cell(shown.get(name)) for name in ("last_error", "last_error_at"))
+    return f"{error} ({screen.distance(at)})" if error and at else error
 
 
 def _expiry(expires: str | None) -> str:
@@ -228,12 +241,17 @@ def _print_deliveries(shown: Mapping[str, Any]) -> None:
     print_items((), [{"which": noun, **each} for noun, each in found.items()], _DELIVERY_SHAPE)
 
 
-def print_holds(daemon: Daemon, name: str | None = None) -> None:
+def print_holds(daemon: "Daemon | Offline", name: str | None = None) -> None:
     """Print why pending deliveries are not sent now, for one destination or for all."""
-    for each in daemon.get("destinations")["items"]:
-        if each["held"] and each["pending"] and name in (None, each["name"]):
-            print_note(f"{each['name']} is held: {each['held']}")
+    for each in holds(daemon):
+        if each["pending"] and name in (None, each["name"]):
+            print_note(f"{each['name']} is held: {state_text(each)}")
             _print_advice(each["name"], each["held"])
+
+
+def holds(daemon: "Daemon | Offline") -> list[dict[str, Any]]:
+    """Return the destinations that are held."""
+    return [each for each in daemon.get("destinations")["items"] if each["held"]]
 
 
 def _print_closed(answer: Any, name: str) -> None:

@@ -54,7 +54,9 @@ def print_checks(checks: Iterable[Mapping[str, Any]], *, as_json: bool) -> None:
         rows = [(check["name"], "ok" if check["ok"] else "FAILED", check["detail"]) for check in checks]
         print_table(("check", "result", "detail"), rows)
     if failed:
-        hint = "\n  ".join(f"{check['name']}: {check['hint']}" for check in failed)
+        hint = "\n  ".join(
+            f"{check['name']}: {step}" for check in failed for step in check["hint"].split("; ")
+        )
         raise CommandError(f"{count(len(failed), 'check')} failed", hint=hint)
 
 

@@ -87,6 +87,7 @@ def endpoint(
     offline: bool = False,
     body: Callable[..., object] | None = None,
     succeeded: Callable[[Any], bool] | None = None,
+    asks_more: bool = False,
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Return a decorator for a command that sends one request.
 
@@ -96,6 +97,7 @@ def endpoint(
         offline: add `--offline`, for a GET that `Offline` can answer.
         body: returns the JSON body from the command's arguments and options.
         succeeded: returns whether the exit code for a response is 0 (True) or 1.
+        asks_more: the function also gets the `daemon`, for requests whose responses `--json` does not print.
 
     The decorated function prints the response for people. It gets the response and the command's arguments.
     With `--json` the response itself is printed instead.
@@ -118,7 +120,7 @@ def endpoint(
             if as_json:
                 print_json(answer)
             else:
-                show(answer, **arguments)
+                show(answer, **arguments, **({"daemon": daemon} if asks_more else {}))
             if succeeded is not None and not succeeded(answer):
                 click.get_current_context().exit(FAILED)
 

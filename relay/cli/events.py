@@ -13,6 +13,7 @@ from relay.cli import screen
 from relay.cli.api_client import Daemon, run_operation
 from relay.cli.completion import complete
 from relay.cli.deliveries import SHAPE
+from relay.cli.destinations import holds, state_text
 from relay.cli.endpoint import daemon_options, endpoint, reader_options
 from relay.cli.main import BATCH, INTERRUPTED, CommandError, Group, file_error
 from relay.cli.options import FILE, filter_options, json_option, page_options, rate_option
@@ -22,6 +23,7 @@ from relay.cli.output import (
     print_fields,
     print_items,
     print_json,
+    print_note,
     print_page,
     show_progress,
 )
@@ -47,9 +49,6 @@ _SHAPE = (
     screen.size("size", rank=2),
     screen.Column("deliveries", "deliveries", screen.each(screen.states_text), least=12),
 )  # fmt: skip
-_DELIVERIES_SHAPE = tuple(
-    column._replace(rank=0) for column in SHAPE if column.name not in ("created_at", "type")
-)
 _DELIVERIES = ("id", "destination", "state", "attempts", "last_status", "last_error")
 
 PROGRESS_EVERY = 100  # lines between two updates of the progress line
@@ -80,8 +79,8 @@ def list_(daemon: "Daemon | Offline", *, as_json: bool, quiet: bool, **query: An
 
 
 @events.command()
-@endpoint("GET events/{event}", offline=True)
-def show(answer: Any, **_: str) -> None:
+@endpoint("GET events/{event}", offline=True, asks_more=True)
+def show(answer: Any, *, daemon: "Daemon | Offline", **_: str) -> None:
     """Show an event, its deliveries and its payload.
 
     Example: relay events show 01a201eb7c3d
@@ -93,9 +92,28 @@ def show(answer: Any, **_: str) -> None:
     if answer["owed"]:
         click.echo()
         screen.set_digits(answer.get("id_digits"))
-        print_items(_DELIVERIES, answer["owed"], _DELIVERIES_SHAPE)
+        waiting = {each["destination"] for each in answer["owed"] if each["state"] == "pending"}
+        held = [each for each in (holds(daemon) if waiting else ()) if each["name"] in waiting]
+        names = {each["name"] for each in held}
+        owed = [{**each, "is_held": each["destination"] in names} for each in answer["owed"]]
+        print_items(_DELIVERIES, owed, _DELIVERIES_SHAPE)
+        for each in held:
+            print_note(
+                f"{each['name']} is held: {state_text(each)}; see `relay destinations show {each['name']}`"
+            )
     if sys.stdout.isatty():
         _print_payload(answer)
+
+
+def _next_try(delivery: Mapping[str, Any]) -> str:
+    is_held = delivery["is_held"] and delivery["state"] == "pending"
+    return "held" if is_held else screen.due(delivery["next_attempt_at"])
+
+
+_DELIVERIES_SHAPE = (
+    *(column._replace(rank=0) for column in SHAPE if column.name in _DELIVERIES),
+    screen.Column("next_attempt_at", "next try", screen.each(str), of=_next_try),
+)
 
 
 def _fields(event: Mapping[str, Any]) -> list[Field]:

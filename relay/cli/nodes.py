@@ -13,9 +13,9 @@ COLUMNS = ("name", "version", "started_at", "seen_at", "config", "jobs", "lanes"
 
 _SHAPE = (
     screen.text("name", least=12, long="middle"), screen.word("version"),
-    screen.moment("started_at", "started", rank=1), screen.moment("seen_at", "seen", rank=2),
+    screen.moment("started_at", "started", rank=2), screen.moment("seen_at", "seen", rank=3),
     screen.word("config"), screen.text("jobs", least=12, long="wrap"),
-    screen.text("lanes", least=16, long="wrap"),
+    screen.text("lanes", least=16, wish=32, long="wrap"),
 )  # fmt: skip
 
 

@@ -161,7 +161,7 @@ def print_fields(item: Mapping[str, Any], shown: Sequence[Field] | None = None) 
             click.echo(f"{name}\t{printable(' '.join(cell(value).split()))}")
         return
     if shown is None:
-        shown = [Field(name.replace("_", " "), cell(value)) for name, value in fields.items()]
+        shown = [Field(name.replace("_", " ").capitalize(), cell(value)) for name, value in fields.items()]
     for line in field_lines(shown, width=terminal_width(), colour=wants_colour(sys.stdout)):
         print_line(line)
 

@@ -63,6 +63,7 @@ _COLOURS: Mapping[str, Callable[[str], Colour | None]] = {
     "paused": lambda cell: "yellow" if cell == "yes" else None,
     "result": lambda cell: "green" if cell == "ok" else "red",
     "deliveries": lambda cell: "red" if " dead" in cell or " expired" in cell else None,
+    "why": lambda cell: "green" if cell.startswith("yes") else "yellow" if cell.startswith("held") else None,
 }
 
 
@@ -258,11 +259,13 @@ def rough(seconds: float) -> str:
 def milliseconds(value: float | None) -> str:
     """Return a duration in milliseconds, or in seconds if it is long.
 
-    >>> milliseconds(12.34), milliseconds(15_000.2), milliseconds(None)
-    ('12 ms', '15.0 s', '')
+    >>> milliseconds(12.34), milliseconds(15_000.2), milliseconds(0.3), milliseconds(None)
+    ('12 ms', '15.0 s', '<1 ms', '')
     """
     if value is None:
         return ""
+    if value < 1:
+        return "<1 ms"
     return f"{value:.0f} ms" if value < _LONG else f"{value / 1000:.1f} s"
 
 

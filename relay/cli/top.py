@@ -367,7 +367,7 @@ def _head(view: View, columns: int, *, colour: bool, graphs: bool) -> list[str]:
         line = f"{label:<10}{_figure(value) + unit:>10}"
         bars, most, seconds = view.history.bars(name, _bars_for(columns))
         if bars:
-            line += f"  {bars}  max {_figure(most)} in {render_duration(seconds)}"
+            line += f"  {bars}  max {_figure(most if unit else round(most))} in {render_duration(seconds)}"
         lines_.append(paint(line, painted))
     commit = "-" if snapshot["commit_ms"] is None else f"{snapshot['commit_ms']:g} ms"
     workers = screen.cell(snapshot["workers"]) or "0"
@@ -405,7 +405,8 @@ def _rows(view: View, noun: str, items: Sequence[Mapping[str, Any]]) -> list[dic
 
 
 def _figure(value: float) -> str:
-    return screen.number_text(round(value, 1) if value % 1 else int(value))
+    rounded = round(value, 1)
+    return screen.number_text(rounded if rounded % 1 else int(rounded))
 
 
 def _rate(name: str, heading: str, *, rank: int = 0) -> Column:
@@ -419,6 +420,12 @@ def _last_error(destination: Mapping[str, Any]) -> str:
     return f"{screen.ago(destination['last_error_at'])}: {error}"
 
 
+def _state(destination: Mapping[str, Any]) -> str:
+    """Return the state of a destination; an open circuit also shows while the relay probes."""
+    is_open = destination["held"] is None and destination["circuit"] == "open"
+    return "circuit open" if is_open else held_text(destination["held"])
+
+
 _HISTORY = Column("history", "history", screen.each(str), right=True, rank=4)
 _SOURCES = (
     screen.text("name", "source", least=20, long="middle"),
@@ -428,7 +435,7 @@ _SOURCES = (
 _LAST_ERROR = Column("last_error", "last error", screen.each(str), least=16, wish=44, rank=1, of=_last_error)
 _DESTINATIONS = (
     screen.text("name", "destination", least=20, wish=32, long="middle"),
-    Column("held", "state", screen.each(held_text)), screen.number("pending"),
+    Column("held", "state", screen.each(str), of=_state), screen.number("pending"),
     _rate("delivered_per_second", "ok/s"), _rate("failed_per_second", "failed/s"),
     _LAST_ERROR,
     screen.number("in_flight", "in flight", rank=2), _HISTORY,

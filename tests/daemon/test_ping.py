@@ -141,7 +141,13 @@ async def test_a_successful_test_closes_the_circuit_on_request(tmp_path):
         assert "`relay destinations test crm --close-circuit`" in output.err
         retry = ("deliveries", "retry", "--destination", "crm", "--state", "pending", "--yes")
         output = await commands(*retry, code=6)
-        assert "crm is held: circuit open\n" in output.err
+        assert "crm is held: circuit open; next attempt in " in output.err
+        waiting = (await relay.rows("deliveries", destination="crm", state="pending"))[0]
+        output = await commands("deliveries", "show", waiting["id"])
+        assert "crm is held: circuit open; next attempt in " in output.err
+        assert "`relay destinations test crm --close-circuit`" in output.err
+        output = await commands("events", "show", waiting["event_id"])
+        assert "`relay destinations show crm`" in output.err
 
         recorder.answers.append((503, {}))
         output = await commands("destinations", "test", "crm", "--close-circuit", code=1)

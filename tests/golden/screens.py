@@ -135,6 +135,49 @@ def destination(name, held=None, *, pending=0, in_flight=0, dead=0, delivered=90
     }  # fmt: skip
 
 
+def shards():
+    """Return the shards of a destination: on two nodes, one with an open circuit, and one on no node."""
+    rows = (("eu-1", 4, "closed"), ("eu-2", 0, "open"), ("eu-1", 2, "closed"), ("", 0, "closed"))
+    return [
+        {"shard": number, "node": node, "in_flight": in_flight, "circuit": circuit}
+        for number, (node, in_flight, circuit) in enumerate(rows)
+    ]
+
+
+def change(number, **more):
+    """Return a change of an operator."""
+    verb, path, body = (
+        ("POST", "/api/destinations/crm-production-eu-west-1/pause", '{"for":"1h"}'),
+        ("POST", "/api/deliveries/retry", '{"filter":{"destination":"' + LONG + '","state":"dead"}}'),
+        ("POST", "/api/reload", ""),
+    )[number]
+    return {
+        "at": at(-60 * number), "operator": ("root", "deploy", "anna@example.com")[number],
+        "access": ("socket", "token", "proxy")[number], "remote": "203.0.113.7", "method": verb,
+        "path": path, "status": (200, 202, 409)[number], "body": body,
+        "request_id": id_("req_", -60 * number), "node": "eu-1", **more,
+    }  # fmt: skip
+
+
+def match(name, *lines, **more):
+    """Return where an event goes, and why."""
+    goes = lines[0].startswith("yes")
+    return {
+        "name": name, "matches": goes, "reason": "matched" if goes else "no_pattern", "lines": list(lines),
+        "held": None, "options": [],
+        "retries": retries(name) if goes else None, **more,
+    }  # fmt: skip
+
+
+def retries(name):
+    """Return the sentence about retries of a destination."""
+    enable = f"`relay destinations enable {name}`"
+    return (
+        "any response but a 2xx is retried: 11 attempts in about 76 hours;"
+        f" 410 disables the destination, and its deliveries wait until {enable}"
+    )
+
+
 def source(name, plugin, prefix, *, paused=False, **more):
     """Return a source of a list."""
     return {
@@ -290,6 +333,7 @@ ANSWERS = {
         destination("slack", "paused", pending=3, paused_until=at(5400)),
         destination("billing", "disabled: gone", dead=7, delivered=0),
         destination("old", "not_in_config"),
+        destination("warehouse", in_flight=6, pending=90, circuit="open", shards=shards()),
     ),
     "destinations/crm": {
         **destination("crm-production-eu-west-2", "circuit open", pending=1204, dead=31),
@@ -300,6 +344,28 @@ ANSWERS = {
         "due": 1190,
         "oldest": delivery(2),
         "latest": delivery(1),
+    },
+    "destinations/warehouse": {
+        **destination("warehouse", in_flight=6, pending=90, circuit="open", shards=shards()),
+        "events": ["*"],
+        "due": 84,
+        "oldest": delivery(2),
+        "latest": delivery(0),
+    },
+    "audit": page(*map(change, range(3))),
+    "events/01a2/explain": {
+        "id": id_("evt_", -9),
+        "type": TYPES[0],
+        "destinations": [
+            match("crm-production-eu-west-1", 'yes: "adorn.*" matches'),
+            match(
+                "crm-production-eu-west-2",
+                'yes: "adorn.*" matches',
+                held="circuit open",
+                options=["expires if it is not delivered within 1h"],
+            ),
+            match(LONG, 'no: the type matches none of "lazychat.*"'),
+        ],
     },
     "sources": page(
         source("adorn", "adorn", ""),
@@ -437,6 +503,9 @@ SCREENS = {
     "attempts-list": "attempts list",
     "destinations-list": "destinations list",
     "destinations-show": "destinations show crm",
+    "destinations-show-shards": "destinations show warehouse",
+    "explain": "explain 01a2",
+    "audit": "audit",
     "sources-list": "sources list",
     "sources-show": "sources show adorn",
     "workers-list": "workers list",
@@ -538,18 +607,36 @@ def top_snapshot(ago):
     }  # fmt: skip
 
 
-def top_view(*, seconds=400):
+def cluster_snapshot(ago):
+    """Return a snapshot of nodes that share the database; a shard of a destination has an open circuit."""
+    snapshot = top_snapshot(ago)
+    node = {"name": "eu-2", "answers": True, "ready": True, "reasons": []}
+    silent = {"name": "eu-3", "answers": False, "ready": None, "reasons": []}
+    divided = snapshot["destinations"][0] | {
+        "name": "warehouse", "circuit": "open", "pending": 90, "in_flight": 6,
+        "last_error": "HTTP 503 Service Unavailable", "last_error_at": at(-ago - 3),
+    }  # fmt: skip
+    others = snapshot["destinations"][1:4]
+    return snapshot | {"nodes": [node, silent], "destinations": [divided, *others]}
+
+
+def top_view(snapshot=top_snapshot, *, seconds=400):
     """Return the view of `relay top` after this number of seconds."""
     view = top.View()
     view.has_keys = True
     for ago in range(seconds, -1, -1):
-        view.add(top_snapshot(ago))
+        view.add(snapshot(ago))
     return view
 
 
 def top_frame(width):
     """Return the screen of `relay top`."""
     return "".join(f"{line}\n" for line in top.frame(top_view(), width, ROWS))
+
+
+def cluster_frame(width):
+    """Return the screen of `relay top` in a cluster."""
+    return "".join(f"{line}\n" for line in top.frame(top_view(cluster_snapshot), width, ROWS))
 
 
 def draw_any(name, width):
@@ -560,7 +647,7 @@ def draw_any(name, width):
         return FRAMES[name](width)
 
 
-FRAMES = {"top": top_frame}
+FRAMES = {"top": top_frame, "top-cluster": cluster_frame}
 """Full screens, by the names of their files."""
 
 

@@ -73,8 +73,8 @@ def test_the_streams_of_the_screens_have_the_types_of_the_api():
     kinds = {"event": TailEvent, "attempt": TailAttempt}
     for what, item in screens.STREAMS["tail"]:
         assert json.loads(msgspec.json.encode(msgspec.convert(item, kinds[what]))) == item
-    snapshot = screens.top_snapshot(7)
-    assert json.loads(msgspec.json.encode(msgspec.convert(snapshot, Top))) == snapshot
+    for snapshot in (screens.top_snapshot(7), screens.cluster_snapshot(7)):
+        assert json.loads(msgspec.json.encode(msgspec.convert(snapshot, Top))) == snapshot
 
 
 @pytest.mark.parametrize(
