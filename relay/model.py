@@ -519,6 +519,15 @@ class Counts(msgspec.Struct, kw_only=True, frozen=True):
         return self.created - self.delivered - self.dead - self.expired - self.cancelled - self.pending
 
 
+class Outlook(msgspec.Struct, frozen=True):
+    """Limits of a destination's pending deliveries: their time to live, and their order."""
+
+    expires_at: int | None  # when the first of them expires (steady); None: never
+    keys: int  # order keys with pending deliveries
+    longest: int  # pending deliveries of the key that has most
+    is_whole: bool  # False: there may be more keys, and longer ones
+
+
 class Backlog(msgspec.Struct, frozen=True):
     """Pending deliveries of one destination."""
 

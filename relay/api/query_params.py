@@ -29,6 +29,7 @@ MOST_PAYLOAD = 2**20
 """Maximum number of bytes of a body that are returned with its event."""
 
 _MOST_DIGITS = 18  # of a number that SQLite can hold
+_STATUS_DIGITS = 3
 _TRUE, _FALSE = ("1", "true"), ("", "0", "false")
 
 
@@ -48,6 +49,15 @@ def _flag(text: str) -> bool:
     if text.lower() not in _TRUE + _FALSE:
         raise ValueError(f'expected 0 or 1, got "{text:.40}"')
     return text.lower() in _TRUE
+
+
+def _status(text: str, _now: int) -> int:
+    """Return an HTTP status, 0 for no response."""
+    if text == "none":
+        return 0
+    if not (text.isascii() and text.isdigit() and len(text) == _STATUS_DIGITS):
+        raise ValueError(f'expected a status such as 503, or none, got "{text:.40}"')
+    return int(text)
 
 
 def _pattern(text: str, _now: int) -> str:
@@ -206,6 +216,13 @@ class AttemptsQuery(msgspec.Struct, kw_only=True):
     event_id: EventId | None = None
     destination: Destination | None = None
     result: Annotated[AttemptResult, _about("Result of the attempt.")] | None = None
+    status: (
+        Annotated[
+            str,
+            _about("HTTP status of the response; none: there was no response.", read=_status),
+        ]
+        | None
+    ) = None
     failed: (
         Annotated[
             bool,

@@ -26,6 +26,7 @@ from relay.model import (
     Counts,
     DeliveryState,
     DestinationState,
+    Outlook,
     Selection,
     Stat,
 )
@@ -233,12 +234,22 @@ class DestinationView(DestinationSteered, kw_only=True):
     ] = msgspec.UNSET
 
 
+class OrderView(msgspec.Struct):
+    """The order keys of a destination with `order_by`: deliveries of one key are sent one after another."""
+
+    keys: Annotated[int, about("Keys with pending deliveries.")]
+    longest: Annotated[int, about("Pending deliveries of the key that has most.")]
+    is_whole: Annotated[bool, about("false: there are too many to count; both figures may be higher.")]
+
+
 class DestinationShown(DestinationView, kw_only=True):
     """A destination with its backlog. One that is no longer in config.toml lacks `events`."""
 
     events: tuple[str, ...] | msgspec.UnsetType = msgspec.UNSET
     due: Annotated[int, about("Pending deliveries that are due.")]
     oldest: Annotated[DeliveryView | None, about("The oldest pending delivery.")]
+    expires_next: Annotated[Time | None, about("When the first of them reaches its `ttl`.")]
+    order: Annotated[OrderView | None, about("null: no pending delivery has an order key.")]
     latest: Annotated[DeliveryView | None, about("The latest delivery.")]
 
 
@@ -481,13 +492,20 @@ async def backlog_of(
     backlog = await stored.ledger.backlog_of(name, now, start)
     oldest = await stored.queries.find("deliveries", id=backlog.row, limit=1) if backlog else []
     latest = await stored.queries.find("deliveries", destination=name, limit=1)
+    outlook = await stored.ledger.outlook_of(name, backlog.row) if backlog else None
     return {
         **counted(totals.get(name)),
         "oldest_pending": rfc3339(backlog.oldest) if backlog else None,
         "due": backlog.due if backlog else 0,
         "oldest": view_of(oldest[0]) if oldest else None,
+        "expires_next": rfc3339(outlook.expires_at) if outlook and outlook.expires_at is not None else None,
+        "order": _order(outlook) if outlook and outlook.keys else None,
         "latest": view_of(latest[0]) if latest else None,
     }
+
+
+def _order(outlook: Outlook) -> dict[str, Any]:
+    return {"keys": outlook.keys, "longest": outlook.longest, "is_whole": outlook.is_whole}
 
 
 async def latest_success(stored: StoredData, destination: str, backlog: Backlog | None) -> int | None:

@@ -78,6 +78,13 @@ def hold_advice(name: str, held: str | None) -> str | None:
     return None if advice is None else advice.format(name=name)
 
 
+def order_text(order: Mapping[str, Any]) -> str:
+    """Return the order keys of a destination with `order_by` in words."""
+    keys, longest = order["keys"], order["longest"]
+    more, most = ("", "at most") if order["is_whole"] else ("at least ", "at least")
+    return f"{more}{keys:,} with pending deliveries, {most} {longest:,} of one key"
+
+
 def shards_text(shards: Iterable[Mapping[str, Any]]) -> str:
     """Return which node has which shards of a destination, and whose circuit is open.
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from relay.api.words import circuit_text, hold_advice, shards_text
+from relay.api.words import circuit_text, hold_advice, order_text, shards_text
 from relay.base.units import parse_time_span
 from relay.cli import screen
 from relay.cli.api_client import Daemon
@@ -217,6 +217,8 @@ def _fields(shown: Mapping[str, Any]) -> list[Field]:
         Field("Events", screen.cell(shown.get("events"))),
         *([Field("Shards", shards_text(shown["shards"]))] if "shards" in shown else []),
         Field("Backlog", ", ".join(backlog)),
+        Field("First to expire", screen.full_time(shown.get("expires_next"))),
+        Field("Order keys", order_text(shown["order"]) if shown.get("order") else ""),
         Field("Deliveries", ", ".join(ended), "red" if shown["dead"] else None),
     ]
 

@@ -49,6 +49,7 @@ from relay.model import (
     Node,
     Observed,
     Outcome,
+    Outlook,
     Pruned,
     Receipt,
     RefusedRequest,
@@ -447,6 +448,14 @@ class LedgerReads(Protocol):
 
         With `start`, the row of the oldest delivery of an earlier backlog, it takes about the same time for a
         long backlog as for a short one.
+        """
+        ...
+
+    async def outlook_of(self, name: str, row: int) -> Outlook:
+        """Return the limits of a destination's pending deliveries.
+
+        It reads at most `relay.store.ledger.MOST_EXPIRING` and `MOST_KEYS` rows. `row` is that of the oldest
+        pending delivery: if no delivery of the destination is among the next to expire, its time counts.
         """
         ...
 

@@ -6,7 +6,8 @@ from typing import Any
 
 from aiohttp import web
 
-from relay.api.words import held_text, hold_advice, shards_text
+from relay.api.words import held_text, hold_advice, order_text, shards_text
+from relay.base.units import parse_rate
 from relay.config.effective import as_toml, effective_table
 from relay.config.schema import DestinationConfig
 from relay.config.secrets import Url
@@ -144,7 +145,7 @@ async def show(visit: Visit) -> web.Response:
     return visit.page(
         name,
         tag("p", prose(f"{advice[0].upper()}{advice[1:]}"), class_="summary") if advice else None,
-        tag("p", *_actions(visit, shown, config), class_="actions"),
+        tag("p", *_actions(visit, shown, config, past), class_="actions"),
         fields(*_facts(visit, shown)),
         tag("h2", "Last hour"),
         _history(past),
@@ -159,6 +160,7 @@ async def show(visit: Visit) -> web.Response:
         ),
         tag("h2", "Deliveries"),
         tag("p", _forecast(shown, config, past)) if shown["pending"] else None,
+        fields(*_limits(visit, shown)),
         await _oldest(visit, shown),
         _settings(name, config),
         tag("p", command("destinations", "show", name)),
@@ -196,10 +198,26 @@ def _facts(visit: Visit, shown: Mapping[str, Any]) -> Iterator[tuple[str, Conten
     yield "Ledger", [f"{number(created)} created = ended + pending: ", proof]
 
 
-def steering(visit: Visit, shown: Mapping[str, Any]) -> Iterator[Content]:
-    """Yield the buttons that apply to the state of a destination in config.toml."""
+def _limits(visit: Visit, shown: Mapping[str, Any]) -> Iterator[tuple[str, Content]]:
+    """Yield when the first pending delivery expires, and how many order keys wait."""
+    if shown["expires_next"]:
+        address = visit.link("deliveries", destination=shown["name"], state="pending")
+        yield (
+            "First to expire",
+            [exact(visit, shown["expires_next"]), ", ", tag("a", "pending deliveries", href=address)],
+        )
+    if shown["order"]:
+        yield "Order keys", f"{order_text(shown['order'])}; deliveries of one key are sent one after another"
+
+
+def steering(visit: Visit, shown: Mapping[str, Any], takes: str | None = None) -> Iterator[Content]:
+    """Yield the buttons that apply to the state of a destination in config.toml.
+
+    `takes` is the time that its pending deliveries take, if it is known.
+    """
     name, reason = shown["name"], shown["held"]
     base, waiting = f"POST destinations/{name}", _waiting(shown)
+    released = f"{waiting}, in {takes}" if takes and shown["pending"] else waiting
     yield action(
         visit, "Test", "destinations", "test", name, call=f"{base}/test",
         count="one signed ping; it changes nothing",
@@ -208,17 +226,17 @@ def steering(visit: Visit, shown: Mapping[str, Any]) -> Iterator[Content]:
         yield action(
             visit, "Test and deliver", "destinations", "test", name, "--close-circuit",
             call=f"{base}/test", body={"close_circuit": True},
-            count=f"one signed ping; after a 2xx, the {waiting} are sent, one at a time at first",
+            count=f"one signed ping; after a 2xx, the {released} are sent, one at a time at first",
         )  # fmt: skip
     if reason == "paused":
-        yield action(visit, "Resume", "destinations", "resume", name, call=f"{base}/resume", count=waiting)
+        yield action(visit, "Resume", "destinations", "resume", name, call=f"{base}/resume", count=released)
     elif reason is None or not reason.startswith(("paused", "disabled")):
         yield action(
             visit, "Pause", "destinations", "pause", name, call=f"{base}/pause",
             count=f"{waiting}, and later ones; they wait until you resume it",
         )  # fmt: skip
     if reason is not None and reason.startswith("disabled"):
-        yield action(visit, "Enable", "destinations", "enable", name, call=f"{base}/enable", count=waiting)
+        yield action(visit, "Enable", "destinations", "enable", name, call=f"{base}/enable", count=released)
 
 
 def _waiting(shown: Mapping[str, Any]) -> str:
@@ -226,13 +244,15 @@ def _waiting(shown: Mapping[str, Any]) -> str:
     return f"{pending:,} pending {'delivery' if pending == 1 else 'deliveries'}"
 
 
-def _actions(visit: Visit, shown: Mapping[str, Any], config: Mapping[str, Any] | None) -> Iterator[Content]:
+def _actions(
+    visit: Visit, shown: Mapping[str, Any], config: Mapping[str, Any] | None, past: Mapping[str, Any]
+) -> Iterator[Content]:
     """Yield the buttons that apply to the destination's state."""
     name, pending = shown["name"], shown["pending"]
     chosen = {"destination": name, "state": "pending"}
     where = ("--destination", name, "--state", "pending")
     if config is not None:
-        yield from steering(visit, shown)
+        yield from steering(visit, shown, _takes(shown, config, past))
     if pending and shown["held"] is None:
         yield action(
             visit, "Retry pending now", "deliveries", "retry", *where,
@@ -282,7 +302,8 @@ def _failures(
         counted[kind] += 1
         latest.setdefault(kind, each)
     for kind, count in counted.most_common():
-        address = visit.link("attempts", destination=name, result=kind[0], since="1h")
+        status = "none" if kind[1] is None else str(kind[1])
+        address = visit.link("attempts", destination=name, result=kind[0], status=status, since="1h")
         newest = latest[kind]
         yield (
             attempt_result(newest),
@@ -299,16 +320,33 @@ def _forecast(shown: Mapping[str, Any], config: Mapping[str, Any] | None, past: 
     """Return how long the backlog takes, from the duration of the latest attempts and the limits."""
     pending = shown["pending"]
     counts = f"{pending:,} pending, {shown['due']:,} due, {shown['in_flight'] or 0:,} in flight."
-    quick = [value for value in past.get("p50_ms", ()) if value is not None]
-    if config is None or not quick:
+    takes = _takes(shown, config, past)
+    if config is None or takes is None:
         return counts
-    slots = config["concurrency"]
-    seconds = pending * quick[-1] / 1000 / slots
-    return (
-        f"{counts} With {slots} attempts at once and {quick[-1]:,.0f} ms each, they take "
-        f"{f'about {duration(seconds)}' if seconds >= 1 else 'less than 1 s'}"
-        f"{'' if 'rate' not in config else ' or longer: the rate is limited to ' + str(config['rate'])}."
-    )
+    each = f"{config['concurrency']} attempts at once and {_quick(past)[-1]:,.0f} ms each"
+    limit = f" and at most {config['rate_limit']}" if "rate_limit" in config else ""
+    return f"{counts} With {each}{limit}, they take {takes}."
+
+
+def _takes(shown: Mapping[str, Any], config: Mapping[str, Any] | None, past: Mapping[str, Any]) -> str | None:
+    """Return the time that pending deliveries take; None if the last hour has no attempt to tell from.
+
+    The slots for attempts, the rate limit and the deliveries of one order key are three lower limits.
+    """
+    if config is None or not (quick := _quick(past)):
+        return None
+    pending, each = shown["pending"], quick[-1] / 1000
+    seconds = pending * each / config["concurrency"]
+    if "rate_limit" in config:
+        rate = parse_rate(config["rate_limit"])
+        seconds = max(seconds, pending * rate.seconds / rate.count)
+    if shown["order"]:
+        seconds = max(seconds, shown["order"]["longest"] * each)
+    return f"about {duration(seconds)}" if seconds >= 1 else "less than 1 s"
+
+
+def _quick(past: Mapping[str, Any]) -> list[float]:
+    return [value for value in past.get("p50_ms", ()) if value is not None]
 
 
 async def _oldest(visit: Visit, shown: Mapping[str, Any]) -> Content:

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from datetime import datetime, timedelta
 from urllib.parse import quote
 
 import pytest
@@ -14,7 +15,7 @@ from wire import exchange, request
 
 from relay.ui.app import SCREENS
 
-HELD = "paused = true"
+HELD = 'paused = true\norder_by = "subject"\nttl = "1h"'
 WORKER = '"><img src=x onerror=alert(1)>'
 PAGE = f"<h1>Bad gateway</h1><script>alert(1)</script>{HOSTILE}".encode()
 
@@ -100,7 +101,11 @@ async def test_a_destination_shows_its_failures_and_ledger(relay):
     again = buttons(found)["relay deliveries retry --destination shop --state dead"]
     assert json.loads(again["data-body"]) == {"filter": {"destination": "shop", "state": "dead"}}
     links = [each["href"] for each in found.all("a")]
-    assert "../attempts?destination=shop&result=4xx&since=1h" in links
+    assert "../attempts?destination=shop&result=4xx&status=404&since=1h" in links
+    _, listed = await page(relay, "/ui/attempts?destination=shop&result=4xx&status=404&since=1h")
+    assert "4xx: HTTP 404 Not Found" in listed.text
+    _, listed = await page(relay, "/ui/attempts?destination=shop&result=4xx&status=none&since=1h")
+    assert "No attempt matches." in listed.text
     assert "../deliveries?destination=shop&state=dead" in links
     assert "127.0.0.1" in found.text
     status, found = await page(relay, "/ui/destinations/ship")
@@ -121,7 +126,7 @@ async def test_destinations_are_sorted_and_show_their_own_settings(relay):
         assert [each for each in links if each in ("crm", "shop", "bi")] == names.split()
     _, found = await page(relay, "/ui/destinations/bi")
     own, _, every = found.text.partition("All settings")
-    assert ("paused = true" in own, "ttl" in own, "concurrency" in every) == (True, False, True)
+    assert ("paused = true" in own, "concurrency" in own, "concurrency" in every) == (True, False, True)
 
 
 async def test_the_buttons_of_a_destination_fit_its_state(relay):
@@ -140,6 +145,23 @@ async def test_the_buttons_of_a_destination_fit_its_state(relay):
     _, found = await page(relay, "/ui/destinations/crm")
     assert "relay destinations enable crm" in buttons(found)
     assert "relay destinations pause crm" not in buttons(found)
+
+
+async def test_a_destination_shows_the_limits_of_its_backlog_before_a_change(relay):
+    event = await store(relay, session="one")
+    await store(relay, session="one")
+    await store(relay, session="two")
+    shown = await relay.operator("GET", "/api/destinations/bi")
+    assert shown["order"] == {"keys": 2, "longest": 2, "is_whole": True}
+    stored = await relay.operator("GET", f"/api/events/{event}")
+    left = datetime.fromisoformat(shown["expires_next"]) - datetime.fromisoformat(stored["received_at"])
+    assert abs(left - timedelta(hours=1)) < timedelta(seconds=30)
+    _, found = await page(relay, "/ui/destinations/bi")
+    assert "2 with pending deliveries, at most 2 of one key" in found.text
+    assert "First to expire" in found.text
+    assert "in 59 min" in found.text
+    crm = await relay.operator("GET", "/api/destinations/crm")
+    assert (crm["order"], crm["expires_next"]) == (None, None)
 
 
 async def test_changes_of_a_list_apply_to_its_filter(relay):

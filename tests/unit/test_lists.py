@@ -240,6 +240,17 @@ async def end_all(store):
         await store.deliveries.settle(Outcome(delivery=delivery, attempt=attempt, state="delivered"))
 
 
+async def test_attempts_are_filtered_by_status(store, clock):
+    await send(store, clock)
+    for delivery, status in zip(list(store.fresh), (503, None), strict=True):
+        result = "connect" if status is None else "5xx"
+        attempt = Attempt(started_at=1, duration_ms=1.0, result=result, status=status)
+        await store.deliveries.settle(Outcome(delivery=delivery, attempt=attempt, state="dead"))
+    for status, results in ((503, ["5xx"]), (0, ["connect"]), (500, [])):
+        rows = await store.queries.find("attempts", status=status)
+        assert [row["result"] for row in rows] == results
+
+
 async def test_the_filters_of_delivery_and_event_must_both_match(store, clock):
     events = [await send(store, clock) for _ in range(2)]
     await end_all(store)

@@ -13,6 +13,7 @@ from relay.model import (
     Attempt,
     Heartbeat,
     Outcome,
+    Outlook,
     Register,
     Selection,
     Session,
@@ -351,6 +352,30 @@ async def test_the_backlog_of_one_destination_is_that_of_all(store, clock, monke
     assert former < found["crm"].row
     assert await store.ledger.backlog_of("crm", later, former) == found["crm"]
     assert await store.ledger.backlog_of("bi", later) is None
+
+
+async def test_the_outlook_names_the_first_to_expire_and_counts_order_keys(store, clock, monkeypatch):
+    ttl = 600 * SECOND
+
+    def route(event):
+        return Target("crm", order_key=event.subject, ttl=ttl if event.subject == "b" else 2 * ttl), Target(
+            "erp"
+        )
+
+    hooks(store).route = route
+    for subject in ("a", "a", "b", "c"):
+        await store.events.append(accept(clock, subject=subject))
+        clock.advance(1)
+    found = await store.ledger.backlog(clock.steady())
+    shortest = clock.steady() - 2 * SECOND + ttl  # the third, when it was stored
+    assert await store.ledger.outlook_of("crm", found["crm"].row) == Outlook(shortest, 3, 2, True)
+    assert await store.ledger.outlook_of("erp", found["erp"].row) == Outlook(None, 0, 0, True)
+    for engine in ("sqlite", "postgres"):
+        monkeypatch.setattr(f"relay.store.{engine}.ledger.MOST_KEYS", 2)
+        monkeypatch.setattr(f"relay.store.{engine}.ledger.MOST_EXPIRING", 0)
+    bounded = await store.ledger.outlook_of("crm", found["crm"].row)
+    assert (bounded.is_whole, bounded.longest >= 1) == (False, True)
+    assert bounded.expires_at == shortest + ttl - 2 * SECOND  # of the oldest
 
 
 async def test_a_delivery_that_was_sent_again_names_the_latest_later_one(store, clock):

@@ -1,8 +1,8 @@
 """The ledger in PostgreSQL: a row per node and destination, read as sums."""
 
-from relay.model import Backlog, Counts
+from relay.model import Backlog, Counts, Outlook
 from relay.store.batch import LEDGER
-from relay.store.ledger import MOST_LATER, PendingCounts, counts_of
+from relay.store.ledger import MOST_EXPIRING, MOST_KEYS, MOST_LATER, PendingCounts, counts_of
 from relay.store.postgres.connection import Database
 
 _SUMS = ", ".join(f"sum({column})::bigint AS {column}" for column in LEDGER)
@@ -54,6 +54,20 @@ DUE_SQL = """
          + (SELECT count(*) FROM owed WHERE destination = $1 AND attempts > 0 AND next_attempt_at <= $2)
 """
 
+EXPIRES_SQL = """
+    SELECT min(expires_at) FROM (
+        SELECT expires_at FROM owed WHERE id = $2
+        UNION ALL
+        SELECT expires_at FROM (
+            SELECT destination, expires_at FROM owed
+             WHERE expires_at IS NOT NULL ORDER BY expires_at LIMIT $3) AS next
+         WHERE destination = $1) AS found
+"""
+KEYS_SQL = """
+    SELECT count(*), coalesce(max(pending), 0) FROM (
+        SELECT pending FROM order_keys WHERE destination = $1 AND pending > 0 LIMIT $2) AS k
+"""
+
 
 class PostgresLedger(PendingCounts):
     """`relay.store.Ledger` over PostgreSQL."""
@@ -84,3 +98,9 @@ class PostgresLedger(PendingCounts):
                 due = await self._database.value(DUE_SQL, name, now)
             return Backlog(due, oldest, row)
         return None
+
+    async def outlook_of(self, name: str, row: int) -> Outlook:
+        """See `LedgerReads.outlook_of`."""
+        expires = await self._database.value(EXPIRES_SQL, name, row, MOST_EXPIRING)
+        [[keys, longest]] = await self._database.fetch(KEYS_SQL, name, MOST_KEYS)
+        return Outlook(expires, keys, longest, keys < MOST_KEYS)

@@ -269,6 +269,7 @@ DELIVERY_PATHS = {
 OF_EVENT = {"source": "e.source = {}", "subject": "e.subject = {}",
             "since": "e.received_at >= {}", "until": "e.received_at < {}"}  # fmt: skip
 OF_ATTEMPT = {"result": "a.result = {}",
+              "status": "coalesce(a.status, 0) = {}",
               "failed": "(a.result <> 'ok') = {}::boolean",
               "since": "a.started_at >= {}", "until": "a.started_at < {}"}  # fmt: skip
 """Conditions of filters."""

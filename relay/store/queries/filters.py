@@ -19,7 +19,7 @@ from relay.store.queries.reader import Conditions, Reader
 FILTERS: Mapping[str, Sequence[str]] = {
     "events": ("id", *Selection.__struct_fields__),
     "deliveries": ("id", "event_id", "replayed", *Selection.__struct_fields__),
-    "attempts": ("delivery_id", "event_id", "destination", "result", "failed", "since", "until"),
+    "attempts": ("delivery_id", "event_id", "destination", "result", "status", "failed", "since", "until"),
     "worker_metrics": ("source", "worker_id"),
     "worker_commands": ("id", "source", "worker_id", "state"),
 }

@@ -1,7 +1,7 @@
 """The ledger in SQLite."""
 
-from relay.model import Backlog, Counts
-from relay.store.ledger import MOST_LATER, PendingCounts, counts_of
+from relay.model import Backlog, Counts, Outlook
+from relay.store.ledger import MOST_EXPIRING, MOST_KEYS, MOST_LATER, PendingCounts, counts_of
 from relay.store.sqlite.database import Database
 
 # Pending deliveries are counted in two groups, each of which has an index: no other row is read.
@@ -79,6 +79,24 @@ OLDEST_FROM_SQL = """
      WHERE destination = :name AND id > 0 AND id >= :start AND state = 'pending' ORDER BY id LIMIT 1
 """
 
+EXPIRES_SQL = """
+    SELECT min(expires_at) FROM (
+        SELECT expires_at FROM deliveries WHERE id = :row AND state = 'pending'
+        UNION ALL
+        SELECT expires_at FROM (
+            SELECT destination, expires_at FROM deliveries
+             WHERE state = 'pending' AND expires_at IS NOT NULL ORDER BY expires_at LIMIT :most)
+         WHERE destination = :name)
+"""
+KEYS_SQL = """
+    SELECT count(*), coalesce(max(pending), 0), coalesce(sum(pending), 0) FROM (
+        SELECT count(*) AS pending FROM (
+            SELECT order_key FROM deliveries
+             WHERE destination = :name AND state = 'pending' AND order_key IS NOT NULL
+             ORDER BY order_key LIMIT :most)
+         GROUP BY order_key)
+"""
+
 
 class LedgerReader:
     """`relay.store.LedgerReads` over SQLite."""
@@ -110,6 +128,13 @@ class LedgerReader:
             for oldest, row in map(tuple, await fetch(sql, {"name": name, "start": start})):
                 return Backlog(due, oldest, row)
         return None
+
+    async def outlook_of(self, name: str, row: int) -> Outlook:
+        """See `LedgerReads.outlook_of`."""
+        fetch = self._database.counter.execute_fetchall
+        [[expires]] = map(tuple, await fetch(EXPIRES_SQL, {"name": name, "row": row, "most": MOST_EXPIRING}))
+        [[keys, longest, read]] = map(tuple, await fetch(KEYS_SQL, {"name": name, "most": MOST_KEYS}))
+        return Outlook(expires, keys, longest, read < MOST_KEYS)
 
 
 class SqliteLedger(PendingCounts, LedgerReader):

@@ -69,6 +69,7 @@ OF_DELIVERY = {"destination": "+d.destination = ?", "state": "+d.state = ?"}
 OF_ATTEMPT = {
     "destination": "+d.destination = ?",
     "result": "+a.result = ?",
+    "status": "coalesce(a.status, 0) = ?",
     "failed": "(a.result <> 'ok') = ?",
     "since": "+a.started_at >= ?",
     "until": "+a.started_at < ?",
