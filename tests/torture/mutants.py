@@ -156,6 +156,16 @@ MUTANTS = {
         ],
         [SHARED, STORE],
     ),
+    "order-keys-one-after-another": Mutant(
+        [
+            Change(
+                f"{POSTGRES}/transitions.py",
+                "if keys := keys - transaction.locked:",
+                "if keys < transaction.locked:",
+            )
+        ],
+        [SHARED],
+    ),
     "backlog-without-lock": Mutant(
         [Change(f"{POSTGRES}/backlog.py", "        await transaction.fetch(LOCK_SQL)\n", "")], [SHARED]
     ),

@@ -1,6 +1,8 @@
 """One PostgreSQL database for two nodes: only the owner of a lane sends and ends its deliveries."""
 
 import asyncio
+import itertools
+from contextlib import suppress
 from unittest.mock import patch
 
 import asyncpg
@@ -13,10 +15,13 @@ from relay.base.clock import SECOND, SystemClock
 from relay.errors import StorageError
 from relay.model import Attempt, DestinationState, Outcome, Target
 from relay.store import opening
+from relay.store.postgres import transitions
 from relay.store.postgres.clock import ServerClock
+from relay.store.postgres.connection import code_of
 from relay.store.postgres.deliveries import OVERLAP_EVERY
 from relay.store.postgres.nodes import PostgresNodes
 from relay.store.postgres.rows import micros_of
+from relay.store.postgres.writer import PostgresWriter
 
 pytest.importorskip("asyncpg")
 
@@ -429,6 +434,82 @@ async def test_no_delivery_is_stuck_behind_one_that_ends_at_another_node(nodes, 
     await asyncio.gather(before, after)
     [follower] = await second.claim("erp")
     assert await second.settle(follower)
+
+
+@pytest.fixture
+def codes(monkeypatch):
+    """The SQLSTATEs of failed transactions."""
+    found, judge = [], PostgresWriter._judge
+
+    async def note(writer, error):
+        found.append(code_of(error))
+        return await judge(writer, error)
+
+    monkeypatch.setattr(PostgresWriter, "_judge", note)
+    return found
+
+
+@needs_postgres
+async def test_nodes_that_end_and_add_deliveries_of_the_same_keys_do_not_deadlock(nodes, codes, monkeypatch):
+    """Each ends a delivery of its own lane, and adds deliveries of the same key for both lanes."""
+    for node in nodes:
+        node.options = {name: {"order_key": "k"} for name in NAMES}
+    await nodes[0].send()
+    heads = [*nodes[0].fresh, *await nodes[1].claim("erp")]
+    lock, both_have_locked, locked = transitions._lock, asyncio.Barrier(2), []
+
+    async def lock_and_wait(transaction, changes):
+        places = await lock(transaction, changes)
+        if transaction not in locked:
+            locked.append(transaction)
+            with suppress(TimeoutError):  # usual: the other transaction waits for a key of this one
+                async with asyncio.timeout(0.2):
+                    await both_have_locked.wait()
+        return places
+
+    monkeypatch.setattr(transitions, "_lock", lock_and_wait)
+    pairs = list(zip(nodes, heads, strict=True))
+    await asyncio.gather(*(step for node, head in pairs for step in (node.settle(head), node.send())))
+    assert codes == []
+    assert len(locked) == 2
+
+
+@needs_postgres
+async def test_nodes_that_race_for_order_keys_near_a_limit_do_not_deadlock(nodes, codes):
+    """Their transactions end, add and supersede deliveries of keys in all orders."""
+    counters = {name: itertools.count() for name in NAMES}
+
+    def route(event):
+        numbers = {name: next(counter) for name, counter in counters.items()} if event.subject else {}
+        return [
+            Target(name, max_pending=20, order_key=f"{number % 4}", latest_key=f"{number * 7 % 5}")
+            for name, number in numbers.items()
+        ]
+
+    async def send(node):
+        for _ in range(40):
+            await node.send()
+
+    async def deliver(node, name):
+        while not done.is_set():
+            fresh = [each for each in node.fresh if each.destination == name]
+            node.fresh.clear()
+            await asyncio.gather(*map(node.settle, (*fresh, *await node.claim(name, 5))))
+            await node.store.deliveries.expire()
+
+    for node in nodes:
+        node.store._committer._route = route
+    done = asyncio.Event()
+    delivering = [asyncio.create_task(deliver(*pair)) for pair in zip(nodes, NAMES, strict=True)]
+    await asyncio.gather(*(send(node) for node in nodes for _ in range(3)))
+    done.set()
+    await asyncio.gather(*delivering)
+    assert "40P01" not in codes
+    unused_keys = """
+        SELECT count(*) FROM order_keys
+         WHERE (destination, order_key) NOT IN (SELECT destination, order_key FROM owed)
+    """
+    assert await nodes[0].store.database.value(unused_keys) == 0
 
 
 @needs_postgres

@@ -82,7 +82,7 @@ class SharedLimits:
         if near:
             wanted = {name: counts[name] for name in near}
             rooms = await self._rooms_of(batch, transaction, wanted)
-            await self._refuse(batch, transaction, rooms)
+            self._refuse(batch, rooms)
 
     def is_near(self, batch: Batch) -> bool:
         """Return whether `decide` needs statements of its own before the statement that writes the batch."""
@@ -96,17 +96,15 @@ class SharedLimits:
             if (room := self._rooms.get(name)) is None or room.limit != limit or room.left < counts[name]
         }
 
-    async def _refuse(self, batch: Batch, transaction: Transaction, rooms: dict[str, int]) -> None:
+    @staticmethod
+    def _refuse(batch: Batch, rooms: dict[str, int]) -> None:
         """End the deliveries for which `rooms` has no room; changes `rooms`."""
-        refused = []
         for delivery in batch.deliveries:
             if (name := delivery.destination) in rooms:
                 if rooms[name] <= 0 and delivery.id not in batch.unlimited:
-                    refused.append(delivery)
+                    batch.ended_early[delivery.id] = FULL
                 else:
                     rooms[name] -= 1
-        batch.ended_early.update((delivery.id, FULL) for delivery in refused)
-        await transitions.forget_keys(transaction, refused)
 
     async def _rooms_of(
         self, batch: Batch, transaction: Transaction, wanted: dict[str, int]
@@ -127,7 +125,7 @@ class SharedLimits:
         names = sorted(wanted.keys() - rooms.keys())
         if not names:
             return rooms
-        await transitions.lock_keys(batch, transaction)  # always before rows of `ledger`
+        await transitions.lock_new_keys(batch, transaction)  # always before rows of `ledger`
         await transaction.fetch(LOCK_SQL)
         sums = await self._sums(transaction, names)
         rooms |= {name: limits[name] - sum(sums[name]) for name in names}

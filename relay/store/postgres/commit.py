@@ -177,7 +177,7 @@ REPEATED = Part("""
     repeated AS (
         INSERT INTO repetitions AS p (event_id, requests)
         SELECT e.id, r.requests FROM unnest($1::uuid[], $2::int[]) AS r (public_id, requests)
-          JOIN events AS e USING (public_id)
+          JOIN events AS e USING (public_id) ORDER BY e.id
         ON CONFLICT (event_id) DO UPDATE SET requests = p.requests + excluded.requests)
 """)
 
@@ -341,16 +341,21 @@ async def _write(
     if batch.worker_changes is not None:
         batch.add_all_generated()
     counts = COUNTS
+    is_near = limits is not None and limits.is_near(batch)
+    requested = transitions.NOTHING
+    if transitions.is_requested(batch):
+        requested = await transitions.find_requested(batch, transaction)
+    await transitions.lock_keys(batch, transaction, requested, is_near=is_near)
     if batch.outcomes:
-        is_near = limits is not None and limits.is_near(batch)
         counts = await _write_outcomes(batch, transaction, claims, sequences, is_near=is_near)
     if transitions.is_requested(batch):
-        await transitions.write_requested(batch, transaction, claims)
+        await transitions.write_requested(batch, transaction, claims, requested)
     _add_events(batch, transaction, sequences.slot)
     if batch.deliveries:
         if batch.limits and limits is not None:
             await limits.decide(batch, transaction, sequences.slot)
         await _add_deliveries(batch, transaction, claims)
+    await transitions.forget_reserved(transaction)
     _add_others(batch, transaction, with_workers=with_workers)
     batch.ledger = count_transitions(batch)
     if batch.ledger or counts is COUNTS_WITH_ENDS:

@@ -7,11 +7,15 @@ The rows of `order_keys` are locks: a transaction that adds or ends a delivery o
 first, and reads the key's deliveries in a later statement, which sees the commits of other transactions. In
 one statement, the end of a delivery would not see a delivery that is being inserted after it, and that
 delivery would wait for ever.
+
+Nodes that lock keys in different orders would wait for each other until the server ends one of the
+transactions, after a second. So a transaction that changes keys in several steps locks all of them first, in
+sorted order, and before any other row (`lock_keys`).
 """
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import asyncpg
 
@@ -97,6 +101,12 @@ LATEST_SQL = """
       FROM unnest($1::text[], $2::text[]) AS w (destination, latest_key)
       JOIN owed AS o USING (destination, latest_key)
 """
+LATEST_KEYS_SQL = """
+    SELECT DISTINCT destination, order_key
+      FROM unnest($1::text[], $2::text[]) AS w (destination, latest_key)
+      JOIN owed AS o USING (destination, latest_key)
+     WHERE o.order_key IS NOT NULL
+"""
 GROUPS_SQL = """
     SELECT g.destination, g.group_key, count(*), min(o.next_attempt_at)
       FROM unnest($1::text[], $2::text[]) AS g (destination, group_key)
@@ -150,6 +160,17 @@ SUPERSEDED: Ending = ("expired", "superseded")
 SHARES = ("=", ">")  # first attempts and retries, as the partial indexes have them
 
 
+class Requested(NamedTuple):
+    """The pending deliveries (id, destination, order key, slot) that a batch may end on request."""
+
+    overdue: Sequence[Any] = ()  # past their time to live
+    superseded: Sequence[Any] = ()
+    to_cancel: Sequence[Any] = ()
+
+
+NOTHING = Requested()
+
+
 def is_requested(batch: Batch) -> bool:
     """Return whether an operator or a periodic job requests changes of deliveries."""
     return bool(
@@ -199,15 +220,40 @@ async def after_outcomes(batch: Batch, transaction: Transaction) -> None:
     )
 
 
-async def write_requested(batch: Batch, transaction: Transaction, claims: Claims) -> None:
+async def find_requested(batch: Batch, transaction: Transaction) -> Requested:
+    """Read the deliveries that operators and periodic jobs request to end; call it before `lock_keys`."""
+    overdue: Sequence[Any] = ()
+    superseded: Sequence[Any] = ()
+    to_cancel: Sequence[Any] = ()
+    if batch.expire_overdue:
+        scope = batch.scope or Scope(frozenset(), frozenset(), has_orphans=False)
+        mine = sorted(scope.mine)
+        overdue = await transaction.fetch(
+            EXPIRED_SQL, batch.steady, EXPIRE_AT_ONCE, batch.scope is None, mine, scope.has_orphans,
+            sorted(scope.known), *scope.slots,
+        )  # fmt: skip
+        if mine:  # a single daemon ends them when the newer event is stored
+            names = sorted(set(map(destination_of, mine)))
+            superseded = await transaction.fetch(SUPERSEDED_SQL, names, EXPIRE_AT_ONCE, *scope.slots)
+    if batch.to_cancel:
+        rows = await transaction.fetch(CHOSEN_SQL, list(dict.fromkeys(batch.to_cancel)))
+        to_cancel = [row for row in rows if _ends_here(batch, row["destination"], row["slot"])]
+    return Requested(overdue, superseded, to_cancel)
+
+
+async def write_requested(
+    batch: Batch, transaction: Transaction, claims: Claims, requested: Requested
+) -> None:
     """Write the changes of deliveries that operators and periodic jobs request."""
     if batch.expire_overdue:
-        await _expire_overdue(batch, transaction, claims)
+        await end(batch, transaction, claims, requested.overdue, ("expired", "ttl"))
+        older = [row for row in requested.superseded if row["id"] not in batch.ended]
+        await end(batch, transaction, claims, older, SUPERSEDED)
     if batch.held is not None:
         await _expire_held(batch, transaction, claims, batch.held)
     if batch.to_cancel:
-        rows = await transaction.fetch(CHOSEN_SQL, list(dict.fromkeys(batch.to_cancel)))
-        rows = [row for row in rows if _ends_here(batch, row["destination"], row["slot"])]
+        over = {o.delivery.id for o in batch.outcomes if o.state != "pending"} & batch.settled
+        rows = [row for row in requested.to_cancel if row["id"] not in over]
         await end(batch, transaction, claims, rows, ("cancelled", "operator"))
         batch.cancelled_in_flight = {row["id"] for row in rows} - batch.ended.keys()
     if batch.to_make_due:
@@ -217,22 +263,6 @@ async def write_requested(batch: Batch, transaction: Transaction, claims: Claims
         await _repeat(batch, transaction)
     if batch.to_restore:
         await _restore(batch, transaction)
-
-
-async def _expire_overdue(batch: Batch, transaction: Transaction, claims: Claims) -> None:
-    """Expire deliveries past their time to live, and those that a newer event of another node supersedes."""
-    scope = batch.scope or Scope(frozenset(), frozenset(), has_orphans=False)
-    mine = sorted(scope.mine)
-    rows = await transaction.fetch(
-        EXPIRED_SQL, batch.steady, EXPIRE_AT_ONCE, batch.scope is None, mine, scope.has_orphans,
-        sorted(scope.known), *scope.slots,
-    )  # fmt: skip
-    await end(batch, transaction, claims, rows, ("expired", "ttl"))
-    if mine:
-        names = sorted(set(map(destination_of, mine)))
-        older = await transaction.fetch(SUPERSEDED_SQL, names, EXPIRE_AT_ONCE, *scope.slots)
-        ended = batch.ended.keys()
-        await end(batch, transaction, claims, [row for row in older if row["id"] not in ended], SUPERSEDED)
 
 
 def _ends_here(batch: Batch, destination: str, slot: int | None) -> bool:
@@ -284,20 +314,50 @@ async def _lock(transaction: Transaction, changes: Counter[Key]) -> tuple[list[s
     rows = sorted((name, text(key), change) for (name, key), change in changes.items())
     names, keys, counts = [row[0] for row in rows], [row[1] for row in rows], [row[2] for row in rows]
     await transaction.fetch(LOCK_SQL, names, keys, counts)
+    places = set(zip(names, keys, strict=True))
+    transaction.locked |= places
+    transaction.reserved -= places
     return names, keys
 
 
-async def lock_keys(batch: Batch, transaction: Transaction) -> None:
-    """Lock the order keys of new deliveries, before other rows that `due_times` must not wait behind."""
-    keys = {(d.destination, d.order_key) for d in batch.deliveries if d.order_key is not None}
-    if keys:
+async def lock_keys(
+    batch: Batch, transaction: Transaction, requested: Requested = NOTHING, *, is_near: bool
+) -> None:
+    """Lock all order keys of a batch at once if its steps would lock them one after another.
+
+    With `is_near`, the lock for `max_pending` follows, and its holder must not wait for keys. Deliveries that
+    a later step adds, for example of an event about a dead delivery, are not known yet.
+    """
+    new = [d for d in batch.deliveries if d.order_key is not None]
+    ended = [o.delivery for o in batch.outcomes if o.state != "pending" and o.delivery.order_key is not None]
+    repeated = [each.target for each in batch.to_repeat if each.target.order_key is not None]
+    steps: list[set[Key]] = [{(d.destination, text(d.order_key)) for d in some} for some in (new, ended)]
+    steps.append({(target.destination, text(target.order_key)) for target in repeated})
+    steps += [{(row[1], row[2]) for row in rows if row[2] is not None} for rows in requested]
+    if latest := [d for d in new if d.latest_key is not None]:
+        rows = await transaction.fetch(LATEST_KEYS_SQL, *_latest_places(latest))
+        steps.append({(name, key) for name, key in rows})
+    if is_near or sum(map(bool, steps)) > 1:
+        await _reserve(transaction, set[Key]().union(*steps))
+
+
+async def lock_new_keys(batch: Batch, transaction: Transaction) -> None:
+    """Lock the order keys of new deliveries that are not locked yet."""
+    await _reserve(
+        transaction, {(d.destination, text(d.order_key)) for d in batch.deliveries if d.order_key is not None}
+    )
+
+
+async def _reserve(transaction: Transaction, keys: set[Key]) -> None:
+    if keys := keys - transaction.locked:
         await _lock(transaction, Counter(dict.fromkeys(keys, 0)))
+        transaction.reserved |= keys
 
 
-async def forget_keys(transaction: Transaction, deliveries: Iterable[Delivery]) -> None:
-    """Delete the order keys of deliveries that are not written, unless other deliveries have them."""
-    keys = sorted({(d.destination, text(d.order_key) or "") for d in deliveries if d.order_key is not None})
-    if keys:
+async def forget_reserved(transaction: Transaction) -> None:
+    """Delete the rows of order keys that were locked, but got no delivery; call it before the commit."""
+    if transaction.reserved:
+        keys = sorted(transaction.reserved)
         await transaction.fetch(FORGET_SQL, [name for name, _ in keys], [key for _, key in keys])
 
 
@@ -338,13 +398,21 @@ async def _supersede(
     batch: Batch, transaction: Transaction, claims: Claims, deliveries: Sequence[Delivery]
 ) -> None:
     new = [d for d in deliveries if d.id not in batch.ended_early]
-    places = sorted({(d.destination, d.latest_key or "") for d in new})
-    pending = await transaction.fetch(LATEST_SQL, [name for name, _ in places], [key for _, key in places])
-    # The owner of another lane ends its older deliveries within a second: they may be in flight.
+    pending = await transaction.fetch(LATEST_SQL, *_latest_places(new))
+    # The owner of a lane ends the other older deliveries within a second: they may be in flight, or another
+    # node has added them since this transaction has locked its keys.
     older = [
-        each for each in supersede(batch, new, pending) if _ends_here(batch, each.destination, each.slot)
+        each
+        for each in supersede(batch, new, pending)
+        if _ends_here(batch, each.destination, each.slot)
+        and (batch.scope is None or each.order_key is None or each[1:3] in transaction.locked)
     ]
     await end(batch, transaction, claims, older, SUPERSEDED)
+
+
+def _latest_places(deliveries: Iterable[Delivery]) -> tuple[list[str], list[str]]:
+    places = sorted({(d.destination, text(d.latest_key) or "") for d in deliveries})
+    return [name for name, _ in places], [key for _, key in places]
 
 
 async def _group_times(batch: Batch, transaction: Transaction) -> dict[int, int]:
