@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from html import unescape
 from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -274,8 +275,16 @@ def _judge(met: bool) -> str:  # noqa: FBT001 - the only argument
 
 # --- tabs -------------------------------------------------------------------------------------------------
 
-_STREAMS = {"Now": "/api/top", "Events": "/api/tail"}
-"""The stream that a tab with each page has open."""
+_STREAMS = ("Now", "Events", "relay tail")
+"""The pages and the command whose streams are open; the targets are for the pages."""
+
+
+async def _stream_of(socket: Path, name: str) -> str:
+    """Return the address of the stream that a page or command opens; each tab of *Events* has its own."""
+    if name != "Events":
+        return {"Now": "/api/top", "relay tail": "/api/tail"}[name]
+    [query] = re.findall('data-tail="([^"]*)"', await fetch(socket, "/ui/events"))
+    return f"/api/tail?{unescape(query)}"
 
 
 class _Reader(asyncio.Protocol):
@@ -288,8 +297,8 @@ class _Reader(asyncio.Protocol):
 
 
 @asynccontextmanager
-async def streams(path: Path, target: str, count: int) -> AsyncIterator[None]:
-    """Keep streams open, as tabs of a browser do.
+async def streams(path: Path, name: str, count: int) -> AsyncIterator[None]:
+    """Keep streams open, as tabs of a browser or commands do.
 
     Raises:
         RuntimeError: a stream got nothing.
@@ -297,11 +306,12 @@ async def streams(path: Path, target: str, count: int) -> AsyncIterator[None]:
     loop = asyncio.get_running_loop()
     opened = [await loop.create_unix_connection(_Reader, str(path)) for _ in range(count)]
     for transport, _ in opened:
+        target = await _stream_of(path, name)
         transport.write(f"GET {target} HTTP/1.1\r\nHost: relay\r\nAccept: text/event-stream\r\n\r\n".encode())
     try:
         yield
         if not all(reader.received for _, reader in opened):
-            raise RuntimeError(f"{target} sent nothing")
+            raise RuntimeError(f"the stream of {name} sent nothing")
     finally:
         for transport, _ in opened:
             transport.close()
@@ -326,16 +336,17 @@ async def tabs(folder: Path, rounds: int) -> None:
     for name in _STREAMS:
         rise = percentile(waits[name], 99) - alone
         more = statistics.median(costs[name]) / cost - 1
+        has_target = name in _PATHS
         print(
-            f"  {f'{TABS} tabs of {name}':<20} p99 {percentile(waits[name], 99) * 1e3:.2f} ms"
-            f" ({rise * 1e3:+.2f} ms{_judge(rise <= MOST_P99)}),"
+            f"  {f'{TABS} of {name}':<20} p99 {percentile(waits[name], 99) * 1e3:.2f} ms"
+            f" ({rise * 1e3:+.2f} ms{_judge(rise <= MOST_P99) if has_target else ''}),"
             f" {statistics.median(costs[name]) * 1e6:.0f} µs CPU per event"
-            f" ({more:+.1%}{_judge(more <= MOST_CPU)})"
+            f" ({more:+.1%}{_judge(more <= MOST_CPU) if has_target else ''})"
         )
 
 
 async def _round(server: Server, folder: Path, name: str | None) -> tuple[list[float], float]:
-    async with streams(folder / "relay.sock", _STREAMS[name or "Now"], TABS if name else 0):
+    async with streams(folder / "relay.sock", name or "", TABS if name else 0):
         await asyncio.sleep(1)
         cpu, until = server.cpu(), time.perf_counter() + SECONDS
         found = await latencies(server, lambda: time.perf_counter() < until, PACE_TABS)

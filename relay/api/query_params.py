@@ -347,6 +347,10 @@ class TailQuery(msgspec.Struct, kw_only=True):
     payload: Annotated[
         Literal["0", "1"], _about("1: events with the first 16 KiB of their bodies.", option=None)
     ] = "0"
+    count: Annotated[
+        Literal["0", "1"],
+        _about("1: numbers of live items, at most once a second, instead of the items.", option=None),
+    ] = "0"
 
 
 class ExportQuery(Filter, kw_only=True):

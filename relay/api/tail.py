@@ -9,7 +9,8 @@ collects items for as long as it is asked.
 import asyncio
 import itertools
 import logging
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
+from contextlib import asynccontextmanager
 from functools import lru_cache, partial
 from operator import itemgetter
 from typing import Annotated, Any
@@ -20,7 +21,18 @@ from aiohttp import web
 from relay.api.context import Context
 from relay.api.endpoints import EVENT_STREAM, endpoint
 from relay.api.query_params import MOST_ROWS, TailQuery, read_field
-from relay.api.stream import Follower, Followers, LostView, SilentView, frame, stream
+from relay.api.stream import (
+    MOST,
+    Follower,
+    Followers,
+    Group,
+    LostView,
+    NewItemsView,
+    Seam,
+    SilentView,
+    frame,
+    stream,
+)
 from relay.api.views import PAYLOAD, Time, about, unknown
 from relay.base.clock import SECOND, moment, rfc3339
 from relay.errors import RelayError
@@ -32,11 +44,11 @@ log = logging.getLogger("relay.api")
 ROOM = 1000
 """Items that wait for a slow follower. Beyond that, the oldest are dropped and counted."""
 
-MOST_KEYS = 20_000
-"""Stored items of a follower that are compared with live ones; beyond that, an item may be sent twice."""
-
-KEEP = 30.0
+KEEP = 5.0
 """Seconds after the end of a follower's history during which live items are compared with the history."""
+
+KEEP_IN_CLUSTER = 30.0
+"""The same with several nodes, because their items arrive later."""
 
 OVERLAP = 60 * SECOND
 """Time between the start of an item and its commit, in addition to the timeout of an attempt."""
@@ -101,59 +113,18 @@ class TailAttempt(msgspec.Struct):
     started_at: Time
 
 
-class Seam:
-    """Separates the stored from the live items of a follower, by a key of each item."""
-
-    def __init__(self) -> None:
-        """Begin with the history; live items are not collected yet."""
-        self._is_open = False  # whether live items are collected
-        self._live: set[str] | None = (
-            set()
-        )  # keys of live items during the last part; None: the history ended
-        self._sent: set[str] = set()  # keys of stored items that may be live too, or stored in the next part
-        self._forget_at = 0.0
-
-    def open(self) -> None:
-        """Collect live items from now on."""
-        self._is_open = True
-
-    def close(self, now: float) -> None:
-        """End the history; `now` is loop time."""
-        self._live = None
-        self._forget_at = now + KEEP
-
-    def takes_stored(self, key: str, *, keep: bool) -> bool:
-        """Return whether a stored item was not sent yet; `keep` it if it may come again."""
-        if key in self._sent or key in (self._live or ()):
-            return False
-        if keep and len(self._sent) < MOST_KEYS:
-            self._sent.add(key)
-        return True
-
-    def takes_live(self, key: str, now: float) -> bool:
-        """Return whether a live item counts and was not sent from the store; `now` is loop time."""
-        if not self._is_open or key in self._sent:
-            return False
-        if self._live is not None:
-            if len(self._live) < MOST_KEYS:
-                self._live.add(key)
-        elif self._sent and now >= self._forget_at:
-            self._sent.clear()
-        return True
-
-
 class Wanted(msgspec.Struct, frozen=True, kw_only=True):
     """The events and attempts that one follower wants."""
 
     source: str | None = None
     destination: str | None = None  # attempts to it; no events
-    matches: Callable[[str], bool] | None = None  # of the full type
+    type: str | None = None  # pattern of the full type
+    matches: Callable[[str], bool] | None = None  # the same
     failed: bool = False  # only failed attempts
     attempts: bool = True  # otherwise only events
     payload: bool = False  # events with the start of their bodies
-    seam: Seam | None = None  # of a follower with a history
-    number: int = 0  # of a follower in a cluster
-    query: Mapping[str, Any] = {}  # the same wishes, for the other nodes
+    count: bool = False  # only numbers of live items
+    brief: bool = False  # items without content, for the numbers of another node
 
     @property
     def events(self) -> bool:
@@ -161,13 +132,13 @@ class Wanted(msgspec.Struct, frozen=True, kw_only=True):
         return not self.failed and self.destination is None
 
     def event(self, event: StoredEvent) -> bool:
-        """Return whether the follower wants an event."""
-        return self.events and self._fits(event.source, event.type)
+        """Return whether a follower that wants events wants this one."""
+        return self._fits(event.source, event.type)
 
     def attempt(self, outcome: Outcome) -> bool:
-        """Return whether the follower wants an attempt."""
+        """Return whether a follower that wants attempts wants this one."""
         attempt, event = outcome.attempt, outcome.delivery.event
-        if not self.attempts or attempt is None or (self.failed and attempt.result == "ok"):
+        if attempt is None or (self.failed and attempt.result == "ok"):
             return False
         if self.destination is not None and outcome.delivery.destination != self.destination:
             return False
@@ -184,9 +155,60 @@ class Wanted(msgspec.Struct, frozen=True, kw_only=True):
             return False
         return self.matches is None or self.matches(type_)
 
-    def takes(self, key: str) -> bool:
-        """Return whether a live item was not sent from the store."""
-        return self.seam is None or self.seam.takes_live(key, asyncio.get_running_loop().time())
+    def query(self) -> dict[str, Any]:
+        """Return the same wishes as a query, for another node."""
+        flags = ("failed", "attempts", "payload", "count")
+        given = {name: getattr(self, name) for name in ("source", "destination", "type")}
+        return given | {name: "1" if getattr(self, name) else "0" for name in flags}
+
+
+class _Frames:
+    """The frames of the items of one commit; each is made once for all followers."""
+
+    def __init__(self) -> None:
+        self._made: dict[tuple[int, bool, bool], bytes] = {}
+
+    def of_event(self, event: StoredEvent, wanted: Wanted) -> bytes:
+        """Return the frame of an event for these followers."""
+        form = (id(event), wanted.brief, wanted.payload)
+        if form not in self._made:
+            shown: Any = {"id": event.public_id} if wanted.brief else _event(event, payload=wanted.payload)
+            self._made[form] = frame("event", shown, event.public_id)
+        return self._made[form]
+
+    def of_attempt(self, outcome: Outcome, wanted: Wanted) -> bytes:
+        """Return the frame of an attempt for these followers."""
+        form = (id(outcome), wanted.brief, False)
+        if form not in self._made:
+            shown: Any = _attempt(outcome)
+            if wanted.brief:
+                shown = {"delivery_id": shown.delivery_id, "started_at": shown.started_at}
+            self._made[form] = frame("attempt", shown)
+        return self._made[form]
+
+
+def _send_attempts(outcomes: Iterable[Outcome], group: Group[Wanted], frames: _Frames) -> None:
+    """Send the attempts that a group wants to its members."""
+    wanted, compares = group.wanted, group.compares
+    for outcome in outcomes:
+        if wanted.attempt(outcome):
+            key = _key_of(outcome) if compares else None
+            if wanted.count:
+                group.count("attempts", key)
+            else:
+                group.put(frames.of_attempt(outcome, wanted), key)
+
+
+def _send_events(events: Iterable[StoredEvent], group: Group[Wanted], frames: _Frames) -> None:
+    """Send the events that a group wants to its members."""
+    wanted, compares = group.wanted, group.compares
+    for event in events:
+        if wanted.event(event):
+            key = event.public_id if compares else None
+            if wanted.count:
+                group.count("events", key)
+            else:
+                group.put(frames.of_event(event, wanted), key)
 
 
 class _Remote:
@@ -202,13 +224,22 @@ class _Remote:
         for number in self._by_number.keys() - queries:
             self.followers.discard(self._by_number.pop(number))
         for number in queries.keys() - self._by_number:
-            self._by_number[number] = self.followers.add(wanted(queries[number]), lambda: None)
+            wishes = wanted(queries[number])
+            brief = msgspec.structs.replace(wishes, count=False, brief=wishes.count)
+            self._by_number[number] = self.followers.add(brief, lambda: None)
 
     def take(self) -> Iterator[tuple[str, bytes]]:
         """Yield the waiting frames of each follower that has any."""
         for number, follower in self._by_number.items():
             if frames := follower.take():
                 yield number, frames
+
+
+class _Wish(msgspec.Struct):
+    """Items that the other nodes collect."""
+
+    number: str
+    followers: int = 0
 
 
 class TailApi:
@@ -225,30 +256,23 @@ class TailApi:
         self._nodes = context.store.nodes
         self._nodes.handle(COLLECT, self._collect_here)
         self._numbers = itertools.count(1)
-        self._asked: dict[int, Wanted] = {}  # followers whose items the other nodes collect, by number
-        self._silent: dict[int, tuple[str, ...]] = {}  # nodes that did not answer, as each follower knows
+        self._asked: dict[Wanted, _Wish] = {}  # the items that the other nodes collect
+        self._silent: dict[Follower[Wanted], tuple[str, ...]] = {}  # nodes that did not answer, as it knows
         self._collecting: asyncio.Task[None] | None = None
         self._lock = asyncio.Lock()  # held while the other nodes are asked
         self._remote: dict[str, _Remote] = {}  # followers on other nodes, by incarnation
 
     def _listen(self, news: News) -> None:
         """Send the events and attempts of one commit to the followers; called only while there are any."""
-        for outcome in news.outcomes:  # first, because they may have created some of the events
-            item = None
-            for follower in self._every_follower():
-                wanted = follower.wanted
-                if wanted.attempt(outcome) and wanted.takes(_key_of(outcome)):
-                    item = item or frame("attempt", _attempt(outcome))
-                    follower.put(item)
-        for event in news.events:
-            items: dict[bool, bytes] = {}  # by whether it has the payload
-            for follower in self._every_follower():
-                wanted = follower.wanted
-                if wanted.event(event) and wanted.takes(event.public_id):
-                    if wanted.payload not in items:
-                        shown = _event(event, payload=wanted.payload)
-                        items[wanted.payload] = frame("event", shown, event.public_id)
-                    follower.put(items[wanted.payload])
+        groups = [*self._followers.groups]
+        for remote in self._remote.values():
+            groups += remote.followers.groups
+        frames = _Frames()
+        for group in groups:
+            if group.wanted.attempts:  # first, because they may have created some of the events
+                _send_attempts(news.outcomes, group, frames)
+            if group.wanted.events:
+                _send_events(news.events, group, frames)
 
     def end(self) -> None:
         """End all streams, because the daemon stops."""
@@ -260,31 +284,24 @@ class TailApi:
 
     @endpoint(
         "GET", "/api/tail", "tail",
-        "Stream events and attempts as server-sent events `event`, `attempt`, `lost` and `silent`.",
-        query=TailQuery, returns=TailEvent | TailAttempt | LostView | SilentView, content=EVENT_STREAM,
+        "Stream events and attempts as server-sent events `event`, `attempt`, `count`, `lost` and `silent`.",
+        query=TailQuery, content=EVENT_STREAM,
+        returns=TailEvent | TailAttempt | NewItemsView | LostView | SilentView,
     )  # fmt: skip
     async def _tail(self, request: web.Request, query: TailQuery) -> web.StreamResponse:
         now = self._clock.wall()
         since = None if query.since is None else read_field("since", partial(moment, now=now), query.since)
         self._check(query)
-        wanted = self._wanted(query, None if since is None else Seam())
-        past = None if since is None else self._past(wanted, query.type, since)
+        wanted, seam = self._wanted(query), None if since is None else Seam()
+        past = None if since is None or seam is None else self._past(wanted, seam, since)
         self._streams += 1
         self._attend()
         try:
-            if not self._nodes.alone and not self._followers.ended and not self._followers.full:
-                await self._follow_elsewhere(wanted)
-            return await stream(request, self._followers, wanted, past)
+            async with self._followed_elsewhere(wanted):
+                return await stream(request, self._followers, wanted, past, seam=seam, counts=wanted.count)
         finally:
             self._streams -= 1
-            self._asked.pop(wanted.number, None)
-            self._silent.pop(wanted.number, None)
             self._attend()
-
-    def _every_follower(self) -> Iterator[Follower[Wanted]]:
-        yield from self._followers
-        for remote in self._remote.values():
-            yield from remote.followers
 
     def _attend(self) -> None:
         """Listen to commits while there are followers."""
@@ -294,12 +311,23 @@ class TailApi:
         elif not wanted and self._listen in self._listeners:
             self._listeners.remove(self._listen)
 
-    async def _follow_elsewhere(self, wanted: Wanted) -> None:
-        """Let the other nodes collect items for a follower from now on."""
-        self._asked[wanted.number] = wanted
-        await self._collect()
-        if self._collecting is None or self._collecting.done():
-            self._collecting = asyncio.create_task(self._collect_for_ever())
+    @asynccontextmanager
+    async def _followed_elsewhere(self, wanted: Wanted) -> AsyncIterator[None]:
+        """Let the other nodes collect the items that a follower wants, for the duration of the block."""
+        if self._nodes.alone or self._followers.ended or self._followers.full:
+            yield
+            return
+        wish = self._asked.setdefault(wanted, _Wish(str(next(self._numbers))))
+        wish.followers += 1
+        try:
+            await self._collect()
+            if self._collecting is None or self._collecting.done():
+                self._collecting = asyncio.create_task(self._collect_for_ever())
+            yield
+        finally:
+            wish.followers -= 1
+            if not wish.followers:
+                del self._asked[wanted]
 
     async def _collect_for_ever(self) -> None:
         while self._asked:
@@ -315,18 +343,18 @@ class TailApi:
         A follower that joins during the request gets its items with the next one.
         """
         async with self._lock:
-            queries = {str(number): wanted.query for number, wanted in self._asked.items()}
+            numbers = {wanted: wish.number for wanted, wish in self._asked.items()}
+            queries = {number: wanted.query() for wanted, number in numbers.items()}
             asked = {"node": self._nodes.incarnation, "queries": queries}
             answers = await self._nodes.ask_others(COLLECT, asked, PATIENCE)
+            known, self._silent = self._silent, dict.fromkeys(self._followers, answers.silent)
             for follower in self._followers:
-                wanted = follower.wanted
-                if answers.silent != self._silent.get(wanted.number, ()):
-                    self._silent[wanted.number] = answers.silent
+                if answers.silent != known.get(follower, ()):
                     follower.put(frame("silent", SilentView(answers.silent)))
+            for group in self._followers.groups:
                 for _, found in answers.given:
-                    for item in _frames_of(found.get(str(wanted.number), "")):
-                        if wanted.seam is None or (key := _key_in(item)) is None or wanted.takes(key):
-                            follower.put(item)
+                    for item in _frames_of(found.get(numbers.get(group.wanted, ""), "")):
+                        _pass_on(item, group)
 
     async def _collect_here(self, _to: str, asked: Mapping[str, Any]) -> dict[str, str]:
         """Return the items that this node has collected for the followers of another one, by number."""
@@ -360,26 +388,23 @@ class TailApi:
         if destination is not None and destination not in self._dispatcher.lanes:
             raise unknown("destination", destination, self._dispatcher.lanes)
 
-    def _wanted(self, query: TailQuery, seam: Seam | None = None) -> Wanted:
+    def _wanted(self, query: TailQuery) -> Wanted:
         return Wanted(
             source=query.source,
             destination=query.destination,
+            type=query.type,
             matches=None if query.type is None else _matcher(query.type),
             failed=query.failed == "1",
             attempts=query.attempts == "1",
             payload=query.payload == "1",
-            seam=seam,
-            number=next(self._numbers),
-            query=msgspec.to_builtins(msgspec.structs.replace(query, since=None)),
+            count=query.count == "1",
         )
 
-    async def _past(self, wanted: Wanted, pattern: str | None, since: int) -> AsyncIterator[bytes]:
+    async def _past(self, wanted: Wanted, seam: Seam, since: int) -> AsyncIterator[bytes]:
         """Yield the frames of stored items since a time (wall clock), oldest first, up to the live ones.
 
         An item is stored some time after it began, so each part begins before the end of the previous part.
         """
-        seam = wanted.seam
-        assert seam is not None  # noqa: S101 - a follower with a history has one
         timeouts = [lane.config.timeout for lane in self._dispatcher.lanes.values()]
         overlap = OVERLAP + int(max(timeouts, default=0) * SECOND)
         start, parts = since, 0
@@ -388,9 +413,7 @@ class TailApi:
             is_last = began - start <= overlap + CATCH_UP or parts == MOST_PARTS
             if is_last:
                 seam.open()
-            async for at, key, item in self._between(
-                wanted, pattern, start, began + AHEAD if is_last else began
-            ):
+            async for at, key, item in self._between(wanted, start, began + AHEAD if is_last else began):
                 if not key:
                     yield b""
                 elif seam.takes_stored(key, keep=at >= began - overlap):
@@ -398,11 +421,9 @@ class TailApi:
             if is_last:
                 break
             start = max(since, began - overlap)
-        seam.close(asyncio.get_running_loop().time())
+        seam.close(KEEP if self._nodes.alone else KEEP_IN_CLUSTER)
 
-    async def _between(
-        self, wanted: Wanted, pattern: str | None, start: int, end: int
-    ) -> AsyncIterator[tuple[int, str, bytes]]:
+    async def _between(self, wanted: Wanted, start: int, end: int) -> AsyncIterator[tuple[int, str, bytes]]:
         """Yield time, key and frame of the stored items of a time span (wall clock), oldest first.
 
         An empty key means that the search continues.
@@ -410,7 +431,7 @@ class TailApi:
         width = 60 * SECOND
         while start < end:
             until = min(start + width, end)
-            found = await self._window(wanted, pattern, start, until, whole=width == NARROWEST)
+            found = await self._window(wanted, start, until, whole=width == NARROWEST)
             if found is None:
                 width = max(width // 8, NARROWEST)
                 continue
@@ -426,14 +447,14 @@ class TailApi:
             width *= 4 if len(found) < MOST_ROWS // 8 else 1
 
     async def _window(
-        self, wanted: Wanted, pattern: str | None, start: int, end: int, *, whole: bool
+        self, wanted: Wanted, start: int, end: int, *, whole: bool
     ) -> list[tuple[int, dict[str, Any]]] | None:
         """Return times and rows of the items of a time span; None: more than one page, unless `whole`."""
         lists: dict[str, dict[str, Any]] = {}
         if wanted.attempts:
             lists["attempts"] = {"destination": wanted.destination, "failed": wanted.failed or None}
         if wanted.events:
-            lists["events"] = {"source": wanted.source, "type": pattern}
+            lists["events"] = {"source": wanted.source, "type": wanted.type}
         found = []
         for kind, filters in lists.items():
             time, cursor = "received_at" if kind == "events" else "started_at", None
@@ -460,6 +481,7 @@ class TailApi:
         return event
 
 
+@lru_cache(MOST)
 def _matcher(pattern: str) -> Callable[[str], bool]:
     try:
         patterns = Patterns((pattern,))
@@ -492,13 +514,24 @@ def _frames_of(text: str) -> list[bytes]:
     return [each.encode() + b"\n\n" for each in text.split("\n\n")[:-1]]
 
 
-def _key_in(item: bytes) -> str | None:
-    """Return the key of the event or attempt in a frame; None: it is something else."""
-    head, _, data = item.partition(b"data: ")
-    if head.startswith(b"event: attempt"):
-        attempt = msgspec.json.decode(data)
-        return f"{attempt['delivery_id']} {attempt['started_at']}"
-    return str(msgspec.json.decode(data)["id"]) if head.startswith(b"event: event") else None
+def _pass_on(item: bytes, group: Group[Wanted]) -> None:
+    """Give an item of another node to the followers that want it."""
+    kind = next((kind for head, kind in _KINDS.items() if item.startswith(head)), None)
+    key = _key_in(item, kind) if kind is not None and group.compares else None
+    if kind is not None and group.wanted.count:
+        group.count(kind, key)
+    else:
+        group.put(item, key)
+
+
+_KINDS = {b"event: event\n": "events", b"event: attempt\n": "attempts"}
+"""Kinds of items, by the beginning of their frames."""
+
+
+def _key_in(item: bytes, kind: str) -> str:
+    """Return the key of the event or attempt in a frame."""
+    data = msgspec.json.decode(item.partition(b"data: ")[2])
+    return str(data["id"]) if kind == "events" else f"{data['delivery_id']} {data['started_at']}"
 
 
 def _key_of(outcome: Outcome) -> str:

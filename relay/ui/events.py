@@ -70,8 +70,9 @@ async def list_(visit: Visit) -> web.Response:
 def _new(visit: Visit, items: Sequence[Mapping[str, Any]], *, is_last: bool) -> Content:
     """Return where the script counts events that arrive after the page; None if the tail lacks a filter.
 
-    The tail begins a little before the newest row, because events are stored a little later than they
-    arrive. The script leaves out those that the page has already.
+    The tail begins with the events that are stored, a little before the newest row, because events are
+    stored a little later than they arrive. The script leaves out those that the page has already. Of later
+    events, the tail only sends the number.
     """
     filters = {name: value for name, value in visit.query.items() if value and name != "limit"}
     if filters.keys() - {"source", "type"}:
@@ -81,7 +82,7 @@ def _new(visit: Visit, items: Sequence[Mapping[str, Any]], *, is_last: bool) -> 
     if not is_last:  # the next page has the events before the last row
         since = max(since, min(times, default=since))
     known = [each["id"] for each, at in zip(items, times, strict=True) if at >= since]
-    tail = {**filters, "attempts": "0", "since": rfc3339(since)}
+    tail = {**filters, "attempts": "0", "count": "1", "since": rfc3339(since)}
     return tag(
         "p", tag("a", "", href=query_link(visit.query, {})), class_="new", hidden=True, aria_live="polite",
         data_tail=urlencode(tail), data_known=" ".join(known), data_most=MOST_NEW,

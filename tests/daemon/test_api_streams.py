@@ -9,7 +9,7 @@ from support import until
 from wire import Wire, exchange, following, request
 
 from relay.api import stream, tail, top
-from relay.api.stream import MOST, MOST_BYTES, Followers
+from relay.api.stream import MOST, MOST_BYTES, Followers, Seam
 from relay.base.clock import SECOND
 
 TYPE = "adorn.session.started"
@@ -263,18 +263,98 @@ async def test_a_stalled_follower_delays_nobody_and_gets_the_number_of_lost_item
                 text = text[-100:] + await slow.reader.read(2**16)
 
 
-def test_the_buffer_of_a_follower_is_bounded_in_items_and_bytes():
+async def test_the_buffer_of_a_follower_is_bounded_in_items_and_bytes():
     followers = Followers(room=3)
-    with followers.joined(None, lambda: None) as follower:
-        for number in range(5):
-            follower.put(b"%d" % number)
-        assert follower.take() == b'event: lost\ndata: {"count":2}\n\n234'
-        assert follower.take() == b""
-        follower.put(b"a" * MOST_BYTES)
-        follower.put(b"b")
-        assert follower.take() == b'event: lost\ndata: {"count":1}\n\nb'
-        follower.put(b"c" * (MOST_BYTES + 1))  # larger than the limit, and sent nevertheless
-        assert len(follower.take()) == MOST_BYTES + 1
+    follower = followers.add(None, lambda: None)
+    for number in range(5):
+        follower.put(b"%d" % number)
+    assert follower.take() == b'event: lost\ndata: {"count":2}\n\n234'
+    assert follower.take() == b""
+    follower.put(b"a" * MOST_BYTES)
+    follower.put(b"b")
+    assert follower.take() == b'event: lost\ndata: {"count":1}\n\nb'
+    follower.put(b"c" * (MOST_BYTES + 1))  # larger than the limit, and sent nevertheless
+    assert len(follower.take()) == MOST_BYTES + 1
+
+
+@pytest.mark.parametrize(
+    "frames", [[b"1", b"2", b"3"], [b"a" * (MOST_BYTES // 2 + 1)]], ids=["items", "bytes"]
+)
+async def test_a_buffer_that_fills_is_written_before_the_pause_ends(frames):
+    follower = Followers(room=5).add(None, lambda: None)
+    follower._pause = 3600
+    waiting = asyncio.create_task(follower.gather())
+    follower.put(b"x")
+    await asyncio.sleep(0)
+    assert not waiting.done()
+    for each in frames:
+        follower.put(each)
+    await asyncio.wait_for(waiting, 10)
+    follower.take()
+    waiting = asyncio.create_task(follower.gather())
+    await asyncio.sleep(0)
+    assert not waiting.done()
+    follower.end()
+    await asyncio.wait_for(waiting, 10)
+
+
+async def test_followers_with_the_same_wishes_share_numbers_and_each_gets_its_own_part():
+    followers = Followers(room=3)
+    late = Seam()
+    one, two = (
+        followers.add("all", lambda: None, counts=True),
+        followers.add("all", lambda: None, counts=True),
+    )
+    [group] = followers.groups
+    group.count("events", None, 2)
+    assert one.take() == b'event: count\ndata: {"events":2,"attempts":0}\n\n'
+    three = followers.add("all", lambda: None, seam=late, counts=True)
+    group.count("attempts", "a")  # before the third follower collects
+    late.open()
+    assert late.takes_stored("b", keep=True)
+    for key in ("b", "c"):
+        group.count("events", key)
+    assert group.compares
+    assert three.take() == b'event: count\ndata: {"events":1,"attempts":0}\n\n'
+    assert one.take() == b'event: count\ndata: {"events":2,"attempts":1}\n\n'
+    assert two.take() == b'event: count\ndata: {"events":4,"attempts":1}\n\n'
+    assert one.take() == two.take() == three.take() == b""
+    late.close(0)
+    await until(lambda: not group.compares)
+    group.count("events", None)
+    assert three.take() == b'event: count\ndata: {"events":1,"attempts":0}\n\n'
+    for each in (one, two, three):
+        followers.discard(each)
+    assert not followers.groups
+
+
+async def test_live_items_are_counted_after_the_stored_ones(relay, recorder, monkeypatch):
+    monkeypatch.setattr(stream, "COUNT_EVERY", 0.05)
+    before = await send(relay)
+    finished = {"destination": "crm", "outcome": "delivered"}
+    await until(lambda: relay.counted("relay_deliveries_finished_total", **finished) == 1)
+    async with (
+        follow(relay, "/api/tail?count=1&since=1h") as reader,
+        follow(relay, "/api/tail?count=1") as live,
+    ):
+        found = [await reader.next(), await reader.next()]
+        assert {name for name, _ in found} == {"event", "attempt"}
+        assert reader.ids == [before]
+        for number in range(20):
+            await send(relay, f"s{number}")
+        for each in (reader, live):
+            events = attempts = 0
+            while (events, attempts) != (20, 20):
+                name, numbers = await each.next()
+                assert name == "count"
+                assert events <= 20
+                assert attempts <= 20
+                events += numbers["events"]
+                attempts += numbers["attempts"]
+    async with follow(relay, "/api/tail?count=1&source=moddy&attempts=0") as reader:
+        await send(relay)
+        await send_moddy(relay)
+        assert await reader.next() == ("count", {"events": 1, "attempts": 0})
 
 
 async def test_a_stop_ends_all_streams_at_once(tmp_path, recorder):

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from collections import Counter
 from contextlib import contextmanager
 from unittest.mock import patch
 
@@ -197,6 +198,7 @@ async def test_any_node_follows_the_events_and_attempts_of_all(nodes, monkeypatc
     async with (
         following(first.addresses.socket, path) as reader,
         following(first.addresses.socket, "/api/tail?destination=d2") as attempts,
+        following(first.addresses.socket, "/api/tail?since=1h&count=1") as numbers,
     ):
         after = [await send(relay, f"after {number}") for number, relay in enumerate((first, second, second))]
         events, tried = [], []
@@ -210,6 +212,15 @@ async def test_any_node_follows_the_events_and_attempts_of_all(nodes, monkeypatc
                 tried.append((item["delivery_id"], item["destination"]))
         assert sorted(events) == sorted(before + after)
         assert len(set(tried)) == 10
+        stored, new = Counter(), Counter()
+        while stored + new != Counter(events=5, attempts=10):
+            name, item = await numbers.next()
+            if name == "count":
+                new.update(item)
+            else:
+                stored[f"{name}s"] += 1
+            assert stored + new <= Counter(events=5, attempts=10)
+        assert new
         assert {name for _, name in tried} == {"d1", "d2"}
         found = [await attempts.next() for _ in after]
         assert {(name, item["destination"], item["event_id"]) for name, item in found} == {

@@ -32,7 +32,9 @@ STREAMS = {("GET", "/api/tail"), ("GET", "/api/top")}
 REFUSED = {("POST", f"/api/db/{verb}") for verb in ("backup", "compact") if KINDS[0] == "postgres"}
 """Operations that PostgreSQL leaves to its own tools."""
 
-NAMES = {"event": "/TailEvent", "attempt": "/TailAttempt", "lost": "/Lost", "top": "/Top"}
+NAMES = {
+    "event": "/TailEvent", "attempt": "/TailAttempt", "count": "/NewItems", "lost": "/Lost", "top": "/Top",
+}  # fmt: skip
 """The schema of each server-sent event."""
 
 
@@ -277,12 +279,16 @@ async def test_every_response_matches_its_schema(relay, recorder):
 async def test_every_item_of_a_stream_matches_its_schema(relay, recorder, monkeypatch):
     monkeypatch.setattr(top, "EVERY", 0.05)
     socket, seen = relay.addresses.socket, set()
-    async with following(socket, "/api/tail") as tailed, following(socket, "/api/top") as topped:
+    async with (
+        following(socket, "/api/tail") as tailed,
+        following(socket, "/api/tail?count=1") as counted,
+        following(socket, "/api/top") as topped,
+    ):
         await populate(relay, recorder)
-        [follower] = relay.app.api._tail._followers
+        follower = next(iter(relay.app.api._tail._followers))
         follower.put(frame("lost", {"count": 1}))
         relay.app.api._tail.end()
-        items = [("/api/tail", item) for item in await tailed.rest()]
+        items = [("/api/tail", item) for reader in (tailed, counted) for item in await reader.rest()]
         items += [("/api/top", await topped.next()) for _ in range(2)]
     for path, (name, data) in items:
         seen.add(name)

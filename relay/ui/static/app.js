@@ -348,7 +348,8 @@ function changed({ ready, reasons, workers, sources, destinations }) {
 }
 
 // New items are counted and not inserted: rows that move are hard to read and easy to miss with the mouse.
-// Each connection begins with the stored events since the page was made, so it counts from 0.
+// Each connection begins with the stored events since the page was made, so it counts from 0. The relay sends
+// only the number of later events.
 function newItems() {
   const place = document.querySelector("[data-tail]");
   if (!place || place.dataset.full) return null;
@@ -372,6 +373,7 @@ function newItems() {
   };
   stream.addEventListener("open", () => { count = 0; });
   stream.addEventListener("event", (event) => { if (!known.has(event.lastEventId)) add(1); });
+  stream.addEventListener("count", (event) => add(JSON.parse(event.data).events));
   stream.addEventListener("lost", (event) => add(JSON.parse(event.data).count));
   return stream;
 }
