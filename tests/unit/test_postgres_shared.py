@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 from contextlib import suppress
+from functools import partial
 from unittest.mock import patch
 
 import asyncpg
@@ -20,12 +21,14 @@ from relay.store.postgres.clock import ServerClock
 from relay.store.postgres.connection import code_of
 from relay.store.postgres.deliveries import OVERLAP_EVERY
 from relay.store.postgres.nodes import PostgresNodes
+from relay.store.postgres.prune import delete_events
 from relay.store.postgres.rows import micros_of
 from relay.store.postgres.writer import PostgresWriter
+from relay.store.pruning import Candidate
 
 pytest.importorskip("asyncpg")
 
-from stores import accept, watch_statements
+from stores import accept, make_event, watch_statements
 
 CLOCK = SystemClock()
 NAMES = ("crm", "erp")
@@ -663,6 +666,44 @@ async def test_an_order_key_of_refused_deliveries_is_not_kept(nodes):
     limit([first], 1, order_key="b")
     await first.send()
     assert await first.store.database.value("SELECT count(*) FROM order_keys") == 1
+
+
+@needs_postgres
+@pytest.mark.parametrize("is_retention", [False, True], ids=["operator", "retention"])
+async def test_an_event_that_another_node_sends_again_is_not_deleted(nodes, is_retention):
+    first, second = nodes
+    await first.send()
+    for node, name in zip(nodes, NAMES, strict=True):
+        for delivery in {each.id: each for each in (*node.fresh, *await node.claim(name))}.values():
+            assert delivery.destination != name or await node.settle(delivery)
+    [(id_,)] = await first.store.database.fetch("SELECT id FROM events")
+    event = (await first.store.events.load([id_]))[id_]
+    written, allowed = hold_commits(first)
+    repeating = asyncio.ensure_future(first.store.deliveries.repeat([(event, Target("crm"))]))
+    await asyncio.wait_for(written.wait(), 30)
+    if is_retention:
+        delete = partial(delete_events, [Candidate(id_, cost=0, dead=0)])
+        deleting = asyncio.ensure_future(second.store.database.writer.call(delete))
+    else:
+        deleting = asyncio.ensure_future(second.store.events.expunge([id_]))
+    await waits_or_ends(second, deleting)
+    allowed.set()
+    await asyncio.gather(repeating, deleting)
+    assert await first.store.events.load([id_])
+    assert await first.store.database.value("SELECT count(*) FROM owed") == 1
+
+
+@needs_postgres
+async def test_two_nodes_that_import_the_same_event_store_it_once(nodes):
+    first, second = nodes
+    written, allowed = hold_commits(first)
+    event = make_event(CLOCK)
+    importing = asyncio.ensure_future(first.store.events.restore([event]))
+    await asyncio.wait_for(written.wait(), 30)
+    other = asyncio.ensure_future(second.store.events.restore([event]))
+    await waits_or_ends(second, other)
+    allowed.set()
+    assert await asyncio.gather(importing, other) == [(True,), (False,)]
 
 
 @needs_postgres

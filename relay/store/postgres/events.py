@@ -16,6 +16,9 @@ EXPUNGE_EVENTS = 500
 
 PENDING_SQL = "SELECT id FROM owed WHERE event_id = ANY($1::bigint[])"
 
+LOCK_SQL = "SELECT id FROM events WHERE id = ANY($1::bigint[]) ORDER BY id FOR UPDATE"
+"""Waits for replays of other nodes. The next statement sees their deliveries, this one would not."""
+
 # An event with a pending delivery stays: an attempt is under way.
 DELETE_SQL = """
     WITH chosen AS (
@@ -34,7 +37,9 @@ DELETE_SQL = """
 
 async def delete_events(connection: Connection, ids: Sequence[int]) -> list[int]:
     """Delete events without pending deliveries, with everything that belongs to them; returns their ids."""
-    return [id_ for (id_,) in await connection.fetch(DELETE_SQL, ids)]
+    async with connection.transaction():
+        await connection.execute(LOCK_SQL, ids)
+        return [id_ for (id_,) in await connection.fetch(DELETE_SQL, ids)]
 
 
 class PostgresEvents(StoredEvents):

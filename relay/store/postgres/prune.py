@@ -48,7 +48,12 @@ DELETABLE_SQL = """
        AND NOT EXISTS (SELECT FROM owed AS o WHERE o.event_id = e.id)
        AND NOT EXISTS (SELECT FROM ends AS x WHERE x.event_id = e.id AND x.state = 'dead'
                                                AND x.finished_at > candidate.dead)
-       FOR UPDATE OF e
+     ORDER BY e.id FOR UPDATE OF e
+"""
+# A statement that has waited for a row lock does not see what the holder has stored, such as a replay.
+UNUSED_SQL = """
+    SELECT id FROM unnest($1::bigint[]) AS e (id)
+     WHERE NOT EXISTS (SELECT FROM owed AS o WHERE o.event_id = e.id)
 """
 DELETE_SQL = {
     "deliveries": "DELETE FROM deliveries WHERE event_id = ANY($1::bigint[]) RETURNING id",
@@ -167,7 +172,8 @@ async def delete_events(candidates: Sequence[Candidate], connection: Connection)
     ids = [candidate.id for candidate in candidates]
     dead = [candidate.dead for candidate in candidates]
     async with connection.transaction():
-        rows = await connection.fetch(DELETABLE_SQL, ids, dead, min(ids), max(ids))
+        locked = await connection.fetch(DELETABLE_SQL, ids, dead, min(ids), max(ids))
+        rows = await connection.fetch(UNUSED_SQL, [id_ for (id_,) in locked])
         if not rows:
             return 0
         events = [id_ for (id_,) in rows]

@@ -134,6 +134,9 @@ REPEAT_SQL = """
                         WHERE o.event_id = c.event_id AND o.destination = c.destination)
        FOR KEY SHARE OF e  -- so that retention does not drop the event meanwhile
 """
+IMPORT_LOCK_SQL = "SELECT pg_advisory_xact_lock(hashtext('hookferry import'))"
+"""Taken by imports, so that two nodes that import the same event do not store it twice."""
+
 STORED_SQL = "SELECT public_id FROM events WHERE public_id = ANY($1::uuid[])"
 
 # A delivery that waits behind an earlier one of its order key has no due time; its creation time counts.
@@ -238,6 +241,8 @@ async def find_requested(batch: Batch, transaction: Transaction) -> Requested:
     if batch.to_cancel:
         rows = await transaction.fetch(CHOSEN_SQL, list(dict.fromkeys(batch.to_cancel)))
         to_cancel = [row for row in rows if _ends_here(batch, row["destination"], row["slot"])]
+    if batch.to_restore and batch.scope is not None:
+        await transaction.fetch(IMPORT_LOCK_SQL)
     return Requested(overdue, superseded, to_cancel)
 
 
