@@ -13,8 +13,8 @@ from relay.api.views import Time, about
 from relay.base.clock import rfc3339
 from relay.base.ids import REPLAY, dashed, new_id
 from relay.base.units import parse_rate, render_rate
-from relay.config.problems import shown
-from relay.errors import RelayError, StorageUnavailableError, UnknownError
+from relay.config.problems import ambiguous
+from relay.errors import StorageUnavailableError, UnknownError
 from relay.jobs.replay import DEFAULT_RATE, STOP_WITHIN, Replay, ReplayRequest, Replays, State
 
 LIST, SHOW, CANCEL = "list replays", "show the replay", "cancel the replay"
@@ -107,9 +107,7 @@ class ReplaysApi:
             return id_
         found = [each.id for each in await self._all() if each.id.startswith(REPLAY + dashed(digits))]
         if len(found) > 1:
-            raise RelayError(
-                f"ambiguous replay id {shown(id_)}; matches: {', '.join(found)}", hint="add more characters"
-            )
+            raise ambiguous("replay", id_, found)
         return found[0] if found else id_
 
     @endpoint("GET", "/api/replays/{id}", "showReplay", "Show a replay and its progress.", returns=ReplayView)

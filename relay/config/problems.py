@@ -82,6 +82,19 @@ def dotted(path: KeyPath) -> str:
     return text
 
 
+MOST_MATCHES = 5
+"""Ids that the error for an ambiguous one lists."""
+
+
+def ambiguous(noun: str, given: str, matches: Iterable[str]) -> RelayError:
+    """Return the error for a shortened id of several objects; it lists the first ones."""
+    found = list(matches)
+    listed = [*found[:MOST_MATCHES], *(["…"] if len(found) > MOST_MATCHES else [])]
+    return RelayError(
+        f"ambiguous {noun} id {shown(given)}; matches: {', '.join(listed)}", hint="add more characters"
+    )
+
+
 def shown(value: object) -> str:
     """Return a wrong value as short TOML for an error message; never pass a value that may be a secret.
 

@@ -16,7 +16,7 @@ from relay.base.clock import SECOND, Clock, rfc3339
 from relay.base.ids import REPLAY, dashed, new_id
 from relay.base.rate import TokenBucket
 from relay.base.units import Rate, render_rate
-from relay.config.problems import shown
+from relay.config.problems import ambiguous, shown
 from relay.errors import RelayError, StorageError, StorageUnavailableError, UnknownError
 from relay.model import Chosen, Named, Selection, StoredEvent, Target
 from relay.routing.router import Router
@@ -268,10 +268,7 @@ class Replays:
             hint = "a restart ends all replays; the log names the `since` to continue with"
             raise UnknownError(f"unknown replay {shown(id_)}", hint=hint)
         if len(found) > 1:
-            matches = ", ".join(found)
-            raise RelayError(
-                f"ambiguous replay id {shown(id_)}; matches: {matches}", hint="add more characters"
-            )
+            raise ambiguous("replay", id_, found)
         return self._replays[found[0]]
 
     async def cancel(self, id_: str) -> Replay:

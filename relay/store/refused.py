@@ -8,7 +8,7 @@ import msgspec
 
 from relay.base.ids import REFUSED, dashed
 from relay.base.json_text import encode
-from relay.config.problems import shown
+from relay.config.problems import MOST_MATCHES, ambiguous, shown
 from relay.errors import RelayError, UnknownError
 from relay.model import RefusedRequest
 
@@ -48,6 +48,10 @@ def position_of(cursor: str | None) -> int:
     return int(cursor)
 
 
+MOST_NAMED = MOST_MATCHES + 1
+"""Rows that are read by a shortened id."""
+
+
 def range_of(given: str) -> tuple[str, str]:
     """Return the range of ids that begin with a shortened id: the first of them, and the first id after them.
 
@@ -75,5 +79,5 @@ def the_one(given: str, rows: Sequence[Any]) -> Any:
             f"unknown refused request {shown(given)}", hint="`relay refused list` lists refused requests"
         )
     if len(rows) > 1:
-        raise RelayError(f"ambiguous id {shown(given)} of a refused request", hint="add more characters")
+        raise ambiguous("refused request", given, (request_of(*row).id for row in rows))
     return rows[0]

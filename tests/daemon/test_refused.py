@@ -288,7 +288,8 @@ async def test_names_of_unknown_and_ambiguous_ids(relay, commands):
     for number in range(2):
         await send(relay, f"/hooks/shop/{number}")
     [first, _] = await listed(commands)
-    assert "ambiguous id" in (await commands("refused", "show", first["id"][:10], code=1)).err
+    ambiguous = await commands("refused", "show", first["id"][:10], code=1)
+    assert f"; matches: {first['id'][:10]}" in ambiguous.err
 
 
 async def test_a_body_of_bytes_and_a_large_one(relay, commands):

@@ -6,7 +6,7 @@ from typing import Any
 
 from relay.model import RefusedRequest
 from relay.store.postgres.connection import Connection, Database
-from relay.store.refused import head_of, position_of, range_of, request_of, size_of, the_one
+from relay.store.refused import MOST_NAMED, head_of, position_of, range_of, request_of, size_of, the_one
 
 ADD_SQL = """
     INSERT INTO refused (public_id, at, source, reason, size, head, body)
@@ -17,7 +17,8 @@ PAGE_SQL = """
     SELECT id, head, retried_at, event_id FROM refused WHERE id < $1 {conditions} ORDER BY id DESC LIMIT $2
 """
 NAMED_SQL = """
-    SELECT head, body, retried_at, event_id FROM refused WHERE public_id >= $1 AND public_id < $2 LIMIT 2
+    SELECT head, body, retried_at, event_id FROM refused
+     WHERE public_id >= $1 AND public_id < $2 ORDER BY public_id LIMIT $3
 """
 RETRIED_SQL = "UPDATE refused SET retried_at = $1, event_id = $2 WHERE public_id = $3"
 PRUNE_SQL = """
@@ -63,7 +64,9 @@ class PostgresRefused:
 
     async def named(self, given: str) -> RefusedRequest:
         """See `Refused.named`."""
-        return request_of(*the_one(given, await self._database.fetch(NAMED_SQL, *range_of(given))))
+        return request_of(
+            *the_one(given, await self._database.fetch(NAMED_SQL, *range_of(given), MOST_NAMED))
+        )
 
     async def note_retry(self, id_: str, at: int, event_id: str | None) -> None:
         """See `Refused.note_retry`."""

@@ -8,6 +8,7 @@ from typing import Any, Literal, Protocol
 
 import msgspec
 
+from relay.config.problems import MOST_MATCHES
 from relay.model import DestinationState, Selection, Stat, StoredEvent
 from relay.store import Span
 from relay.store.export import DeliveryLine
@@ -42,7 +43,7 @@ If the conditions need no event, type, size and time are empty.
 """
 
 
-MOST_NAMED = 6
+MOST_NAMED = MOST_MATCHES + 1
 """Rows that `Reader.named` returns at most, so that an ambiguous id can be reported with its candidates."""
 
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import msgspec
 
 from relay.base.ids import dashed
-from relay.config.problems import shown
+from relay.config.problems import ambiguous, shown
 from relay.errors import RelayError, UnknownError
 from relay.model import OPERATOR_SOURCE, Chosen, Named, Selection, Stat
 from relay.routing.subscription import Patterns
@@ -21,7 +21,7 @@ from relay.store import HOUR, Span
 from relay.store.queries.filters import Filter, Match
 from relay.store.queries.page import TOP
 from relay.store.queries.plan import cheapest, plans_of_events, types_matching
-from relay.store.queries.reader import MOST_NAMED, Reader
+from relay.store.queries.reader import Reader
 
 PAGE = 1000
 """Candidates that one page examines."""
@@ -153,12 +153,7 @@ async def _by_id(
         if not rows:
             raise UnknownError(f"unknown {noun} {shown(given)}", hint=f"`relay {kind} list` lists {kind}")
         if len(rows) > 1:
-            matches = [_candidate(kind, row) for row in rows[: MOST_NAMED - 1]]
-            more = [] if len(rows) < MOST_NAMED else ["…"]
-            raise RelayError(
-                f"ambiguous {noun} id {shown(given)}; matches: {', '.join([*matches, *more])}",
-                hint="add more characters",
-            )
+            raise ambiguous(noun, given, (_candidate(kind, row) for row in rows))
         found.append(tuple(rows[0])[1:])
     return found
 

@@ -6,7 +6,7 @@ from typing import Any
 import aiosqlite
 
 from relay.model import RefusedRequest
-from relay.store.refused import head_of, position_of, range_of, request_of, size_of, the_one
+from relay.store.refused import MOST_NAMED, head_of, position_of, range_of, request_of, size_of, the_one
 from relay.store.sqlite.database import Database
 
 PRUNE_AT_ONCE = 200
@@ -19,7 +19,8 @@ PAGE_SQL = """
     SELECT id, head, retried_at, event_id FROM refused WHERE id < ? {conditions} ORDER BY id DESC LIMIT ?
 """
 NAMED_SQL = """
-    SELECT head, body, retried_at, event_id FROM refused WHERE public_id >= ? AND public_id < ? LIMIT 2
+    SELECT head, body, retried_at, event_id FROM refused
+     WHERE public_id >= ? AND public_id < ? ORDER BY public_id LIMIT ?
 """
 OLD_SQL = """
     DELETE FROM refused WHERE id IN (SELECT id FROM refused WHERE id <= ? ORDER BY id LIMIT ?)
@@ -72,7 +73,7 @@ class SqliteRefused:
 
     async def named(self, given: str) -> RefusedRequest:
         """See `Refused.named`."""
-        rows = list(await self._database.reader.execute_fetchall(NAMED_SQL, range_of(given)))
+        rows = list(await self._database.reader.execute_fetchall(NAMED_SQL, (*range_of(given), MOST_NAMED)))
         return request_of(*the_one(given, rows))
 
     async def note_retry(self, id_: str, at: int, event_id: str | None) -> None:
