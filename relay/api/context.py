@@ -3,7 +3,7 @@
 import msgspec
 from prometheus_client import CollectorRegistry
 
-from relay.api.query_params import HistoryQuery, WorkersQuery
+from relay.api.query_params import HistoryQuery, TailQuery, WorkersQuery
 from relay.api.views import check_names
 from relay.base.clock import Clock
 from relay.delivery.dispatcher import Dispatcher
@@ -47,7 +47,7 @@ class Context(msgspec.Struct, frozen=True, kw_only=True):
     addresses: dict[str, str]  # URLs of the open listeners, "public" and "admin"; filled at the start
     listeners: list[Listener]  # called after each commit (`relay.store.Listener`); streams join and leave
 
-    async def check_names(self, filter_: Selection | WorkersQuery | HistoryQuery) -> None:
+    async def check_names(self, filter_: Selection | WorkersQuery | HistoryQuery | TailQuery) -> None:
         """Check the names of source and destination in a filter.
 
         Raises:
@@ -56,6 +56,7 @@ class Context(msgspec.Struct, frozen=True, kw_only=True):
         await check_names(
             self.store,
             source=filter_.source,
+            type_=getattr(filter_, "type", None),
             destination=getattr(filter_, "destination", None),
             sources=self.ingest.mounts,
             destinations=self.dispatcher.lanes,

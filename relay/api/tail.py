@@ -33,10 +33,10 @@ from relay.api.stream import (
     frame,
     stream,
 )
-from relay.api.views import PAYLOAD, Time, about, unknown
+from relay.api.views import PAYLOAD, Time, about
 from relay.base.clock import SECOND, moment, rfc3339
 from relay.errors import RelayError
-from relay.model import OPERATOR_SOURCE, DeliveryState, News, Outcome, StoredEvent
+from relay.model import DeliveryState, News, Outcome, StoredEvent
 from relay.routing.subscription import Patterns
 
 log = logging.getLogger("relay.api")
@@ -246,7 +246,7 @@ class TailApi:
     """The endpoint `/api/tail`."""
 
     def __init__(self, context: Context) -> None:
-        self._ingest = context.ingest
+        self._check_names = context.check_names
         self._dispatcher = context.dispatcher
         self._store = context.store
         self._clock = context.clock
@@ -291,7 +291,7 @@ class TailApi:
     async def _tail(self, request: web.Request, query: TailQuery) -> web.StreamResponse:
         now = self._clock.wall()
         since = None if query.since is None else read_field("since", partial(moment, now=now), query.since)
-        self._check(query)
+        await self._check(query)
         wanted, seam = self._wanted(query), None if since is None else Seam()
         past = None if since is None or seam is None else self._past(wanted, seam, since)
         self._streams += 1
@@ -377,16 +377,12 @@ class TailApi:
             timer.cancel()
         self._attend()
 
-    def _check(self, query: TailQuery) -> None:
-        source, destination = query.source, query.destination
-        if query.attempts == "0" and (destination is not None or query.failed == "1"):
-            name = "failed" if destination is None else "destination"
+    async def _check(self, query: TailQuery) -> None:
+        if query.attempts == "0" and (query.destination is not None or query.failed == "1"):
+            name = "failed" if query.destination is None else "destination"
             hint = f'"{name}" selects attempts; omit one of them'
             raise RelayError(f'"attempts=0" and "{name}" exclude each other', hint=hint)
-        if source is not None and source not in self._ingest.mounts and source != OPERATOR_SOURCE:
-            raise unknown("source", source, self._ingest.mounts)
-        if destination is not None and destination not in self._dispatcher.lanes:
-            raise unknown("destination", destination, self._dispatcher.lanes)
+        await self._check_names(query)
 
     def _wanted(self, query: TailQuery) -> Wanted:
         return Wanted(

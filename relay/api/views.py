@@ -45,6 +45,7 @@ MOST_COUNTS = 50_000
 """Counts per hour, source and type that are read to list the types, the latest first."""
 
 _NOUNS = {"events": "event", "deliveries": "delivery"}
+_PLAIN = re.compile(r"[^*?\[!]+")  # no pattern
 _CURSOR = re.compile(r"([0-9]{1,18})/([^/]+)/(.+)", re.DOTALL)  # of counts: hour, source, type
 _TIMES = ("received_at", "created_at", "finished_at", "next_attempt_at", "started_at")
 
@@ -264,26 +265,41 @@ async def check_names(
     stored: StoredData,
     *,
     source: str | None,
+    type_: str | None,
     destination: str | None,
     sources: Collection[str],
     destinations: Collection[str],
 ) -> None:
     """Check the names in a filter; `sources` and `destinations` are those in config.toml.
 
-    An unknown name is probably misspelt, so an empty result would mislead.
+    An unknown name is probably misspelt, so an empty result would mislead. Of a type, or a pattern of types,
+    the source is checked.
 
     Raises:
         UnknownError: a name is neither in config.toml nor in the store.
     """
-    if source is not None and source not in sources and source != OPERATOR_SOURCE:
-        # The counts of events outlive the events.
-        pages = stored.queries.stats(Selection(source=source))
-        if not await anext(pages, None) and not await stored.queries.find("events", source=source, limit=1):
-            raise unknown("source", source, sources)
+    if source is not None and not await _is_source(stored, source, sources):
+        raise unknown("source", source, sources)
+    begin = (type_ or "").partition(".")[0]
+    if _PLAIN.fullmatch(begin) and not await _is_source(stored, begin, sources):
+        names = tuple(sources)
+        advice = guess(begin, names) or "; a full type begins with the name of its source"
+        known = f"sources: {', '.join(names)}" if names else "config.toml has no sources"
+        raise UnknownError(f'no source has the type "{type_}"{advice}', hint=known)
     if destination is not None and destination not in destinations:
         counts = await stored.ledger.totals()
         if destination not in counts:
             raise unknown("destination", destination, sorted({*destinations, *counts}))
+
+
+async def _is_source(stored: StoredData, name: str, sources: Collection[str]) -> bool:
+    """Return whether a source is in config.toml or has events in the store."""
+    if name in sources or name == OPERATOR_SOURCE:
+        return True
+    # The counts of events outlive the events.
+    if await anext(stored.queries.stats(Selection(source=name)), None):
+        return True
+    return bool(await stored.queries.find("events", source=name, limit=1))
 
 
 async def list_items(
@@ -314,13 +330,14 @@ async def list_items(
         answers: whether attempts have the bodies of their responses.
 
     Raises:
-        UnknownError: the source or the destination is neither in config.toml nor in the store.
+        UnknownError: a source or the destination is neither in config.toml nor in the store.
         RelayError: a filter is unknown or has an invalid value.
     """
     wanted = read_filters(kind, filters, now)
     await check_names(
         stored,
         source=wanted.get("source"),
+        type_=wanted.get("type"),
         destination=wanted.get("destination"),
         sources=sources,
         destinations=destinations,
@@ -354,7 +371,14 @@ async def list_stats(
         UnknownError: the source is neither in config.toml (`sources`) nor in the store.
         RelayError: the selection has other filters than source, type and time, or the cursor is invalid.
     """
-    await check_names(stored, source=selection.source, destination=None, sources=sources, destinations=())
+    await check_names(
+        stored,
+        source=selection.source,
+        type_=selection.type,
+        destination=None,
+        sources=sources,
+        destinations=(),
+    )
     after = None
     if cursor is not None:
         place = _CURSOR.fullmatch(cursor)
@@ -381,7 +405,14 @@ async def list_types(
     Raises:
         UnknownError: the source is neither in config.toml (`sources`) nor in the store.
     """
-    await check_names(stored, source=selection.source, destination=None, sources=sources, destinations=())
+    await check_names(
+        stored,
+        source=selection.source,
+        type_=selection.type,
+        destination=None,
+        sources=sources,
+        destinations=(),
+    )
     found: dict[tuple[str, str], TypeView] = {}
     read = 0
     async for page in stored.queries.stats(selection):

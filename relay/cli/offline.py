@@ -128,6 +128,7 @@ class Offline:
         await check_names(
             stored,
             source=selection.source,
+            type_=selection.type,
             destination=selection.destination,
             sources=self._sources,
             destinations=self._config.destinations,

@@ -33,7 +33,7 @@ PICTURES = {
     "sources": "sources", "source": "sources/shop", "refused": "refused", "refusal": "refused/{refusal}",
     "workers": "workers", "worker": "workers/whatsapp/worker-2", "jobs": "jobs", "config": "config",
     "doctor": "doctor", "nodes": "nodes", "audit": "audit", "missing": "events/evt_0",
-    "unmatched": "events?type=none",
+    "unmatched": "events?type=*.none",
 }  # fmt: skip
 """Path of the page of each picture."""
 

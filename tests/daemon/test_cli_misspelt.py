@@ -1,4 +1,4 @@
-"""Misspelt names in `--source` and `--destination`: an error with a suggestion, not an empty list."""
+"""Misspelt names in `--source`, `--destination` and `--type`: an error with a suggestion, no empty list."""
 
 import asyncio
 
@@ -23,8 +23,10 @@ MORE = {
 FILTERED = [
     (path, option)
     for path, command in LEAVES.items()
-    for option in ("--source", "--destination")
-    if any(option in each.opts for each in command.params) and path != ("init",)  # its sources are new
+    for option in ("--source", "--destination", "--type")
+    if any(option in each.opts for each in command.params)
+    and path != ("init",)  # its sources are new
+    and (path, option) != (("explain",), "--type")  # the name of a sample
 ]
 
 
@@ -62,15 +64,20 @@ def test_the_table_covers_every_command_that_selects_by_name():
 @pytest.mark.parametrize(("path", "option"), FILTERED, ids=str)
 async def test_a_misspelt_name_exits_with_4_and_a_suggestion(relay, path, option):
     noun = option.removeprefix("--")
-    wrong, right = {"source": ("adron", "adorn"), "destination": ("cmr", "crm")}[noun]
+    wrong, right = {
+        "source": ("adron", "adorn"),
+        "destination": ("cmr", "crm"),
+        "type": ("adron.attire.*", "adorn"),
+    }[noun]
     given = words(relay, path, option, wrong)
     if any("--socket" in each.opts for each in LEAVES[path].params) and path != ("explain",):
         result = await Commands(relay.addresses.socket)(*given, code=4)
     else:
         result = await asyncio.to_thread(run, *given, "-c", relay.app.config.path, code=4)
     first, second = result.err.splitlines()
-    assert first == f'unknown {noun} "{wrong}", did you mean "{right}"?'
-    assert second.startswith(("  known: ", f"  {noun}s: "))
+    problem = "no source has the type" if noun == "type" else f"unknown {noun}"
+    assert first == f'{problem} "{wrong}", did you mean "{right}"?'
+    assert second.startswith(("  known: ", f"  {noun}s: ", "  sources: "))
     assert result.out == ""
 
 
@@ -81,9 +88,10 @@ async def test_a_misspelt_name_exits_with_4_and_a_suggestion(relay, path, option
 )
 async def test_a_misspelt_name_is_found_without_a_daemon_too(relay, path, option):
     noun = option.removeprefix("--")
-    given = [*words(relay, path, option, "adrn" if noun == "source" else "cm"), "--offline"]
+    wrong = {"source": "adrn", "destination": "cm", "type": "adrn.*"}[noun]
+    given = [*words(relay, path, option, wrong), "--offline"]
     result = await asyncio.to_thread(run, *given, "-c", relay.app.config.path, code=4)
-    assert result.err.startswith(f'unknown {noun} "')
+    assert result.err.startswith("no source has the type" if noun == "type" else f'unknown {noun} "')
     assert "did you mean" in result.err
 
 
@@ -95,6 +103,7 @@ async def test_names_that_only_the_store_has_are_known(relay):
     assert len((await commands("stats", "--source", "old")).rows) == 1
     assert (await commands("workers", "list", "--source", "old")).out == ""
     assert (await commands("events", "list", "--source", "relay")).out == ""
+    assert len((await commands("events", "list", "--type", "old.*")).rows) == 1
     config = relay.app.config.path
     offline = ("events", "list", "--source", "old", "--offline", "-c", config)
     assert len((await asyncio.to_thread(run, *offline)).rows) == 1
@@ -103,8 +112,16 @@ async def test_names_that_only_the_store_has_are_known(relay):
 @pytest.mark.asyncio(loop_scope="module")
 async def test_configured_names_without_events_are_known(relay):
     commands = Commands(relay.addresses.socket)
-    for given in (["--source", "moddy"], ["--destination", "crm"]):
+    for given in (
+        ["--source", "moddy"],
+        ["--destination", "crm"],
+        ["--type", "moddy.member_joined"],
+        ["--type", "relay.*"],
+        ["--type", "*.gone"],
+    ):
         assert (await commands("events", "list", *given)).out == ""
+    named = (await commands("events", "list", "--type", "member_joined", code=4)).err
+    assert "a full type begins with the name of its source\n  sources: " in named
     assert (await commands("stats", "--source", "moddy")).out == ""
 
 

@@ -196,7 +196,7 @@ async def test_the_list_takes_the_filters_of_the_api_and_shows_its_command(relay
 
 async def test_events_between_a_list_and_its_stream_are_counted_once(relay):
     shown = [await store(relay, session=f"s-{number}") for number in range(3)]
-    for query in ("", "?limit=1", "?type=none.*"):
+    for query in ("", "?limit=1", "?type=adorn.none.*"):
         _, found = await page(relay, f"/ui/events{query}")
         [place] = [each for each in found.all("p") if "data-tail" in each]
         assert place["data-known"].split()[:1] == ([] if "none" in query else shown[-1:])
