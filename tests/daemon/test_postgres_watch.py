@@ -70,6 +70,14 @@ async def test_metrics_status_and_doctor_describe_the_server(tmp_path, url):
         assert await relay.operator("GET", "/api/status") == {**status, "uptime_seconds": ANY}
 
 
+OLDER_NODE = """
+    INSERT INTO nodes (incarnation, slot, name, version, schema, config_digest, destinations, started, seen,
+                       shards)
+    SELECT gen_random_uuid(), slot, name, '0.9', 1, '', '{}', clock_timestamp(), clock_timestamp(), shards
+      FROM (VALUES (254, 'old', NULL), (255, 'new', '{"crm": 4}'::jsonb)) AS n (slot, name, shards)
+"""
+
+
 async def test_nodes_with_different_configurations_are_reported(tmp_path, url):
     cluster = '[cluster]\nenabled = true\nlease = "5s"\nnode = "{}"\n'
     one = config(tmp_path / "a", url, cluster=cluster.format("one"))
@@ -87,8 +95,12 @@ async def test_nodes_with_different_configurations_are_reported(tmp_path, url):
         assert (what, "relay nodes") in [(each["what"], each["next"]) for each in status["problems"]]
         found = await connect(read_url(url), writes=False)
         check = await doctor.nodes(doctor.Examined(location="", now=0), found)
-        await found.close()
         assert (check.ok, check.detail[:36]) == (False, "nodes with different configurations:")
+        await found.execute(OLDER_NODE)
+        check = await doctor.nodes(doctor.Examined(location="", now=0), found)
+        await found.close()
+        what = "destinations are not divided into shards while older versions run: old (0.9)"
+        assert (check.ok, check.detail) == (False, what)
 
 
 async def observed(url, clock=SystemClock()):  # noqa: B008 - it has no state

@@ -760,6 +760,18 @@ async def test_nodes_with_different_numbers_of_shards_agree_on_the_smallest_and_
 
 
 @needs_postgres
+async def test_a_node_says_why_a_destination_has_fewer_shards_than_in_its_config(cluster):
+    a, b = await cluster.join("a", lanes=("crm",)), await cluster.join("b", lanes=("crm",))
+    await settle({a: 4, b: 2}, steps=2)
+    texts = [[caution.what for caution in node.cautions()] for node in (a, b)]
+    why = "crm has 2 shards instead of 4, because a node has a smaller number in its configuration: b"
+    assert texts == [[why], []]
+    a._peers = [*a._peers, Peer("old", "old", 60.0, frozenset({"crm"}), shards=None)]
+    [caution] = a.cautions()
+    assert caution.what == "crm has 1 shard instead of 4, because a node runs a version without shards: old"
+
+
+@needs_postgres
 async def test_a_held_shard_delays_a_change_and_a_node_that_has_missed_it_takes_none(cluster):
     a, b = await cluster.join("a", lanes=("crm",)), await cluster.join("b", lanes=("crm",))
     await cluster.age()

@@ -67,8 +67,9 @@ INVALID_SQL = """
      WHERE NOT i.indisvalid AND c.relkind = 'i' AND c.relnamespace = current_schema()::regnamespace
 """
 NODES_SQL = """
-    SELECT name, version, config_digest FROM nodes
-     WHERE seen > clock_timestamp() - interval '5 seconds' ORDER BY name, started
+    SELECT name, version, config_digest, shards IS NULL AS lacks_shards,
+           EXISTS (SELECT FROM jsonb_each(shards) AS s WHERE s.value > '1') AS wants_shards
+      FROM nodes WHERE seen > clock_timestamp() - interval '5 seconds' ORDER BY name, started
 """
 FREE_SQL = """
     SELECT substr(l.name, 6) FROM leases AS l
@@ -266,8 +267,12 @@ async def nodes(_examined: Examined, connection: Connection) -> Check:
     rows = await connection.fetch(NODES_SQL)
     if not rows:
         return passed("nodes", "no cluster")
-    shown = ", ".join(f"{name} ({version})" for name, version, _ in rows)
-    if len({digest for _, _, digest in rows}) > 1:
+    shown = ", ".join(f"{row['name']} ({row['version']})" for row in rows)
+    older = [f"{row['name']} ({row['version']})" for row in rows if row["lacks_shards"]]
+    if older and any(row["wants_shards"] for row in rows):
+        detail = f"destinations are not divided into shards while older versions run: {', '.join(older)}"
+        return failed("nodes", detail, "upgrade these nodes")
+    if len({row["config_digest"] for row in rows}) > 1:
         detail = f"nodes with different configurations: {shown}"
         return failed("nodes", detail, "copy config.toml to all nodes, then run on each: relay reload")
     free = [name for (name,) in await connection.fetch(FREE_SQL, IDLE)]

@@ -463,6 +463,7 @@ class PostgresNodes:
             found.append(
                 Caution(f"nodes with a configuration that differs from this node's: {shown}", "relay nodes")
             )
+        found += [Caution(text, "relay nodes") for text in self._fewer_shards()]
         if self._barred:
             found.append(Caution(self._barred_text(), "relay nodes"))
         if self._unanswered:
@@ -476,6 +477,20 @@ class PostgresNodes:
                 )
             )
         return tuple(found)
+
+    def _fewer_shards(self) -> Iterable[str]:
+        """Yield why a destination has fewer shards than in this node's config."""
+        for name, wanted in sorted(self._wanted.items()):
+            peers = [peer for peer in self._peers if name in peer.destinations and peer.wants(name) < wanted]
+            if not peers:
+                continue
+            count = min(peer.wants(name) for peer in peers)
+            lowest = [peer for peer in peers if peer.wants(name) == count]
+            older = [peer.name for peer in lowest if peer.shards is None]
+            names = ", ".join(older or (peer.name for peer in lowest))
+            why = "runs a version without shards" if older else "has a smaller number in its configuration"
+            shards = "shard" if count == 1 else "shards"
+            yield f"{name} has {count} {shards} instead of {wanted}, because a node {why}: {names}"
 
     def _note_unanswered(self, leases: Iterable[Lease]) -> None:
         """Note the lanes whose node does not answer: no node runs them until their leases end."""
