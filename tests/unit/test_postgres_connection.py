@@ -184,6 +184,15 @@ async def test_an_error_names_every_host_and_a_refused_login_decides_the_hint(si
     assert error.hint == "create the database: createdb --encoding=UTF8 nowhere"
 
 
+async def test_a_port_without_a_server_is_reported_in_words():
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        address = read_url(f"postgresql://{USER}@127.0.0.1:{closed.getsockname()[1]}/relay")
+        with pytest.raises((OSError, RelayError)) as caught:
+            await connect(address, writes=True)
+    assert refused(address, caught.value).message.endswith(": Connection refused")
+
+
 # --- TLS and passwords --------------------------------------------------------------------------------
 
 HBA = "local all all trust\nhostssl all all 127.0.0.1/32 scram-sha-256\n"

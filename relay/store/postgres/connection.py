@@ -6,6 +6,8 @@ transaction may run in another session.
 """
 
 import asyncio
+import os
+import socket
 import ssl
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -196,6 +198,10 @@ def text_of(error: BaseException) -> str:
     """Return an error as one line of text."""
     if isinstance(error, asyncpg.TargetServerAttributeNotMatched):
         return "it is a standby, or accepts no writes"
+    if isinstance(error, socket.gaierror):
+        return str(error.strerror)
+    if isinstance(error, OSError) and not isinstance(error, ssl.SSLError) and error.errno:
+        return os.strerror(error.errno)  # asyncio's own text has the number and the address as a tuple
     return " ".join(str(error).split()) or type(error).__name__
 
 
