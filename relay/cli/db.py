@@ -17,7 +17,7 @@ from relay.cli.api_client import Daemon, run_operation
 from relay.cli.doctor import named, print_checks
 from relay.cli.endpoint import daemon_options, reader_options
 from relay.cli.main import INTERRUPTED, CommandError, Group, file_error
-from relay.cli.offline import Offline, database_of, readable, tables_of, url_of
+from relay.cli.offline import Offline, database_of, readable, tables_of, url_of, writable
 from relay.cli.options import FILE, check_argument, config_option, json_option
 from relay.cli.output import count, print_fields, print_items, print_json, show_progress
 from relay.cli.screen import Field, utc_option
@@ -190,6 +190,9 @@ def move(source: str, target: str, *, as_json: bool) -> None:
 async def _move(source: str, target: str) -> dict[str, int]:
     """Move everything, and return the number of rows of each table."""
     found: dict[str, int] = {}
+    for url in (source, target):
+        if (path := file_of(url, _folder())) is not None:
+            writable(readable(path).parent)
     try:
         async for moved in move_of(source, target, _folder()).run():
             found[moved.table] = moved.of

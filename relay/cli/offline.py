@@ -232,8 +232,23 @@ def readable(path: Path) -> Path:
     if (error := obstacle(path.parent)) is not None:
         raise CommandError(error.message, hint=error.hint)
     if is_there(path) and not os.access(path, os.R_OK):
-        service = installed()
-        user = service.user if service else "the daemon's user"
-        hint = f"run the command as root, or as {user}"
-        raise CommandError(f"cannot read {path}: permission denied", hint=hint, code=NOT_ALLOWED)
+        raise _denied(f"cannot read {path}")
     return path
+
+
+def writable(folder: Path) -> None:
+    """Check that this user can write to a folder.
+
+    Raises:
+        CommandError: permission denied.
+    """
+    if is_there(folder) and not os.access(folder, os.W_OK | os.X_OK):
+        raise _denied(f"cannot write to {folder}")
+
+
+def _denied(what: str) -> CommandError:
+    service = installed()
+    user = service.user if service else "the daemon's user"
+    return CommandError(
+        f"{what}: permission denied", hint=f"run the command as root, or as {user}", code=NOT_ALLOWED
+    )

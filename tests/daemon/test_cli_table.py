@@ -523,6 +523,9 @@ def shut_database(path):
     if more or path == ("db", "check"):
         message = "relay.db: permission denied", "run the command as root"
         yield cell(path, [*valid(path), *more, "-c", "{locked}"], 5, *message)
+    if path == ("db", "move"):
+        yield cell(path, [*path, "{shut_database}", "{new_database}"], 5, "permission denied")
+        yield cell(path, [*path, "{old_database}", "{inside_database}"], 5, "permission denied")
 
 
 FORBIDDEN = list(forbidden())
@@ -565,6 +568,8 @@ async def denied(relay, values, folder):
     (place / "readable.toml").write_text(f'state_dir = "{place}"\n[sources.adorn]\nplugin = "adorn"\n')
     door = place / "relay.sock"
     own = {"door": str(door), "shut": str(shut), "inside": str(inside / "new")}
+    databases = {"shut": "shut", "new": "new", "old": "relay.db", "inside": "aside/new"}
+    own |= {f"{name}_database": f"sqlite:{place / file}" for name, file in databases.items()}
     own |= {"readable": str(place / "readable.toml"), "at_shut": f"@{shut}"}
     (place / "locked.toml").write_text(f'state_dir = "{place}/locked"\n[sources.adorn]\nplugin = "adorn"\n')
     (place / "locked").mkdir()
