@@ -101,10 +101,10 @@ def _unowned(case: Case, config: Config) -> Finding:
     near = Routes(mounts_of(config.sources)).nearest(case.path)
     if near is None or near == "/health":
         return Finding(
-            cause="route", where=WHERE, what="no source owns this path, and none has a similar one",
+            cause="route", where=WHERE, what="unknown path; no source has a similar one",
             do="compare the sender's address with `relay sources list`",
         )  # fmt: skip
-    what = f"no source owns this path; did you mean {near}?"
+    what = f"unknown path; did you mean {near}?"
     return Finding(cause="route", where=WHERE, what=what, do=f"have the sender post to {near}")
 
 

@@ -7,7 +7,7 @@ from aiohttp import web
 
 from relay.ui.markup import Content, tag
 from relay.ui.page import Visit
-from relay.ui.parts import NONE, command_of_list, filter_form, nothing, pages, state, table, when
+from relay.ui.parts import NONE, Narrow, command_of_list, filter_form, nothing, pages, state, table, when
 
 SECTION = "audit"
 _BAD = 400  # the first status of a failed request
@@ -18,12 +18,13 @@ async def list_(visit: Visit) -> web.Response:
     page = await visit.ask("listAudit", query=visit.query)
     return visit.page(
         "Changes by operators",
-        filter_form(visit, "audit"),
+        filter_form(visit, "audit", page["items"]),
         await table(
             visit,
             "Newest first",
             ("Operator", "Time", "Access", "Request", "Body", "Result"),
             (_row(visit, each) for each in page["items"]),
+            narrow=Narrow("Time", ("Request", "Result"), ("Access", "Body")),
             empty=nothing(visit, "change", page["next_cursor"], "No change by an operator yet."),
         ),
         pages(visit, page["next_cursor"]),

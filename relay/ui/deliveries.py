@@ -12,6 +12,7 @@ from relay.ui.markup import Content, Markup, tag
 from relay.ui.page import Visit
 from relay.ui.parts import (
     NONE,
+    Narrow,
     action,
     api_query,
     attempt_result,
@@ -38,7 +39,7 @@ async def list_(visit: Visit) -> web.Response:
     page = await visit.ask("listDeliveries", query=api_query(visit))
     return visit.page(
         "Deliveries",
-        filter_form(visit, "deliveries"),
+        filter_form(visit, "deliveries", page["items"]),
         tag("p", *_changes(visit), class_="actions"),
         _sent_again(visit, page["items"]),
         await table(
@@ -47,6 +48,7 @@ async def list_(visit: Visit) -> web.Response:
             ("Event", "Destination", "State", "Attempts", "Last result", "Created", "Due"),
             (_row(visit, each) for each in page["items"]),
             numbers=("Attempts",),
+            narrow=Narrow("State", ("Destination", "Last result"), ("Attempts", "Created", "Due")),
             empty=nothing(
                 visit,
                 "delivery",
@@ -55,6 +57,7 @@ async def list_(visit: Visit) -> web.Response:
                 command("explain", "--help"),
             ),
         ),
+        _changes_of_selected(visit) if page["items"] else None,
         pages(visit, page["next_cursor"]),
         tag("p", command_of_list("deliveries", "deliveries", "list", query=visit.query)),
         tag(
@@ -70,8 +73,12 @@ async def list_(visit: Visit) -> web.Response:
 
 
 def _row(visit: Visit, each: Mapping[str, Any]) -> tuple[Content, ...]:
+    box = None
+    if visit.may("operate"):
+        box = tag("input", type="checkbox", name="id", value=each["id"], class_="scripted",
+                  aria_label=f"Select {each['type']}")  # fmt: skip
     return (
-        tag("a", each["type"], href=visit.link(SECTION, each["id"])),
+        [box, tag("a", each["type"], href=visit.link(SECTION, each["id"]))],
         tag("a", each["destination"], href=visit.link("destinations", each["destination"])),
         _state(visit, each),
         each["attempts"],
@@ -79,6 +86,25 @@ def _row(visit: Visit, each: Mapping[str, Any]) -> tuple[Content, ...]:
         when(visit, each["created_at"]),
         when(visit, each["next_attempt_at"]),
     )
+
+
+def _changes_of_selected(visit: Visit) -> Content:
+    """Return the changes of the rows that are selected on the page; the script adds their ids."""
+    if not visit.may("operate"):
+        return None
+    return tag(
+        "p",
+        tag("button", "Select all on this page", type="button", data_select=True),
+        action(
+            visit, "Retry", "deliveries", "retry", call="POST deliveries/retry", body={"ids": []},
+            counts=True, selected=True,
+        ),
+        action(
+            visit, "Cancel", "deliveries", "cancel", call="POST deliveries/cancel", body={"ids": []},
+            counts=True, selected=True, danger=True,
+        ) if visit.query.get("state") in (None, "", "pending") else None,
+        class_="actions selected scripted",
+    )  # fmt: skip
 
 
 def _state(visit: Visit, each: Mapping[str, Any]) -> Content:
@@ -234,7 +260,7 @@ async def attempts(visit: Visit) -> web.Response:
     page = await visit.ask("listAttempts", query=api_query(visit))
     return visit.page(
         "Attempts",
-        filter_form(visit, "attempts"),
+        filter_form(visit, "attempts", page["items"]),
         await table(
             visit,
             "Newest first",
@@ -250,6 +276,7 @@ async def attempts(visit: Visit) -> web.Response:
                 for each in page["items"]
             ),
             numbers=("Took",),
+            narrow=Narrow("Result", ("Destination", "Started")),
             empty=nothing(
                 visit,
                 "attempt",

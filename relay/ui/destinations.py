@@ -16,6 +16,7 @@ from relay.ui.markup import Content, Markup, tag
 from relay.ui.page import Visit
 from relay.ui.parts import (
     NONE,
+    Narrow,
     action,
     attempt_result,
     charts,
@@ -23,9 +24,10 @@ from relay.ui.parts import (
     duration,
     exact,
     fields,
+    in_order,
     number,
     prose,
-    query_link,
+    sorting,
     spark,
     state,
     table,
@@ -41,14 +43,16 @@ NO_DESTINATIONS: Content = [
     command("reload"),
 ]  # fmt: skip
 
+HEADS = ("Destination", "State", "Pending", "Dead", "Delivered", "Last success", "Host")
 _ORDERS: Mapping[str, Callable[[Mapping[str, Any]], Any]] = {
-    "name": lambda each: each["name"],
+    "destination": lambda each: each["name"],
     "state": lambda each: (each["held"] is None, each["held"]),
     "pending": lambda each: -each["pending"],
     "dead": lambda each: -each["dead"],
+    "delivered": lambda each: -each["delivered"],
     "last success": lambda each: each["last_success"] or "",
 }
-"""Orders of the list, by the value of `sort` in its address."""
+"""Orders of the list, see `relay.ui.parts.in_order`."""
 
 _DEFAULTS = effective_table(DestinationConfig(name="", url=Url("http://localhost")))
 
@@ -59,40 +63,23 @@ _UNTIL_FIXED = ("circuit open", "resting")
 async def list_(visit: Visit) -> web.Response:
     """List the destinations of config.toml, and others with pending deliveries."""
     page = await visit.ask("listDestinations")
-    order = _ORDERS.get(visit.query.get("sort", ""))
-    items = page["items"] if order is None else sorted(page["items"], key=order)
+    items = in_order(visit, page["items"], _ORDERS)
     return visit.page(
         "Destinations",
-        _sorting(visit) if len(items) > 1 else None,
+        sorting(visit, HEADS[:-1]) if len(items) > 1 else None,
         await table(
             visit,
             "Deliveries by state",
-            ("Destination", "State", "Pending", "Dead", "Delivered", "Last success", "Host"),
+            HEADS,
             (_row(visit, each) for each in items),
             numbers=("Pending", "Dead", "Delivered"),
+            sorts=_ORDERS,
+            narrow=Narrow("State", (), ("Last success", "Host")),
             empty=NO_DESTINATIONS,
         ),
         tag("p", command("destinations", "list")),
         section=SECTION,
     )
-
-
-def _sorting(visit: Visit) -> Markup:
-    """Return the links that sort the list."""
-    chosen = visit.query.get("sort", "")
-    links = [
-        [
-            " · " if name else None,
-            tag(
-                "a",
-                name or "as in config.toml",
-                href=query_link(visit.query, {"sort": name or None}),
-                aria_current="true" if name == chosen else None,
-            ),
-        ]
-        for name in ("", *_ORDERS)
-    ]
-    return tag("p", "Sort by: ", links, class_="note")
 
 
 def _row(visit: Visit, each: Mapping[str, Any]) -> tuple[Content, ...]:

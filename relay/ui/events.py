@@ -14,6 +14,7 @@ from relay.ui.markup import Content, tag
 from relay.ui.page import Visit
 from relay.ui.parts import (
     NONE,
+    Narrow,
     action,
     api_query,
     body_text,
@@ -45,7 +46,7 @@ async def list_(visit: Visit) -> web.Response:
     page = await visit.ask("listEvents", query=api_query(visit))
     return visit.page(
         "Events",
-        filter_form(visit, "events"),
+        filter_form(visit, "events", page["items"]),
         _new(visit, page["items"], is_last=page["next_cursor"] is None),
         await table(
             visit,
@@ -53,6 +54,7 @@ async def list_(visit: Visit) -> web.Response:
             ("Type", "Subject", "Received", "Deliveries", "Size"),
             (_row(visit, each) for each in page["items"]),
             numbers=("Size",),
+            narrow=Narrow("Received", ("Subject", "Deliveries"), ("Size",)),
             empty=nothing(
                 visit,
                 "event",

@@ -11,6 +11,7 @@ from relay.ui.page import Visit
 from relay.ui.parts import (
     BARS,
     NONE,
+    Narrow,
     action,
     command,
     command_line,
@@ -69,6 +70,7 @@ async def show(visit: Visit) -> web.Response:
             ("Source", "State", "Events/s", "Events", "Refused", BARS),
             (_source(visit, each, past["sources"].get(each["name"], {})) for each in sources),
             numbers=("Events/s", "Events", "Refused"),
+            narrow=Narrow("State", (), ("Events/s",)),
             empty=NO_SOURCES,
         ),
         tag("h2", "Destinations"),
@@ -81,6 +83,7 @@ async def show(visit: Visit) -> web.Response:
                 for each in sorted(destinations, key=lambda each: each["name"] not in sick)
             ),
             numbers=("Pending", "Attempts/s", "Attempts", "Failed", "p95"),
+            narrow=Narrow("State", (), ("Attempts/s", "Attempts", "p95")),
             empty=NO_DESTINATIONS,
         ),
         _ledger(visit, status["problems"], destinations),

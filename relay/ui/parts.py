@@ -2,14 +2,14 @@
 
 import re
 import shlex
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 from urllib.parse import urlencode
 
 import msgspec
 
-from relay.api.query_params import filters_of, read_field
+from relay.api.query_params import ListFilter, filters_of, read_field
 from relay.base.clock import SECOND
 from relay.base.json_text import indented
 from relay.base.units import render_size
@@ -93,6 +93,18 @@ BARS = "Last 60 min"
 """Heading of a column of `spark`, which needs no name on narrow screens."""
 
 
+class Narrow(msgspec.Struct, frozen=True):
+    """The places of a table's columns on a narrow screen, where a row with `lead` has two lines."""
+
+    lead: str = ""  # beside the name of the row, in the first line
+    bare: tuple[str, ...] = ()  # in the second line without their headings, cut off if there is no room
+    minor: tuple[str, ...] = ()  # not shown
+
+
+BLOCKS = Narrow()
+"""Each row is a block of lines."""
+
+
 async def table(
     visit: Visit,
     caption: str,
@@ -100,6 +112,8 @@ async def table(
     rows: Iterable[Sequence[Content]],
     *,
     numbers: Collection[str] = (),
+    sorts: Collection[str] = (),
+    narrow: Narrow = BLOCKS,
     empty: Content = "No entries.",
 ) -> Markup:
     """Return a table, or the text `empty`. The first cell of a row names the row.
@@ -114,13 +128,16 @@ async def table(
         heads: of the columns.
         rows: cells in the order of the columns.
         numbers: columns that are aligned to the right.
+        sorts: headings that sort the list, see `in_order`.
+        narrow: the place of the columns on a narrow screen.
         empty: shown if there are no rows.
     """
     kinds = ["n" if head in numbers else None for head in heads]
+    unnamed = (BARS, narrow.lead, *narrow.bare)
     makers = [
         maker("th", scope="row"),
         *(
-            maker("td", data_head=None if head == BARS else head, class_=kind)
+            maker("td", data_head=None if head in unnamed else head, class_=_class(kind, head, narrow))
             for head, kind in zip(heads[1:], kinds[1:], strict=True)
         ),
     ]
@@ -131,9 +148,21 @@ async def table(
         await visit.turns.give()
     if not body:
         return tag("p", empty, class_="empty")
-    titles = [tag("th", head, scope="col", class_=kind) for head, kind in zip(heads, kinds, strict=True)]
+    titles = [
+        _heading(visit, head, kind) if head.lower() in sorts else tag("th", head, scope="col", class_=kind)
+        for head, kind in zip(heads, kinds, strict=True)
+    ]
     head = tag("thead", tag("tr", titles))
-    return tag("div", tag("table", tag("caption", caption), head, tag("tbody", body)), class_="wide")
+    lined = "lined" if narrow.lead else None
+    return tag(
+        "div", tag("table", tag("caption", caption), head, tag("tbody", body), class_=lined), class_="wide"
+    )
+
+
+def _class(kind: str | None, head: str, narrow: Narrow) -> str | None:
+    places = {"lead": (narrow.lead,), "bare": narrow.bare, "minor": narrow.minor}
+    names = [kind or "", *(name for name, heads in places.items() if head in heads)]
+    return " ".join(filter(None, names)) or None
 
 
 _in_row = maker("tr")
@@ -234,6 +263,7 @@ def action(
     counts: bool = False,
     rate: float | None = None,
     danger: bool = False,
+    selected: bool = False,
     scope: Scope = "operate",
 ) -> Content:
     """Return a button for a change; nothing if the operator's scope does not include it.
@@ -250,6 +280,7 @@ def action(
         counts: whether a dry run with the same body returns the count.
         rate: at which the relay works through them, per second.
         danger: whether it cannot be undone.
+        selected: whether it changes the rows that are selected on the page; the script adds their ids.
         scope: that the endpoint needs.
     """
     if not visit.may(scope):
@@ -265,6 +296,8 @@ def action(
         data_count=count,
         data_counts=counts,
         data_pace=rate,
+        data_selected=label if selected else None,
+        disabled=selected,
     )
 
 
@@ -289,35 +322,119 @@ def inquiry(
     return [button, tag("output", class_="result")]
 
 
-def filter_form(visit: Visit, kind: str) -> Markup:
-    """Return the filters of a list: those in effect, each with a link that removes it, and a form.
+_LABELS: Mapping[str, str] = {
+    "id": "id", "event_id": "event id", "delivery_id": "delivery id", "replayed": "sent again",
+    "since": "since", "until": "before", "where": "condition on the event", "failed": "failed",
+}  # fmt: skip
+"""Names of filters in words, unless the name is the word."""
 
-    `kind` is a list of `relay.api.query_params.LISTS`. The script turns the form into an address.
+_CHOICES: Mapping[str, Sequence[str]] = {"since": ("15m", "1h", "24h", "7d"), "failed": ("1", "0")}
+"""Values that are suggested for filters of lists; others come from the list itself."""
+
+_WORDS = {("failed", "1"): "yes", ("failed", "0"): "no"}
+MOST_SUGGESTED = 8
+"""Values of a filter that are suggested."""
+
+LONGEST_SUGGESTED = 60
+"""Characters of a suggested value."""
+
+
+def filter_form(visit: Visit, kind: str, items: Iterable[Mapping[str, Any]] = ()) -> Markup:
+    """Return the filters of a list: those in effect, with a link that removes each, and ways to add others.
+
+    A filter is added by a link, which works without script, or by a form, which the script turns into an
+    address.
+
+    Args:
+        visit: the request for the page.
+        kind: a list of `relay.api.query_params.LISTS`.
+        items: the entries on the page, whose values are suggested.
     """
     known = filters_of(kind)
     given = {each.name: visit.query[each.name] for each in known if visit.query.get(each.name)}
+    query = {name: value for name, value in visit.query.items() if value and name != "cursor"}
     cross = tag("span", " \N{MULTIPLICATION SIGN}", role="img", aria_label="remove")
     chips = [
-        tag("li", tag("a", f"{name} ", tag("b", value), cross, href=query_link(given, {name: None})))
+        tag("li", tag("a", f"{_label(name)} ", tag("b", _WORDS.get((name, value), value)), cross,
+                      href=query_link(query, {name: None})))
         for name, value in given.items()
-    ]
-    rows = [
-        tag("label", tag("span", each.name), _field(each.name, each.choices, given.get(each.name, "")),
-            title=each.help)
-        for each in known
     ]  # fmt: skip
+    found = tuple(items)
+    suggestions = [
+        (_label(each.name), [[tag("a", text, href=query_link(query, {each.name: value})), " "]
+                             for value, text in _suggested(each, found)])
+        for each in known if each.name not in given
+    ]  # fmt: skip
+    rows = [
+        tag("label", tag("span", _label(each.name)), _field(each, given.get(each.name, "")), title=each.help)
+        for each in known
+    ]
     form = tag("form", rows, tag("button", "Filter"), data_filter=True, class_="scripted filters")
-    return join(
-        tag("ul", chips, class_="chips") if chips else None,
-        tag("details", tag("summary", "Filters"), form),
-    )
+    more = fields(*((name, links) for name, links in suggestions if links))
+    add = tag("details", tag("summary", "+ Filter"), more, form)
+    return tag("div", tag("ul", chips, class_="chips") if chips else None, add, class_="filterbar")
 
 
-def _field(name: str, choices: Sequence[str], value: str) -> Markup:
+def _label(name: str) -> str:
+    return _LABELS.get(name, name)
+
+
+def _suggested(each: ListFilter, items: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """Return values for a filter, and their texts: all valid ones, or those of the entries on the page."""
+    values = each.choices or _CHOICES.get(each.name, ())
+    if not values and each.name != "id":
+        seen = (item.get(each.name) for item in items)
+        texts = dict.fromkeys(str(value) for value in seen if value not in (None, ""))
+        values = [text for text in texts if len(text) <= LONGEST_SUGGESTED][:MOST_SUGGESTED]
+    return [(value, _WORDS.get((each.name, value), value)) for value in values]
+
+
+def _field(each: ListFilter, value: str) -> Markup:
+    choices = each.choices or (_CHOICES["failed"] if each.name == "failed" else ())
     if not choices:
-        return tag("input", name=name, value=value, autocomplete="off", spellcheck="false")
-    options = [tag("option", each, value=each, selected=each == value) for each in choices]
-    return tag("select", tag("option", "", value=""), options, name=name)
+        return tag("input", name=each.name, value=value, autocomplete="off", spellcheck="false")
+    options = [
+        tag("option", _WORDS.get((each.name, choice), choice), value=choice, selected=choice == value)
+        for choice in choices
+    ]
+    return tag("select", tag("option", "", value=""), options, name=each.name)
+
+
+def in_order(
+    visit: Visit, items: Sequence[Mapping[str, Any]], orders: Mapping[str, Callable[[Mapping[str, Any]], Any]]
+) -> Sequence[Mapping[str, Any]]:
+    """Return the entries of a whole list in the order of `sort` in the address; a minus reverses it.
+
+    `orders` has a key for each column, by its heading in lower case.
+    """
+    name = visit.query.get("sort", "")
+    order = orders.get(name.removeprefix("-"))
+    return items if order is None else sorted(items, key=order, reverse=name.startswith("-"))
+
+
+def sorting(visit: Visit, heads: Iterable[str]) -> Markup:
+    """Return links that sort a list on narrow screens, where its headings are not shown."""
+    links = [[" · ", _sort_link(visit, head)] for head in heads]
+    first = tag("a", "usual", href=query_link(visit.query, {"sort": None}))
+    return tag("p", "Sort by: ", first, links, class_="note narrow")
+
+
+def _sort_link(visit: Visit, head: str, arrow: str = "") -> Markup:
+    name = head.lower()
+    other = f"-{name}" if visit.query.get("sort") == name else name
+    shape = tag("span", f" {arrow}", aria_hidden="true") if arrow else None
+    return tag("a", head, shape, href=query_link(visit.query, {"sort": other}))
+
+
+def _heading(visit: Visit, head: str, kind: str | None) -> Markup:
+    """Return a heading that sorts its table: texts in ascending order first, numbers in descending order."""
+    name, chosen = head.lower(), visit.query.get("sort", "")
+    if chosen.removeprefix("-") != name:
+        return tag("th", _sort_link(visit, head), scope="col", class_=kind)
+    is_falling = (kind == "n") != chosen.startswith("-")
+    word, arrow = ("descending", "\N{BLACK DOWN-POINTING TRIANGLE}") if is_falling else (
+        "ascending", "\N{BLACK UP-POINTING TRIANGLE}")  # fmt: skip
+    return tag("th", _sort_link(visit, head, arrow), scope="col", class_=kind, aria_sort=word)
 
 
 def query_link(query: Mapping[str, str], changes: Mapping[str, str | None]) -> str:

@@ -10,6 +10,7 @@ from relay.ui.markup import Content, tag
 from relay.ui.page import Visit
 from relay.ui.parts import (
     NONE,
+    Narrow,
     action,
     api_query,
     body_text,
@@ -48,12 +49,13 @@ async def list_(visit: Visit) -> web.Response:
             numbers=("Refused",),
             empty="No request to a source was refused in the last hour.",
         ),
-        filter_form(visit, "refused"),
+        filter_form(visit, "refused", page["items"]),
         await table(
             visit,
             "Kept requests, newest first",
             ("Problem", "Source", "Time", "Status", "Request", "Sender", "Retried"),
             (_row(visit, each) for each in page["items"]),
+            narrow=Narrow("Time", ("Source", "Status", "Request"), ("Sender",)),
             empty=nothing(
                 visit,
                 "request",

@@ -1,16 +1,41 @@
 """Replays: the list, and one with its progress, which the script keeps current."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from aiohttp import web
 
 from relay.ui.markup import Content, Markup, tag
 from relay.ui.page import Visit
-from relay.ui.parts import NONE, action, command, duration, exact, fields, number, state, table, when
+from relay.ui.parts import (
+    NONE,
+    Narrow,
+    action,
+    command,
+    duration,
+    exact,
+    fields,
+    in_order,
+    number,
+    sorting,
+    state,
+    table,
+    when,
+)
 
 SECTION = "replays"
 _STATES = {"running": "pending", "done": "delivered", "failed": "dead", "cancelled": "cancelled"}
+
+
+HEADS = ("Replay", "State", "Done", "Of", "To", "Began")
+_ORDERS: Mapping[str, Callable[[Mapping[str, Any]], Any]] = {
+    "state": lambda each: each["state"],
+    "done": lambda each: -each["done"],
+    "of": lambda each: -each["count"],
+    "to": lambda each: each["to"] or "",
+    "began": lambda each: each["began_at"],
+}
+"""Orders of the list, see `relay.ui.parts.in_order`."""
 
 
 async def list_(visit: Visit) -> web.Response:
@@ -18,12 +43,15 @@ async def list_(visit: Visit) -> web.Response:
     page = await visit.ask("listReplays")
     return visit.page(
         "Replays",
+        sorting(visit, HEADS[1:]) if len(page["items"]) > 1 else None,
         await table(
             visit,
             "Since the daemon started",
-            ("Replay", "State", "Done", "Of", "To", "Began"),
-            (_row(visit, each) for each in page["items"]),
+            HEADS,
+            (_row(visit, each) for each in in_order(visit, page["items"], _ORDERS)),
             numbers=("Done", "Of"),
+            sorts=_ORDERS,
+            narrow=Narrow("State", ("To", "Began")),
             empty=[
                 "No replay since the daemon started. To begin one: ",
                 command("deliveries", "retry", "--help"),

@@ -1,6 +1,6 @@
 """Sources: the list, and one with its last hour, its tokens and its settings."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from aiohttp import web
@@ -8,10 +8,36 @@ from aiohttp import web
 from relay.config.effective import as_toml
 from relay.ui.markup import Content, tag
 from relay.ui.page import Visit
-from relay.ui.parts import action, charts, command, exact, fields, number, spark, state, table, total, when
+from relay.ui.parts import (
+    Narrow,
+    action,
+    charts,
+    command,
+    exact,
+    fields,
+    in_order,
+    number,
+    sorting,
+    spark,
+    state,
+    table,
+    total,
+    when,
+)
 
 SECTION = "sources"
 NO_SOURCES: Content = ["config.toml has no sources. Add one: ", command("sources", "add", "--help")]
+
+
+HEADS = ("Source", "State", "Last event", "Plugin", "Path")
+_ORDERS: Mapping[str, Callable[[Mapping[str, Any]], Any]] = {
+    "source": lambda each: each["name"],
+    "state": lambda each: (not each["paused"], not each["silent"]),
+    "last event": lambda each: each["last_event"] or "",
+    "plugin": lambda each: each["plugin"],
+    "path": lambda each: each["prefix"],
+}
+"""Orders of the list, see `relay.ui.parts.in_order`."""
 
 
 async def list_(visit: Visit) -> web.Response:
@@ -19,10 +45,11 @@ async def list_(visit: Visit) -> web.Response:
     page = await visit.ask("listSources")
     return visit.page(
         "Sources",
+        sorting(visit, HEADS) if len(page["items"]) > 1 else None,
         await table(
             visit,
-            "As in config.toml",
-            ("Source", "State", "Last event", "Plugin", "Path"),
+            "Sources of config.toml",
+            HEADS,
             [
                 (
                     tag("a", each["name"], href=visit.link(SECTION, each["name"])),
@@ -31,8 +58,10 @@ async def list_(visit: Visit) -> web.Response:
                     each["plugin"],
                     each["prefix"] or "/",
                 )
-                for each in page["items"]
+                for each in in_order(visit, page["items"], _ORDERS)
             ],
+            sorts=_ORDERS,
+            narrow=Narrow("State", ("Path",), ("Plugin",)),
             empty=NO_SOURCES,
         ),
         tag("p", command("sources", "list")),

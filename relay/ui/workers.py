@@ -13,6 +13,7 @@ from relay.ui.markup import Content, Markup, tag
 from relay.ui.page import Visit
 from relay.ui.parts import (
     NONE,
+    Narrow,
     action,
     api_query,
     command,
@@ -38,7 +39,7 @@ async def list_(visit: Visit) -> web.Response:
     workers = page["items"]
     return visit.page(
         "Workers",
-        filter_form(visit, "workers"),
+        filter_form(visit, "workers", workers),
         tag("p", _spread(workers), class_="summary") if workers else None,
         await table(
             visit,
@@ -55,6 +56,7 @@ async def list_(visit: Visit) -> web.Response:
             ),
             (_row(visit, each) for each in workers),
             numbers=("Sessions", "Restarts"),
+            narrow=Narrow("Status", ("Source", "Last heartbeat"), ("Last 60 min", "Version", "Restarts")),
             empty=nothing(
                 visit,
                 "worker",

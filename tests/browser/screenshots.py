@@ -288,7 +288,8 @@ async def _take(browser: Browser, folder: Path, names: tuple[str, ...] | None, r
         for name in wanted:
             await page.goto(root + PICTURES[name].format(**ids))
             if name == "now":
-                await page.locator("[data-rate]", has_text=re.compile("[1-9]")).first.wait_for()
+                rate = page.locator("[data-rate]", has_text=re.compile("[1-9]")).first
+                await rate.wait_for(state="attached")  # a phone does not show it
             await page.screenshot(path=folder / f"{name}-{look}.png", full_page=True)
         await context.close()
 

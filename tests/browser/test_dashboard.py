@@ -310,6 +310,65 @@ async def test_a_button_changes_exactly_what_its_page_lists(relay, operator, add
     watch.check()
 
 
+async def test_selected_rows_are_changed_by_keys_and_no_others(relay, operator, addresses):
+    origin = relay.addresses.admin
+    for _ in range(3):
+        await relay.exchange(request("POST", "/v1/events", adorn(session="some")))
+    await ended(relay, subject="some")
+    page, watch = operator
+    await page.goto(f"{origin}/ui/deliveries?subject=some&destination=shop")
+    assert not await page.get_by_role("button", name="Retry 0 selected").is_enabled()
+    await page.get_by_text("+ Filter").click()
+    await page.get_by_role("link", name="dead", exact=True).click()
+    await page.wait_for_url("**&destination=shop&state=dead")
+    for key in ("j", "x", "j", "j", "x"):
+        await page.keyboard.press(key)
+    ids = [await box.get_attribute("value") for box in await page.locator("tbody input:checked").all()]
+    assert len(ids) == 2
+    async with page.expect_response("**/api/deliveries/retry") as counted:
+        await page.get_by_role("button", name="Retry 2 selected").press("Enter")
+    assert await (await counted.value).json() == {"count": 2}
+    text = await page.get_by_role("dialog").inner_text()
+    assert "2 deliveries selected" in text
+    assert f"relay deliveries retry {' '.join(ids)}" in text
+    await page.get_by_role("dialog").get_by_role("button", name="Retry 2 selected").click()
+    await page.get_by_role("status").get_by_text("created 2").wait_for()
+    await page.get_by_role("button", name="Select all on this page").click()
+    await page.get_by_role("button", name=re.compile("Retry [1-9]")).wait_for()
+    await page.get_by_role("button", name="Clear the selection").click()
+    await page.get_by_role("button", name="Retry 0 selected").wait_for()
+    watch.check()
+
+
+async def test_a_heading_sorts_destinations(relay, operator, addresses):
+    page, watch = operator
+    await page.goto(f"{relay.addresses.admin}/ui/destinations")
+    for direction in ("descending", "ascending"):
+        await page.get_by_role("link", name="Dead").click()
+        heading = page.locator(f"th[aria-sort={direction}]", has_text="Dead")
+        await heading.wait_for()
+        first = await page.locator("tbody th").first.inner_text()
+        assert (first == "shop") == (direction == "descending")
+    watch.check()
+
+
+TWO_LINES = 72
+"""Height of a row of two lines with its padding, in pixels."""
+
+
+async def test_rows_of_lists_have_two_lines_on_a_phone(relay, operator, addresses):
+    page, watch = operator
+    await page.set_viewport_size({"width": 390, "height": 800})
+    for path in ("", "events", "deliveries?replayed=no", "destinations", "attempts", "sources"):
+        await page.goto(f"{relay.addresses.admin}/ui/{path}")
+        heights = await page.evaluate(
+            "[...document.querySelectorAll('tbody tr')].map((row) => row.getBoundingClientRect().height)"
+        )
+        assert heights, path
+        assert max(heights) <= TWO_LINES, (path, heights)
+    watch.check()
+
+
 async def test_a_code_logs_a_browser_in_once_until_it_logs_out(relay, browser):
     origin = relay.addresses.admin
     made = await post(relay, "logins", {})

@@ -120,12 +120,12 @@ DIAGNOSES = {
     ),
     "a misspelt path": (
         ("/hooks/signet", INVALID, {}),
-        ("request line", "no source owns this path; did you mean /hooks/signed?"),
+        ("request line", "unknown path; did you mean /hooks/signed?"),
     ),
     "an unknown path of a source": (
         ("/v1/Events", b"{}", {}), ("request line", "the path has capital letters"),
     ),
-    "a path like no other": (("/", INVALID, {}), ("request line", "none has a similar one")),
+    "a path like no other": (("/", INVALID, {}), ("request line", "no source has a similar one")),
     "another method": ((SHOP_PATH, b"", {"method": "PUT"}), ("request line", "PUT is not allowed")),
 }  # fmt: skip
 """A request, and the place and the fault that its diagnosis names."""

@@ -47,8 +47,9 @@ async def ended(relay, name, state):
 
 
 def buttons(found):
-    """Return the changes that a page offers, by their commands."""
-    return {each["data-command"]: each for each in found.all("button") if "data-call" in each}
+    """Return the changes that a page offers, by their commands, without those of selected rows."""
+    found = [each for each in found.all("button") if "data-call" in each and "data-selected" not in each]
+    return {each["data-command"]: each for each in found}
 
 
 async def post(relay, path, body):
@@ -117,7 +118,8 @@ async def test_destinations_are_sorted_and_show_their_own_settings(relay):
     orders = {
         "": "crm shop bi",
         "?sort=dead": "shop crm bi",
-        "?sort=name": "bi crm shop",
+        "?sort=destination": "bi crm shop",
+        "?sort=-destination": "shop crm bi",
         "?sort=x": "crm shop bi",
     }
     for query, names in orders.items():
@@ -207,7 +209,7 @@ async def test_a_list_marks_deliveries_that_were_sent_again(relay):
     _, found = await page(relay, f"/ui/deliveries{query}")
     assert "1 of the deliveries on this page was sent again later" in found.text
     assert f"./deliveries/{rows[0]['id']}" in [each["href"] for each in found.all("a")]
-    [others] = [each["href"] for each in found.all("a") if "replayed=no" in each["href"]]
+    [others] = {each["href"] for each in found.all("a") if "replayed=no" in each["href"]}
     _, found = await page(relay, f"/ui/deliveries{others}")
     assert "relay deliveries list --destination shop --state dead --replayed no" in found.text
     shown = {each["href"] for each in found.all("a") if each["href"].startswith("./deliveries/dlv_")}
@@ -219,6 +221,38 @@ async def test_a_list_marks_deliveries_that_were_sent_again(relay):
     assert not buttons(found)
     _, found = await page(relay, f"/ui/deliveries/{dead['id']}")
     assert f"../deliveries/{rows[0]['id']}" in [each["href"] for each in found.all("a")]
+
+
+async def test_filters_are_added_by_links_with_the_values_of_the_page(relay):
+    await ended(relay, "shop", "dead")
+    _, found = await page(relay, "/ui/deliveries?state=dead&limit=20&cursor=")
+    links = {each["href"] for each in found.all("a")}
+    given = "?state=dead&limit=20"
+    added = ("destination=shop", "type=adorn.session.started", "since=1h", "replayed=no", "source=adorn")
+    assert {f"{given}&{each}" for each in added[:4]} <= links
+    assert f"{given}&{added[4]}" not in links  # a delivery does not name its source
+    assert "?limit=20" in links  # removes the state
+    assert not [link for link in links if link.startswith(given) and "state=dead&state" in link]
+    assert "condition on the event" in found.text
+    _, found = await page(relay, "/ui/attempts?failed=1")
+    assert "failed yes" in found.text
+    assert {"?failed=1&result=4xx", "?failed=1&status=404"} <= {each["href"] for each in found.all("a")}
+
+
+async def test_rows_can_be_selected_by_those_who_may_change_them(relay):
+    dead = await ended(relay, "shop", "dead")
+    _, found = await page(relay, "/ui/deliveries?destination=shop")
+    boxes = [each for each in found.all("input") if each.get("type") == "checkbox"]
+    assert [(each["name"], each["value"]) for each in boxes] == [("id", dead["id"])]
+    selected = {each["data-selected"]: each for each in found.all("button") if "data-selected" in each}
+    assert {name: each["data-call"] for name, each in selected.items()} == {
+        "Retry": "POST deliveries/retry", "Cancel": "POST deliveries/cancel",
+    }  # fmt: skip
+    assert all("disabled" in each for each in selected.values())
+    _, found = await page(relay, "/ui/deliveries?state=dead")
+    assert [each["data-selected"] for each in found.all("button") if "data-selected" in each] == ["Retry"]
+    counted = await post(relay, "deliveries/retry", {"ids": [boxes[0]["value"]], "dry_run": True})
+    assert counted == {"count": 1}
 
 
 @pytest.mark.parametrize("query", ["", "?state=dead", "?event_id=evt_0&state=dead", "?id=dlv_0"])
@@ -249,7 +283,7 @@ async def test_a_refused_request_shows_its_diagnosis_and_the_next_step(relay):
     assert "did you mean /v1/events?" in found.text
     assert f"./refused/{id_}" in [each["href"] for each in found.all("a")]
     _, found = await page(relay, f"/ui/refused/{id_}")
-    assert "no source owns this path; did you mean /v1/events?" in found.text
+    assert "unknown path; did you mean /v1/events?" in found.text
     assert "Have the sender post to /v1/events." in found.text
     assert "relay sources list" in found.text
     assert not buttons(found)

@@ -109,6 +109,35 @@ function afterReload() {
   sessionStorage.removeItem("focus");
 }
 
+// --- selected rows ----------------------------------------------------------------------------------------
+
+const boxes = () => [...document.querySelectorAll("tbody input[name=id]")];
+
+// The buttons below a list change exactly the selected rows; they show their number and their ids.
+function selected() {
+  const bar = document.querySelector(".selected");
+  if (!bar) return;
+  const ids = boxes().filter((box) => box.checked).map((box) => box.value);
+  bar.classList.toggle("some", ids.length > 0);
+  bar.querySelector("[data-select]").textContent = ids.length ? "Clear the selection" : "Select all on this page";
+  for (const button of bar.querySelectorAll("[data-selected]")) {
+    const { selected: label, call } = button.dataset;
+    button.disabled = !ids.length;
+    button.textContent = `${label} ${ids.length.toLocaleString("en")} selected`;
+    button.dataset.body = JSON.stringify({ ids });
+    button.dataset.command = ["relay", ...call.split(" ")[1].split("/"), ...ids].join(" ");
+  }
+}
+
+function selectAll() {
+  const all = boxes();
+  const none = !all.some((box) => box.checked);
+  for (const box of all) box.checked = none;
+  selected();
+}
+
+document.addEventListener("change", (event) => { if (event.target.name === "id") selected(); });
+
 // --- inquiries --------------------------------------------------------------------------------------------
 
 const text = (value) => (value === null ? "–" : typeof value === "object" ? JSON.stringify(value) : String(value));
@@ -226,6 +255,7 @@ document.addEventListener("click", (event) => {
   if (asked) ask(asked);
   const button = event.target.closest("button[data-call]");
   if (button) act(button);
+  if (event.target.closest("[data-select]")) selectAll();
   if (event.target.closest("[data-logout]")) login("DELETE").then(() => again(), (error) => say(error.message));
   const copied = event.target.closest("[data-copy]");
   if (copied && navigator.clipboard && !String(getSelection())) {
@@ -411,12 +441,12 @@ function step(by) {
 // The button asks for a confirmation, so a key alone changes nothing.
 function press(...commands) {
   const found = [...document.querySelectorAll("button[data-call]")]
-    .find((each) => commands.some((command) => each.dataset.command.startsWith(command)));
+    .find((each) => !each.disabled && commands.some((command) => each.dataset.command.startsWith(command)));
   if (found) found.click();
 }
 
 const KEYS = [["/", "go to the search field"], ["j, k", "next and previous row; Enter opens it"],
-  ["r", "press the first button to retry"], ["p", "press the first button to pause or resume"],
+  ["x", "select the row, or leave it out"], ["r", "press the first button to retry"], ["p", "press the first button to pause or resume"],
   ...Object.entries(GO).map(([letter, page]) => [`g ${letter}`, page || "now"])];
 
 function help() {
@@ -437,7 +467,7 @@ function help() {
 
 document.addEventListener("keydown", (event) => {
   if (event.ctrlKey || event.metaKey || event.altKey || document.querySelector("dialog[open]")) return;
-  if (event.target.matches("input, select, textarea")) {
+  if (event.target.matches("input:not([type=checkbox]), select, textarea")) {
     if (event.key === "Escape") event.target.blur();
     return;
   }
@@ -446,6 +476,7 @@ document.addEventListener("keydown", (event) => {
   else if (key === "/") { event.preventDefault(); document.querySelector("[name=find]")?.focus(); }
   else if (key === "j") step(1);
   else if (key === "k") step(-1);
+  else if (key === "x") document.activeElement.closest("tr")?.querySelector("input[name=id]")?.click();
   else if (key === "r") press("relay deliveries retry");
   else if (key === "p") press("relay destinations pause", "relay destinations resume");
   else if (key === "?") help();
@@ -455,6 +486,7 @@ document.addEventListener("keydown", (event) => {
 document.addEventListener("visibilitychange", () => { follow(); age(); progress().catch(() => {}); });
 progress().catch(() => {});
 afterReload();
+selected();
 times();
 document.querySelector("[aria-current]")?.scrollIntoView({ block: "nearest", inline: "center" });
 arrive();
