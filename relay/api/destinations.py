@@ -3,6 +3,7 @@
 import asyncio
 import socket
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -33,8 +34,8 @@ from relay.config.problems import KeyPath, dotted
 from relay.delivery.destination_health import ELSEWHERE
 from relay.delivery.lane import Lane
 from relay.delivery.ping import Pings
-from relay.errors import RelayError, SetInConfigError
-from relay.model import AttemptResult
+from relay.errors import RelayError, SetInConfigError, StorageUnavailableError
+from relay.model import AttemptResult, Counts
 
 SHOW = "show destinations"
 """The request by which a node asks the others for the destinations that they own."""
@@ -111,6 +112,7 @@ class DestinationsApi:
         self._node = context.state.config.cluster.node or socket.gethostname()
         self._nodes = context.store.nodes
         self._nodes.handle(SHOW, self._show_here)
+        self._known: Mapping[str, Counts] = {}  # the ledger at the latest list
         self._pings = Pings(context.clock, context.owner.close_circuit)
 
     @endpoint(
@@ -118,7 +120,7 @@ class DestinationsApi:
         returns=Page[DestinationView],
     )  # fmt: skip
     async def _list(self, _request: web.Request) -> dict[str, Any]:
-        totals, lanes = await self._store.ledger.totals(), self._dispatcher.lanes
+        totals, lanes = await self._totals(), self._dispatcher.lanes
         recent, turns, items = await self._recent(), Turns(), list[dict[str, Any]]()
         for lane in tuple(lanes.values()):
             items.append({**self._fields(lane, recent), **counted(totals.get(lane.name))})
@@ -130,6 +132,12 @@ class DestinationsApi:
             if name not in lanes and counts.pending
         ]
         return {"items": items, "next_cursor": None}
+
+    async def _totals(self) -> Mapping[str, Counts]:
+        """Return the ledger; while the store cannot be read, its latest known state."""
+        with suppress(StorageUnavailableError):
+            self._known = await self._store.ledger.totals()
+        return self._known or self._ledger_check.counts
 
     @endpoint(
         "GET", "/api/destinations/{name}", "showDestination", "Show a destination with its backlog.",

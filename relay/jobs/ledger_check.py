@@ -6,7 +6,7 @@ from relay.base.clock import SECOND, Clock
 from relay.delivery.destination_health import ELSEWHERE
 from relay.delivery.dispatcher import Dispatcher
 from relay.metrics import PENDING_STATES, Metrics
-from relay.model import Backlog
+from relay.model import Backlog, Counts
 from relay.store import Store
 
 log = logging.getLogger("relay")
@@ -25,6 +25,7 @@ class LedgerCheck:
         self._clock = clock
         self.unaccounted: dict[str, int] = {}  # by destination, those that are not 0, at the latest check
         self.backlog: dict[str, Backlog] = {}  # by destination, at the latest check
+        self.counts: dict[str, Counts] = {}  # the ledger at the latest check
         self._names: set[str] = set()  # destinations whose gauges this node exports
 
     async def check(self) -> None:
@@ -35,7 +36,7 @@ class LedgerCheck:
         if not self._store.nodes.lead(LEDGER):
             self._clear()
             return
-        counts = await self._store.ledger.audit()
+        counts = self.counts = await self._store.ledger.audit()
         backlog = await self._store.ledger.backlog(self._clock.steady())
         self.backlog = backlog
         for name in self._dispatcher.lanes.keys() | counts.keys():

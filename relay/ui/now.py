@@ -1,10 +1,12 @@
 """Now: the problems, each with the next command."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from aiohttp import web
 
+from relay.errors import StorageError
 from relay.ui.destinations import NO_DESTINATIONS, count_link, held, steering
 from relay.ui.markup import Content, Markup, join, tag
 from relay.ui.page import Visit
@@ -45,7 +47,9 @@ async def show(visit: Visit) -> web.Response:
     sources = (await visit.ask("listSources"))["items"]
     destinations = (await visit.ask("listDestinations"))["items"]
     silent = await visit.ask("listWorkers", query={"status": "OFFLINE", "limit": str(MOST_WORKERS)})
-    nodes = (await visit.ask("listNodes"))["items"]
+    nodes: Sequence[Item] = ()
+    with suppress(StorageError):  # the other data is in memory, and says why the store cannot be read
+        nodes = (await visit.ask("listNodes"))["items"]
     past = {kind: {each["name"]: each for each in history[kind]} for kind in ("sources", "destinations")}
     sick = {each["name"] for each in status["problems"] if each["kind"] == "destination"}
     by_name = {each["name"]: each for each in destinations}

@@ -6,10 +6,12 @@ from unittest.mock import ANY
 
 import asyncpg
 import pytest
+from commands import Commands
 from daemons import adorn, destination, running, write_config
 from postgres import BINARIES, database_of, drop_databases, needs_postgres, server, start
 from stores import KINDS
 from support import until
+from torture.nodes import Proxy
 from wire import exchange, request
 
 from relay.base.clock import SystemClock
@@ -120,6 +122,35 @@ async def observed_once(url, condition):
         while not condition(*(found := await observed(url))):  # noqa: ASYNC110 - only the server knows
             await asyncio.sleep(0.05)
     return found
+
+
+async def test_an_outage_of_the_server_is_shown_with_the_next_commands(tmp_path, url):
+    proxy = await Proxy(url).__aenter__()
+    async with running(config(tmp_path / "a", proxy.url)) as relay:
+        await relay.operator("POST", "/api/destinations/crm/pause")
+        assert (await relay.exchange(request("POST", "/v1/events", adorn()))).status == 200
+        destinations = await relay.operator("GET", "/api/destinations")
+        await proxy.__aexit__()  # ends all connections; new ones are refused
+        await until(lambda: relay.app.store.failure is not None)
+        assert (await relay.exchange(request("POST", "/v1/events", adorn("s-2")))).status == 503
+        commands, hint = (
+            Commands(relay.addresses.socket),
+            "check that PostgreSQL runs and accepts connections",
+        )
+        shown = await commands("status", code=1)
+        assert "not ready: the store cannot write: " in shown.out
+        assert "backlog: 1 delivery\ncrm\tpaused\t1\t" in shown.out
+        assert "not ready: the store cannot write: " in shown.err
+        assert "\n  relay doctor\n" in shown.err
+        for words in (("doctor",), ("nodes",), ("events", "list"), ("destinations", "show", "crm")):
+            assert hint in (await commands(*words, code=1)).err, words
+        page = await exchange(relay.addresses.socket, request("GET", "/ui/"))
+        assert page.status == 200
+        assert b"not ready: the store cannot write: " in page.body
+        known = (await relay.operator("GET", "/api/destinations"))["items"]
+        assert (
+            [each["pending"] for each in known] == [each["pending"] for each in destinations["items"]] == [1]
+        )
 
 
 async def test_an_asynchronous_standby_is_reported_before_a_failover(tmp_path):

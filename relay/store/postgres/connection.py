@@ -413,7 +413,8 @@ class Database:
                     raise
                 if connection is not None:
                     connection.terminate()
-                raise StorageUnavailableError(f"{self.address.location}: {text_of(error)}") from error
+                what = f"{self.address.location}: {text_of(error)}"
+                raise StorageUnavailableError(what, hint=_advice(error)) from error
             finally:
                 if connection is not None and not connection.is_closed:
                     await connection.roll_back()
