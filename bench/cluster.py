@@ -1,4 +1,4 @@
-"""SQLite, and 1, 2 and 3 nodes on PostgreSQL: throughput, and CPU of daemons and database server."""
+"""SQLite, and 1, 2 and 3 nodes on PostgreSQL: throughput, CPU of daemons and database server, latency."""
 
 import asyncio
 import sqlite3
@@ -17,15 +17,18 @@ from bench import engines
 from bench.load import send
 from bench.postgres import Processes, server
 from bench.processes import Server, python
-from bench.rounds import Comparison, Measured, Plan, alternate_all
+from bench.retention import latencies, percentile
+from bench.rounds import Comparison, Measured, Plan, Round, alternate_all
 from bench.subject import TYPES, relay, request
+from relay.store.postgres.leases import LANE, Peer, due_to
 
 NODES = (1, 2, 3)
 REQUESTS = tuple(request(type_=each) for each in TYPES)
 LEASE = 5  # seconds; a node that joins gets its share of the lanes after this time
+PACE = 200.0  # events per second while latencies are measured
+PACED = 5.0  # seconds of one such round
 _DEADLINE = 120.0  # seconds for the last delivery of a round to be recorded
 _LOOK = 0.02  # seconds between two reads of the ledger, which cost the database server CPU as well
-_SETTLED = 3.0  # seconds without a lane that moves
 _DESTINATION = """\
 [destinations.{type}]
 url = "{url}/hook"
@@ -45,6 +48,13 @@ class Ledger(Protocol):
         ...
 
 
+class Paced(msgspec.Struct, frozen=True):
+    """One round at a steady rate: the lanes of other nodes, and those of the node that accepted the event."""
+
+    elsewhere: Round
+    here: Round
+
+
 class Side(msgspec.Struct, frozen=True):
     """The daemons of one side, each with the same destinations, and their database."""
 
@@ -61,15 +71,43 @@ class Side(msgspec.Struct, frozen=True):
             send(each.address, *REQUESTS, count=count, connections=connections) for each in self.daemons
         ]
         began = min(await asyncio.gather(*sending))
-        async with asyncio.timeout(_DEADLINE):
-            while await self.ledger.delivered() < wanted:  # noqa: ASYNC110 - another process's progress
-                await asyncio.sleep(_LOOK)
+        await self._delivered(wanted)
         return Measured(
             events=count * len(self.daemons),
             seconds=time.perf_counter() - began,
             process=self._daemon_cpu() - daemons,
             server=self._database_cpu() - database,
         )
+
+    async def paced(self) -> Paced:
+        """Send events at a rate that leaves the machine idle in between, and look up their latencies."""
+        assert isinstance(self.ledger, _Table)
+        latest, before = await self.ledger.latest(), await self.ledger.delivered()
+        began, cpu = time.perf_counter(), self._daemon_cpu() + self._database_cpu()
+        sending = [
+            latencies(
+                each,
+                lambda: time.perf_counter() < began + PACED,
+                PACE / len(self.daemons),
+                [*REQUESTS[number:], *REQUESTS[:number]],
+            )
+            for number, each in enumerate(self.daemons)
+        ]
+        count = sum(map(len, await asyncio.gather(*sending)))
+        await self._delivered(before + count)
+        seconds, cpu = time.perf_counter() - began, self._daemon_cpu() + self._database_cpu() - cpu
+        here, elsewhere = await self.ledger.latencies(latest)
+        shares = [
+            Round(len(found), seconds, cpu * len(found) / count, percentile(found, 99))
+            for found in (elsewhere, here)
+        ]
+        return Paced(*shares)
+
+    async def _delivered(self, wanted: int) -> None:
+        """Wait until the ledger counts so many deliveries as delivered."""
+        async with asyncio.timeout(_DEADLINE):
+            while await self.ledger.delivered() < wanted:  # noqa: ASYNC110 - another process's progress
+                await asyncio.sleep(_LOOK)
 
     def _daemon_cpu(self) -> float:
         return sum(each.cpu() for each in self.daemons)
@@ -79,8 +117,9 @@ class Side(msgspec.Struct, frozen=True):
 
 
 async def run(plan: Plan, nodes: Sequence[int] = NODES, url: str | None = None) -> list[Comparison]:
-    """Measure the stores alone, then whole daemons; SQLite is the other side of each comparison.
+    """Measure the stores alone, then whole daemons; SQLite is the other side of these comparisons.
 
+    Then measure the latency of lanes at other nodes beside that of lanes at the node that accepts an event.
     `url` is an empty database for one number of nodes; without it, each number has a new server.
     """
     found = await engines.run(plan, url)
@@ -94,14 +133,38 @@ async def run(plan: Plan, nodes: Sequence[int] = NODES, url: str | None = None) 
             side = _postgres(folder / f"nodes-{count}", receiver.url, count, url)
             sides.append(await stack.enter_async_context(side))
         embedded, *clusters = await alternate_all(plan, [partial(each.round, plan) for each in sides])
+        shared = [each for each in sides if len(each.daemons) > 1]
+        paced = await alternate_all(plan, [each.paced for each in shared])
     for count, rounds in zip(nodes, clusters, strict=True):
         us = f"{count} node{'s' if count > 1 else ''}, PostgreSQL"
         title = "events from the first byte in to the recorded answer of one of five destinations"
         found += engines.compare(f"cluster-{count}", title, us, rounds, embedded)
-    return found
+    return found + [_latency(len(side.daemons), each) for side, each in zip(shared, paced, strict=True)]
+
+
+def _latency(count: int, rounds: Sequence[Paced]) -> Comparison:
+    return Comparison(
+        name=f"cluster-{count}-latency",
+        title=f"{PACE:.0f} events/s at {count} nodes, from acceptance to the recorded answer; CPU in total",
+        us="lane on another node",
+        rival="lane on the same node",
+        target=None,
+        ours=tuple(each.elsewhere for each in rounds),
+        theirs=tuple(each.here for each in rounds),
+    )
 
 
 # --- sides ---
+
+# The lowest byte of a row id is the slot of the node that accepted the event.
+_LATENCY_SQL = """
+    SELECT (e.finished_at - d.created_at) / 1000.0::float8, n.slot = d.id & 255
+      FROM deliveries AS d
+      JOIN ends AS e ON e.delivery_id = d.id
+      JOIN leases AS l ON l.name = 'lane:' || d.destination
+      JOIN nodes AS n ON n.incarnation = l.incarnation
+     WHERE d.created_at > $1
+"""
 
 
 class _File(msgspec.Struct, frozen=True):
@@ -122,6 +185,16 @@ class _Table(msgspec.Struct, frozen=True):
             await self.connection.fetchval("SELECT coalesce(sum(delivered), 0)::bigint FROM public.ledger")
         )
 
+    async def latest(self) -> int:
+        """Return the time of the latest delivery so far, in microseconds since the Unix epoch."""
+        return int(await self.connection.fetchval("SELECT coalesce(max(created_at), 0) FROM deliveries"))
+
+    async def latencies(self, since: int) -> tuple[list[float], list[float]]:
+        """Return those of later deliveries in ms: lanes at the node that accepted the event, and others."""
+        rows = await self.connection.fetch(_LATENCY_SQL, since)
+        here, elsewhere = [[ms for ms, there in rows if there is one] for one in (True, False)]
+        return here, elsewhere
+
 
 @asynccontextmanager
 async def _sqlite(folder: Path, receiver: str) -> AsyncIterator[Side]:
@@ -134,33 +207,33 @@ async def _sqlite(folder: Path, receiver: str) -> AsyncIterator[Side]:
 async def _postgres(folder: Path, receiver: str, count: int, url: str | None) -> AsyncIterator[Side]:
     async with AsyncExitStack() as stack:
         url = stack.enter_context(server(url))
-        daemons = []
-        for number in range(count):
+        starting = []
+        for number in range(count):  # all at once: each takes its share of the lanes at its start
             more = _destinations(receiver)
             if count > 1:
                 more += f'[cluster]\nnode = "{number}"\nlease = "{LEASE}s"\n'
-            daemons.append(
-                await stack.enter_async_context(
-                    relay(_made(folder / str(number)), more=more, storage=f'url = "{url}"')
-                )
-            )
+            starting.append(relay(_made(folder / str(number)), more=more, storage=f'url = "{url}"'))
+        daemons = await asyncio.gather(*map(stack.enter_async_context, starting))
         connection = await asyncpg.connect(url)
         stack.push_async_callback(connection.close)
         if count > 1:
-            await _settled(connection)
+            await _settled(connection, count)
         yield Side(daemons, _Table(connection), await Processes.of(url))
 
 
-async def _settled(connection: asyncpg.Connection) -> None:
+async def _settled(connection: asyncpg.Connection, count: int) -> None:
     """Wait until each node has its share of the lanes."""
-    sql = "SELECT name, epoch FROM leases WHERE name LIKE 'lane:%' ORDER BY name"
-    before, since = None, time.monotonic()
+    live = f"SELECT incarnation::text FROM nodes WHERE seen > clock_timestamp() - interval '{LEASE} seconds'"
+    held = "SELECT name, incarnation::text FROM leases WHERE name LIKE 'lane:%' AND until > clock_timestamp()"
     async with asyncio.timeout(_DEADLINE):
-        while time.monotonic() - since < LEASE + _SETTLED:
-            found = await connection.fetch(sql)
-            if found != before:
-                before, since = found, time.monotonic()
-            await asyncio.sleep(0.5)
+        while True:
+            peers = [Peer(id_, "", 0.0, frozenset(TYPES)) for (id_,) in await connection.fetch(live)]
+            lanes = dict(map(tuple, await connection.fetch(held)))
+            due = {name: due_to(name, peers) for name in map(LANE.__add__, TYPES)}
+            owners = {name: None if peer is None else peer.incarnation for name, peer in due.items()}
+            if len(peers) == count and lanes == owners:
+                return
+            await asyncio.sleep(0.2)
 
 
 def _destinations(receiver: str) -> str:

@@ -7,8 +7,9 @@ import sqlite3
 import statistics
 import sys
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, closing
+from itertools import cycle
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -82,16 +83,23 @@ async def _connections(
             writer.close()
 
 
-async def latencies(server: Server, is_running: Callable[[], bool], pace: float = PACE) -> list[float]:
+async def latencies(
+    server: Server,
+    is_running: Callable[[], bool],
+    pace: float = PACE,
+    requests: Sequence[bytes] = (REQUEST,),
+) -> list[float]:
     """Send events at a rate while `is_running()`; return the latency of each response, in seconds.
 
     Latency counts from the scheduled time of a request, so it includes the wait for a free connection.
     """
     found: list[float] = []
 
+    unsent = cycle(requests)
+
     async def one(due: float) -> None:
         reader, writer = pair = await queue.get()
-        writer.write(REQUEST)
+        writer.write(next(unsent))
         head = await reader.readuntil(b"\r\n\r\n")
         length = _LENGTH.search(head)
         if length is None or not head.startswith(b"HTTP/1.1 2"):

@@ -87,13 +87,22 @@ def test_broken_receivers_beside_a_healthy_one_cost_measured_throughput_and_p99(
 
 
 @needs_postgres
-async def test_nodes_on_postgresql_are_measured_beside_sqlite(tmp_path):
-    plan = Plan(rounds=1, requests=20, connections=4)
-    found = await cluster.run(plan, nodes=(1,), url=database_of(tmp_path))
-    assert [each.name for each in found] == ["store-total", "store-own", "cluster-1-total", "cluster-1-own"]
+async def test_nodes_on_postgresql_are_measured_beside_sqlite_and_deliver_bursts_at_once(
+    tmp_path, monkeypatch
+):
+    """Their lanes poll the database every 30 s: a burst that ends later has lost an announcement."""
+    monkeypatch.setattr(cluster, "LEASE", 3)
+    monkeypatch.setattr(cluster, "PACED", 0.5)
+    plan = Plan(rounds=1, requests=500, connections=64)
+    found = await cluster.run(plan, nodes=(2,), url=database_of(tmp_path))
+    assert [each.name for each in found] == [
+        "store-total", "store-own", "cluster-2-total", "cluster-2-own", "cluster-2-latency",
+    ]  # fmt: skip
     for each in found:
         [ratio] = [line.split() for line in table(each).splitlines() if line.startswith("  ratio")]
         assert (float(ratio[1]) > 0, float(ratio[3]) > 0) == (True, True)
+    assert max(each.seconds for each in found[2].ours) < 15
+    assert max(each.p99 for each in found[4].ours) < 10_000
 
 
 @needs_postgres
