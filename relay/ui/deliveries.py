@@ -6,9 +6,9 @@ from typing import Any
 from aiohttp import web
 
 from relay.api.words import END_REASONS
-from relay.errors import RelayError
 from relay.jobs.replay import DEFAULT_RATE
-from relay.ui.markup import Content, Markup, tag
+from relay.ui.body import answers, request_of
+from relay.ui.markup import Content, tag
 from relay.ui.page import Visit
 from relay.ui.parts import (
     NONE,
@@ -16,9 +16,9 @@ from relay.ui.parts import (
     action,
     api_query,
     attempt_result,
-    body_text,
     command,
     command_of_list,
+    copy,
     exact,
     fields,
     filter_form,
@@ -30,6 +30,7 @@ from relay.ui.parts import (
     table,
     when,
 )
+from relay.ui.timeline import changes_of, created, steps_of
 
 SECTION = "deliveries"
 
@@ -168,28 +169,43 @@ async def show(visit: Visit) -> web.Response:
     id_ = visit.path["id"]
     shown = await visit.ask("showDelivery", {"id": id_})
     ended = END_REASONS.get(shown["reason"] or "", shown["reason"])
+    tries = shown["tries"]
     return visit.page(
         f"{shown['type']} to {shown['destination']}",
-        tag("p", *changes_of(visit, shown), class_="actions"),
-        fields(
-            ("Delivery", tag("code", shown["id"], data_copy=shown["id"])),
-            ("Event", tag("a", shown["event_id"], href=visit.link("events", shown["event_id"]))),
-            (
-                "Destination",
-                tag("a", shown["destination"], href=visit.link("destinations", shown["destination"])),
+        tag(
+            "p",
+            tag("code", shown["id"], data_copy=shown["id"]),
+            copy("id", shown["id"]),
+            copy("command", f"relay deliveries show {shown['id']}"),
+            *changes_of(visit, shown),
+            class_="actions",
+        ),
+        tag(
+            "div",
+            fields(
+                ("Event", tag("a", shown["event_id"], href=visit.link("events", shown["event_id"]))),
+                (
+                    "Destination",
+                    tag("a", shown["destination"], href=visit.link("destinations", shown["destination"])),
+                ),
+                ("Created", exact(visit, shown["created_at"])),
+                *([("Ended", exact(visit, shown["finished_at"]))] if shown["finished_at"] else []),
+                *([("Due", exact(visit, shown["next_attempt_at"]))] if shown["next_attempt_at"] else []),
+                *([("Repeats", _delivery_link(visit, shown["replay_of"]))] if shown["replay_of"] else []),
+                *(
+                    [("Sent again", _delivery_link(visit, shown["replayed_by"]))]
+                    if shown["replayed_by"]
+                    else []
+                ),
+                *([("Group", shown["group_key"])] if shown["group_key"] is not None else []),
             ),
-            ("Created", exact(visit, shown["created_at"])),
-            *([("Ended", exact(visit, shown["finished_at"]))] if shown["finished_at"] else []),
-            *([("Due", exact(visit, shown["next_attempt_at"]))] if shown["next_attempt_at"] else []),
-            *([("Repeats", _delivery_link(visit, shown["replay_of"]))] if shown["replay_of"] else []),
-            *([("Sent again", _delivery_link(visit, shown["replayed_by"]))] if shown["replayed_by"] else []),
-            *([("Group", shown["group_key"])] if shown["group_key"] is not None else []),
+            class_="facts",
         ),
         tag("h2", "Attempts"),
-        await attempts_table(visit, shown["tries"], "Latest first"),
-        *_answers(visit, shown["tries"]),
-        tag("h2", "Request"),
-        await _request(visit, shown),
+        tag("ol", created(shown), steps_of(visit, shown, tries[::-1], shown["created_at"]), class_="line"),
+        *answers(visit, tries),
+        tag("h2", "Request", id="body"),
+        await request_of(visit, shown),
         tag("p", command("deliveries", "show", shown["id"])),
         section=SECTION,
         heading=[
@@ -201,58 +217,6 @@ async def show(visit: Visit) -> web.Response:
 
 def _delivery_link(visit: Visit, id_: str) -> Content:
     return tag("a", id_, href=visit.link(SECTION, id_))
-
-
-def changes_of(visit: Visit, delivery: Mapping[str, Any]) -> Iterator[Content]:
-    """Yield the changes of one delivery."""
-    id_, pending = delivery["id"], delivery["state"] == "pending"
-    yield action(
-        visit, "Send now" if pending else "Send again", "deliveries", "retry", id_,
-        call="POST deliveries/retry", body={"ids": [id_]}, count="1 delivery",
-    )  # fmt: skip
-    if pending:
-        yield action(
-            visit, "Cancel", "deliveries", "cancel", id_,
-            call="POST deliveries/cancel", body={"ids": [id_]}, count="1 delivery", danger=True,
-        )  # fmt: skip
-
-
-async def attempts_table(visit: Visit, attempts: list[dict[str, Any]], caption: str) -> Markup:
-    """Return a table of attempts of one delivery."""
-    rows = [
-        (exact(visit, each["started_at"]), attempt_result(each), f"{each['duration_ms']:,.1f} ms")
-        for each in attempts
-    ]
-    heads = ("Started", "Result", "Took")
-    return await table(visit, caption, heads, rows, numbers=("Took",), empty="No attempt yet.")
-
-
-def _answers(visit: Visit, attempts: list[dict[str, Any]]) -> Iterator[Content]:
-    """Yield the bodies of the latest different responses, as text."""
-    latest: dict[str, dict[str, Any]] = {}
-    for each in attempts:
-        if each["answer"].strip():
-            latest.setdefault(each["answer"], each)
-    for text, each in list(latest.items())[:3]:
-        cut = ", cut off" if each["truncated"] else ""
-        summary = tag("summary", f"Response {each['status']}{cut}, ", when(visit, each["started_at"]))
-        body = tag("pre", "\n", text, tabindex=0, aria_label="Response")
-        yield tag("details", summary, body, open=each is attempts[0] and each["result"] != "ok")
-
-
-async def _request(visit: Visit, delivery: Mapping[str, Any]) -> Content:
-    try:
-        made = await visit.ask("showRequest", {"id": delivery["id"]})
-    except RelayError as error:
-        return tag("p", error.message)
-    head = "\n".join((f"{made['method']} {made['url']}", *(f"{k}: {v}" for k, v in made["headers"].items())))
-    body = made["body"] if made["body"] is not None else f"(not text; Base64)\n{made['body_base64']}"
-    return [
-        tag("p", "As an attempt would send it now; secrets and signatures are masked."),
-        tag("pre", "\n", head, tabindex=0, aria_label="Head of the request"),
-        body_text(body, "Body of the request"),
-        tag("p", command("deliveries", "request", delivery["id"], "--curl")),
-    ]
 
 
 async def attempts(visit: Visit) -> web.Response:

@@ -1,15 +1,15 @@
 """Events: the list with its filters, and one event with the result of each of its deliveries."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 from urllib.parse import urlencode
 
 from aiohttp import web
 
+from relay.api.query_params import MOST_PAYLOAD
 from relay.base.clock import SECOND, moment, rfc3339
-from relay.ui.deliveries import changes_of
-from relay.ui.destinations import NO_DESTINATIONS
+from relay.ui.body import event_body
 from relay.ui.markup import Content, tag
 from relay.ui.page import Visit
 from relay.ui.parts import (
@@ -17,9 +17,9 @@ from relay.ui.parts import (
     Narrow,
     action,
     api_query,
-    body_text,
     command,
     command_of_list,
+    copy,
     exact,
     fields,
     filter_form,
@@ -31,6 +31,7 @@ from relay.ui.parts import (
     table,
     when,
 )
+from relay.ui.timeline import line_of, reply
 
 SECTION = "events"
 
@@ -106,82 +107,52 @@ def _states(counts: Mapping[str, int]) -> list[Content]:
 
 
 async def show(visit: Visit) -> web.Response:
-    """Show an event: where it went, where it did not go and why, and its body."""
+    """Show an event: its way from the sender to every destination, and its body."""
     given = {"id": visit.path["id"]}
-    event = await visit.ask("showEvent", given)
+    event = await visit.ask("showEvent", given, {"payload": str(MOST_PAYLOAD)})
     explanation = await visit.ask("explainEvent", given)
+    attempts = await visit.ask("listAttempts", query={"event_id": event["id"], "answer": "0", "limit": "500"})
     ids = [each["id"] for each in event["owed"] if each["state"] != "pending" and not each["replayed_by"]]
-    counts = Counter(each["state"] for each in event["owed"] if not each["replayed_by"])
+    latest = [each for each in event["owed"] if not each["replayed_by"]]
+    counts = Counter(each["state"] for each in latest)
     return visit.page(
         event["type"],
-        fields(
-            ("Event", tag("code", event["id"], data_copy=event["id"])),
-            ("Subject", event["subject"] or NONE),
-            ("Source", tag("a", event["source"], href=visit.link(SECTION, source=event["source"]))),
-            ("Received", exact(visit, event["received_at"])),
-            ("Body", f"{size(event['size'])}, {event['content_type'] or 'no content type'}"),
-            *(
-                [("Repeated", "by its sender; the relay answered with this event's id")]
-                if event["duplicate"]
-                else []
-            ),
+        _facts(visit, event),
+        tag(
+            "p",
+            tag("code", event["id"], data_copy=event["id"]),
+            copy("id", event["id"]),
+            copy("command", f"relay events show {event['id']}"),
+            action(
+                visit, "Send all again", "deliveries", "retry", *ids,
+                call="POST deliveries/retry", body={"ids": ids}, counts=True,
+            ) if len(ids) > 1 else None,
+            class_="actions",
         ),
-        tag("h2", "Destinations"),
-        await table(
-            visit,
-            "Each destination of this event",
-            ("Destination", "State", "Details", "Change"),
-            _fates(visit, event["owed"], explanation["destinations"]),
-            empty=NO_DESTINATIONS,
-        ),
-        action(
-            visit, "Send all again", "deliveries", "retry", *ids,
-            call="POST deliveries/retry", body={"ids": ids}, counts=True,
-        ) if len(ids) > 1 else None,
-        tag("h2", "Body"),
-        body_text(event["payload"], "Body"),
-        tag("p", f"The first 16 KiB of {size(event['size'])}.") if event["payload_truncated"] else None,
+        tag("h2", "From the sender to the destinations"),
+        line_of(visit, event, explanation["destinations"], attempts["items"]),
+        tag("h2", "Body", id="body"),
+        await event_body(visit, event, latest[::-1]),
         tag("p", command("events", "show", event["id"])),
         section=SECTION,
         heading=[event["type"], ": ", _states(counts) or "sent nowhere"],
     )  # fmt: skip
 
 
-def _fates(
-    visit: Visit, deliveries: list[dict[str, Any]], matches: list[dict[str, Any]]
-) -> Iterator[tuple[Content, ...]]:
-    """Yield a row for each delivery, and for each destination that does not get the event."""
-    for each in deliveries:
-        yield (
-            tag("a", each["destination"], href=visit.link("destinations", each["destination"])),
-            tag("a", state(each["state"]), href=visit.link("deliveries", each["id"])),
-            _details(visit, each),
-            _actions(visit, each),
-        )
-    sent = {each["destination"] for each in deliveries}
-    for match in matches:
-        if match["name"] not in sent:
-            word = "not sent" if match["matches"] else "no match"
-            name = tag("a", match["name"], href=visit.link("destinations", match["name"]))
-            lines = [tag("div", line.removeprefix("no: ")) for line in match["lines"]]
-            yield name, state("", word), lines, None
-
-
-def _details(visit: Visit, delivery: Mapping[str, Any]) -> Content:
-    tries = delivery["attempts"]
-    parts: list[Content] = [f"{tries} {'attempt' if tries == 1 else 'attempts'}"]
-    if delivery["last_error"] or delivery["last_status"]:
-        parts.append(delivery["last_error"] or f"HTTP {delivery['last_status']}")
-    if delivery["reason"]:
-        parts.append(delivery["reason"])
-    if delivery["replayed_by"]:
-        parts.append(tag("a", "sent again", href=visit.link("deliveries", delivery["replayed_by"])))
-    if delivery["next_attempt_at"]:
-        parts.append(["due ", when(visit, delivery["next_attempt_at"])])
-    elif delivery["finished_at"]:
-        parts.append(["ended ", when(visit, delivery["finished_at"])])
-    return [[part, " · " if part is not parts[-1] else None] for part in parts]
-
-
-def _actions(visit: Visit, delivery: Mapping[str, Any]) -> Content:
-    return [[each, " "] for each in changes_of(visit, delivery)]
+def _facts(visit: Visit, event: Mapping[str, Any]) -> Content:
+    """Return the identity of an event, what its sender heard, and whether its body is intact."""
+    digest = tag("span", state("delivered", "as received"), title=f"SHA-256 {event['sha256']}")
+    if not event["intact"]:
+        digest = tag("span", state("dead", "damaged: its SHA-256 differs, so it is not sent"), role="alert")
+    first = [each for each in event["replies"] if each["received_at"] == event["received_at"]]
+    known: list[tuple[str, Content]] = [("Sender heard", reply(first[0]))] if first else []
+    return tag(
+        "div",
+        fields(
+            ("Subject", event["subject"] or NONE),
+            ("Received", exact(visit, event["received_at"])),
+            ("Body", [f"{size(event['size'])}, {event['content_type'] or 'no content type'}, ", digest]),
+            *known,
+        ),
+        class_="facts",
+    )

@@ -50,6 +50,34 @@ def exact(visit: Visit, time: str | None) -> Content:
     return [full, " ", tag("span", when(visit, time), class_="note")]
 
 
+def clock(time: str | None, since: str | None = None) -> Content:
+    """Return a time of day, with its date if that differs from the date of `since`."""
+    if time is None:
+        return NONE
+    full = f"{time[:-1].replace('T', ' ')} UTC"
+    if since is not None and time[:10] != since[:10]:
+        return tag("time", full, datetime=time, data_exact=True)
+    return tag("time", time[11:-1], datetime=time, data_exact="clock", title=full)
+
+
+def took(milliseconds: float) -> str:
+    """Render the duration of an attempt or a reply.
+
+    >>> took(0.4), took(41.25), took(1234.5)
+    ('0.4 ms', '41 ms', '1.2 s')
+    """
+    if milliseconds < 10:  # noqa: PLR2004 - two digits
+        return f"{milliseconds:.1f} ms"
+    return f"{milliseconds:.0f} ms" if milliseconds < 1000 else f"{milliseconds / 1000:,.1f} s"  # noqa: PLR2004 - s
+
+
+def copy(what: str, text: str | None = None, *, source: str | None = None) -> Markup:
+    """Return a button that copies a text, or the text of the element with the id `source`."""
+    return tag(
+        "button", f"Copy {what}", type="button", class_="scripted", data_copy=text, data_copy_from=source
+    )
+
+
 def duration(seconds: float) -> str:
     """Render a duration with its two largest units.
 

@@ -225,6 +225,25 @@ async function arrive() {
   else if (state.logged_in) again();
 }
 
+// --- copies -----------------------------------------------------------------------------------------------
+
+// Browsers offer the clipboard only to pages from https and from this machine.
+function copy({ dataset: { copy: text, copyFrom: id } }) {
+  const copied = text || document.getElementById(id).textContent;
+  const done = () => say("Copied.");
+  if (navigator.clipboard) {
+    navigator.clipboard.writeText(copied).then(done, (error) => say(`Not copied: ${error.message}`));
+    return;
+  }
+  const before = document.activeElement;
+  const area = make("textarea", copied);
+  document.body.append(area);
+  area.select();
+  if (document.execCommand("copy")) done();
+  area.remove();
+  before.focus();
+}
+
 // --- search and filters -----------------------------------------------------------------------------------
 
 function find(text) {
@@ -239,7 +258,7 @@ function find(text) {
 function filter(form) {
   const query = new URLSearchParams();
   for (const [name, value] of new FormData(form)) if (value.trim()) query.set(name, value.trim());
-  location.search = query;
+  location.href = `?${query}${form.dataset.filter}`;
 }
 
 document.addEventListener("submit", (event) => {
@@ -257,10 +276,8 @@ document.addEventListener("click", (event) => {
   if (button) act(button);
   if (event.target.closest("[data-select]")) selectAll();
   if (event.target.closest("[data-logout]")) login("DELETE").then(() => again(), (error) => say(error.message));
-  const copied = event.target.closest("[data-copy]");
-  if (copied && navigator.clipboard && !String(getSelection())) {
-    navigator.clipboard.writeText(copied.dataset.copy).then(() => say("Copied."), () => {});
-  }
+  const copied = event.target.closest("[data-copy], [data-copy-from]");
+  if (copied && (copied.matches("button") || !String(getSelection()))) copy(copied);
 });
 
 // --- times ------------------------------------------------------------------------------------------------
@@ -295,7 +312,7 @@ function times() {
   for (const element of document.querySelectorAll("time[datetime]")) {
     const text = full(new Date(element.dateTime));
     if (element.dataset.exact === undefined) element.title = text;
-    else element.textContent = text;
+    else element.textContent = element.dataset.exact ? text.slice(11, 23) : text;
   }
 }
 

@@ -1,0 +1,269 @@
+"""JSON as a tree that opens and closes, with the sender's order and digits, bounded for bodies of any shape.
+
+One pass reads the text token by token and keeps only what a page shows, so that neither a large body nor a
+deep one takes much memory. Other tasks run meanwhile.
+"""
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from relay.base.turns import Turns
+
+MOST_TEXT = 2**20
+"""Characters of a text that is read."""
+
+MOST_DEPTH = 1000
+"""Levels of nesting of a text that is read."""
+
+MOST_LEVELS = 12
+"""Levels that are shown at once."""
+
+MOST_CHILDREN = 100
+"""Children of one object or array that are shown at once."""
+
+MOST_VALUES = 200
+"""Values below the first level that are shown at once."""
+
+MOST_SHOWN = 8_000
+"""Characters of these values and their keys."""
+
+LONGEST = 160
+"""Characters of a key or value that are shown."""
+
+MOST_FOUND = 50
+"""Matches of a search that are shown."""
+
+MOST_STEPS = 8
+"""Keys at the end of a path that are shown."""
+
+_TURN = 64  # tokens between two turns of other tasks
+
+_TOKEN = re.compile(
+    r"""[ \t\n\r]*+(?:
+      ("(?:[^"\\\x00-\x1f]++|\\.)*+")
+    | ([{\[]) | ([}\]]) | (:) | (,)
+    | (-?(?:0|[1-9][0-9]*+)(?:\.[0-9]++)?+(?:[eE][+-]?+[0-9]++)?+|true|false|null)
+    | (\Z))""",
+    re.VERBOSE,
+)
+_TEXT, _OPEN, _CLOSE, _COLON, _COMMA, _SCALAR, _END = range(1, 8)  # groups of the pattern
+_VALUE, _FIRST_VALUE, _KEY, _FIRST_KEY, _BEFORE_COLON, _AFTER_VALUE = range(6)  # states: what follows
+_INVALID = "not valid JSON"
+_CLOSING = {"{": "}", "[": "]"}
+
+
+class NotReadableError(ValueError):
+    """The text is not JSON, or larger or deeper than this module reads."""
+
+
+@dataclass(slots=True)
+class Value:
+    """A value. An object or array has a place, and those of its children that are shown."""
+
+    key: str | None  # as written; None: it has no key
+    text: str  # as written; of an object or array, its first character
+    place: int = -1  # where an object or array begins
+    first: int = 0  # position of the first child that is shown
+    count: int = 0  # all children
+    children: "list[Value]" = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Found:
+    """A match of a search."""
+
+    path: str
+    text: str  # of the value, as written; of an object or array, its first character
+    place: int  # of the object or array around it
+
+
+@dataclass(slots=True)
+class Outline:
+    """The part of a text that a page shows."""
+
+    root: Value
+    path: str  # of the root; empty: it is the whole text
+    found: list[Found]
+    matches: int  # of a search, also those that are not in `found`
+
+
+@dataclass(slots=True)
+class _Frame:
+    """An object or array that has not ended."""
+
+    kind: str
+    place: int
+    value: Value | None  # None: it is not shown
+    level: int  # below the shown root
+    key: str | None = None  # the latest
+    count: int = 0
+
+
+class _Reading:
+    """The state of one pass over a text."""
+
+    def __init__(self, at: int, skip: int, find: str) -> None:
+        self.frames: list[_Frame] = []
+        self.root: Value | None = None
+        self.path = ""
+        self.found: list[Found] = []
+        self.matches = 0
+        self.state = _VALUE
+        self._at, self._skip, self._find = at, skip, find.casefold()
+        self._values = self._shown = 0
+
+    def name(self, text: str, _place: int) -> None:
+        """Note a key."""
+        self.frames[-1].key = text
+        self.state = _BEFORE_COLON
+
+    def colon(self, _text: str, _place: int) -> None:
+        """Expect the value of a key."""
+        self.state = _VALUE
+
+    def comma(self, _text: str, _place: int) -> None:
+        """Expect another child of the innermost object or array."""
+        if not self.frames:
+            raise NotReadableError(_INVALID)
+        self.state = _KEY if self.frames[-1].kind == "{" else _VALUE
+
+    def scalar(self, text: str, _place: int) -> None:
+        """Note a string, a number or a literal."""
+        self.add(text, -1)
+        self.state = _AFTER_VALUE
+
+    def begin(self, kind: str, place: int) -> None:
+        """Note the beginning of an object or array."""
+        value = self.add(kind, place)
+        level = self.frames[-1].level + 1 if self.frames and value is not self.root else 0
+        if len(self.frames) >= MOST_DEPTH:
+            raise NotReadableError(f"nested deeper than {MOST_DEPTH:,} levels")
+        self.frames.append(_Frame(kind, place, value, level))
+        self.state = _FIRST_KEY if kind == "{" else _FIRST_VALUE
+
+    def end(self, kind: str, _place: int) -> None:
+        """Note the end of the innermost object or array."""
+        if not self.frames or _CLOSING[self.frames[-1].kind] != kind:
+            raise NotReadableError(_INVALID)
+        frame = self.frames.pop()
+        if frame.value is not None:
+            frame.value.count = frame.count
+        self.state = _AFTER_VALUE
+
+    def add(self, text: str, place: int) -> Value | None:
+        """Note a value, and return it if it is shown; `place` is -1 unless it is an object or array."""
+        above = self.frames[-1] if self.frames else None
+        value = Value(None, text, place) if self._is_root(above, place) else None
+        if value is not None:
+            value.first = self._skip
+            self.root, self.path = value, self._path() if above is not None else ""
+        elif above is not None and above.value is not None and self._has_room(above, text):
+            value = Value(above.key, text, place)
+            above.value.children.append(value)
+        if above is not None:
+            if self._find and (_has(above.key, self._find) or (place < 0 and _has(text, self._find))):
+                self.matches += 1
+                if len(self.found) < MOST_FOUND:
+                    self.found.append(Found(self._path(), text, above.place))
+            above.count += 1
+        return value
+
+    def _is_root(self, above: _Frame | None, place: int) -> bool:
+        return self.root is None and (place == self._at if self._at >= 0 else above is None)
+
+    def _has_room(self, above: _Frame, text: str) -> bool:
+        first = self._skip if above.value is self.root else 0
+        if not first <= above.count < first + MOST_CHILDREN:
+            return False
+        if above.level == 0:
+            return True
+        if above.level >= MOST_LEVELS or self._values >= MOST_VALUES or self._shown >= MOST_SHOWN:
+            return False
+        self._values += 1
+        self._shown += min(len(text), LONGEST) + min(len(above.key or ""), LONGEST)
+        return True
+
+    def _path(self) -> str:
+        """Return the path of the value that follows."""
+        steps = []
+        for frame in self.frames[-MOST_STEPS:]:
+            index = frame.count - (frame is not self.frames[-1])  # the others count the one that they contain
+            steps.append(f"[{index}]" if frame.key is None else f".{plain(frame.key)[:LONGEST]}")
+        path = "".join(steps).removeprefix(".")
+        return path if len(self.frames) <= MOST_STEPS else f"…{path}"
+
+
+_STEPS: Mapping[tuple[int, int], Callable[[_Reading, str, int], None]] = {
+    **{(state, kind): _Reading.scalar for state in (_VALUE, _FIRST_VALUE) for kind in (_TEXT, _SCALAR)},
+    (_VALUE, _OPEN): _Reading.begin,
+    (_FIRST_VALUE, _OPEN): _Reading.begin,
+    (_FIRST_VALUE, _CLOSE): _Reading.end,
+    (_KEY, _TEXT): _Reading.name,
+    (_FIRST_KEY, _TEXT): _Reading.name,
+    (_FIRST_KEY, _CLOSE): _Reading.end,
+    (_BEFORE_COLON, _COLON): _Reading.colon,
+    (_AFTER_VALUE, _COMMA): _Reading.comma,
+    (_AFTER_VALUE, _CLOSE): _Reading.end,
+}
+"""The method for each state and token that may follow it."""
+
+
+def _has(written: str | None, find: str) -> bool:
+    if written is None:
+        return False
+    return find in written.casefold() or ("\\" in written and find in plain(written).casefold())
+
+
+def plain(written: str) -> str:
+    r"""Return the text of a JSON string; other values as they are written.
+
+    >>> plain(r'"K\u00f6ln"'), plain("45.00")
+    ('Köln', '45.00')
+    """
+    if not written.startswith('"'):
+        return written
+    if "\\" not in written:
+        return written[1:-1]
+    try:
+        return str(json.loads(written))
+    except ValueError:  # an unknown escape
+        return written[1:-1]
+
+
+async def outline(text: str, turns: Turns, *, at: int = -1, skip: int = 0, find: str = "") -> Outline:
+    """Return the part of a JSON text that a page shows.
+
+    Args:
+        text: the JSON.
+        turns: for other tasks.
+        at: where the object or array begins that is shown; the whole text if none begins there.
+        skip: children of it that are left out.
+        find: a part of keys and values to search for, in upper or lower case.
+
+    Raises:
+        NotReadableError: the text is not JSON, too large or too deep.
+    """
+    if len(text) > MOST_TEXT:
+        raise NotReadableError(f"longer than {MOST_TEXT:,} characters")
+    reading = _Reading(at, skip, find)
+    match, place, count = _TOKEN.match, 0, 0
+    while True:
+        token = match(text, place)
+        kind = 0 if token is None else token.lastindex or 0
+        if token is None or (kind == _END and (reading.frames or reading.state != _AFTER_VALUE)):
+            raise NotReadableError(_INVALID)
+        if kind == _END:
+            break
+        step = _STEPS.get((reading.state, kind))
+        if step is None:
+            raise NotReadableError(_INVALID)
+        step(reading, token[kind], token.start(kind))
+        place = token.end()
+        count += 1
+        if not count % _TURN:
+            await turns.give()
+    if reading.root is None:
+        return await outline(text, turns, find=find)
+    return Outline(reading.root, reading.path, reading.found, reading.matches)
