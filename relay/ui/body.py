@@ -29,18 +29,14 @@ _BRACKETS = {"{": "{}", "[": "[]"}
 _MOST_DIGITS = 9
 
 
-async def event_body(
-    visit: Visit, event: Mapping[str, Any], deliveries: Sequence[Mapping[str, Any]]
-) -> Content:
-    """Return the body of an event, or the request of the delivery that the page's query names.
-
-    `deliveries` are the latest ones of each destination.
-    """
-    chosen = next((each for each in deliveries if each["id"] == visit.query.get("as")), None)
+async def event_body(visit: Visit, event: Mapping[str, Any]) -> Content:
+    """Return the body of an event, or the request of the delivery that the page's query names."""
+    chosen = next((each for each in event["owed"] if each["id"] == visit.query.get("as")), None)
     tabs = [_tab(visit, None, "As received", is_current=chosen is None)]
     tabs += [
         _tab(visit, each["id"], f"As {each['destination']} gets it", is_current=each is chosen)
-        for each in deliveries
+        for each in reversed(event["owed"])
+        if each is chosen or not each["replayed_by"]
     ]
     return [
         tag("nav", tag("ul", tabs), class_="tabs", aria_label="Versions of the body"),

@@ -113,8 +113,7 @@ async def show(visit: Visit) -> web.Response:
     explanation = await visit.ask("explainEvent", given)
     attempts = await visit.ask("listAttempts", query={"event_id": event["id"], "answer": "0", "limit": "500"})
     ids = [each["id"] for each in event["owed"] if each["state"] != "pending" and not each["replayed_by"]]
-    latest = [each for each in event["owed"] if not each["replayed_by"]]
-    counts = Counter(each["state"] for each in latest)
+    counts = Counter(each["state"] for each in event["owed"] if not each["replayed_by"])
     return visit.page(
         event["type"],
         _facts(visit, event),
@@ -132,7 +131,7 @@ async def show(visit: Visit) -> web.Response:
         tag("h2", "From the sender to the destinations"),
         line_of(visit, event, explanation["destinations"], attempts["items"]),
         tag("h2", "Body", id="body"),
-        await event_body(visit, event, latest[::-1]),
+        await event_body(visit, event),
         tag("p", command("events", "show", event["id"])),
         section=SECTION,
         heading=[event["type"], ": ", _states(counts) or "sent nowhere"],

@@ -162,7 +162,14 @@ async def addresses(relay):
         "/destinations/{name}": "/destinations/shop", "/sources/{name}": "/sources/adorn",
         "/workers/{source}/{id:[^/]+}": f"/workers/whatsapp/{quote(HOSTILE, safe='')}",
     }  # fmt: skip
-    return [filled.get(path, path) for path in SCREENS]
+    keys = {"event_type": "keys", "session_id": "keys", HOSTILE: {HOSTILE: [HOSTILE, {HOSTILE: HOSTILE}]}}
+    stored = await relay.exchange(request("POST", "/v1/events", json.dumps(keys).encode()))
+    event, other = f"/events/{delivery['event_id']}", f"/events/{stored.json['event_id']}"
+    parts = [
+        f"{event}?as={delivery['id']}", f"{event}?view=text", f"{other}?find={quote(HOSTILE)}",
+        f"{other}?at={json.dumps(keys).index('[')}",
+    ]  # fmt: skip
+    return [*(filled.get(path, path) for path in SCREENS), *parts]
 
 
 async def test_every_screen_shows_hostile_data_as_text_fits_its_window_and_satisfies_axe(
@@ -269,6 +276,53 @@ async def test_the_navigation_is_one_line_on_a_phone(relay, browser, addresses, 
         await page.get_by_role("link", name="Events", exact=True).click()
         await page.get_by_role("heading", name="Events").wait_for()
         watch.check()
+
+
+@pytest.mark.parametrize("has_clipboard", [True, False], ids=["clipboard", "http"])
+async def test_the_keyboard_copies_ids_and_commands(relay, browser, addresses, has_clipboard):
+    """Browsers offer the clipboard only to pages from https and from this machine."""
+    [address] = [path for path in addresses if path.startswith("/events/") and "?as=" in path]
+    allowed = ["clipboard-read", "clipboard-write"]
+    async with opened(browser, relay.addresses.admin, TOKEN, permissions=allowed) as (page, watch):
+        if not has_clipboard:
+            hide = "Object.defineProperty(Navigator.prototype, 'clipboard', { get: () => undefined })"
+            await page.add_init_script(f"window.paste = () => clipboard.readText();\n"
+                                       f"const clipboard = navigator.clipboard;\n{hide}")  # fmt: skip
+        await page.goto(f"{relay.addresses.admin}/ui{address}")
+        read = "navigator.clipboard ? navigator.clipboard.readText() : paste()"
+        event = address.removeprefix("/events/").partition("?")[0]
+        for name, start in (
+            ("id", event),
+            ("command", f"relay events show {event}"),
+            ("curl command", "curl -X POST"),
+        ):
+            button = page.get_by_role("button", name=f"Copy {name}", exact=True)
+            await button.focus()
+            await page.evaluate("document.getElementById('status').textContent = ''")
+            await page.keyboard.press("Enter")
+            await page.get_by_role("status").get_by_text("Copied.").wait_for()
+            assert (await page.evaluate(read)).startswith(start)
+            assert await button.evaluate("(each) => each === document.activeElement")
+        watch.check()
+
+
+async def test_a_search_in_a_body_leads_to_its_part(relay, operator, addresses):
+    [address] = [path for path in addresses if "?find=" in path]
+    page, watch = operator
+    await page.goto(f"{relay.addresses.admin}/ui{address.partition('?')[0]}")
+    await page.get_by_label("Find in the body").fill("keys")
+    await page.keyboard.press("Enter")
+    await page.get_by_text('2 matches for "keys"').wait_for()
+    assert await page.locator("mark").all_inner_texts() == ["keys", "keys"]
+    tree = page.get_by_role("region", name="Body")
+    summary = tree.locator("summary").first
+    await summary.focus()
+    await page.keyboard.press("Enter")
+    assert not await tree.get_by_text("session_id").is_visible()
+    await page.goto(f"{relay.addresses.admin}/ui{address}")
+    await page.locator(".found a").last.click()
+    await page.get_by_text("Whole body").wait_for()
+    watch.check()
 
 
 async def test_keys_press_buttons_and_are_listed(relay, operator, addresses):
