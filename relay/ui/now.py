@@ -1,9 +1,11 @@
 """Now: the problems, each with the next command."""
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
+import msgspec
 from aiohttp import web
 
 from relay.errors import StorageError
@@ -63,7 +65,7 @@ async def show(visit: Visit) -> web.Response:
     return visit.page(
         "Now",
         _summary(visit, status, nodes),
-        _changed(),
+        _changed(status["problems"], silent),
         _silent(history["silent"]),
         tag("ul", problems, class_="problems", aria_label="Problems") if problems else None,
         _first_event(sources),
@@ -97,10 +99,16 @@ async def show(visit: Visit) -> web.Response:
     )
 
 
-def _changed() -> Markup:
-    """Return the hidden link that the script shows when the state changes while the page is in use."""
+def _changed(problems: Sequence[Item], silent: Item) -> Markup:
+    """Return the hidden link that the script shows when the state changes while the page is in use.
+
+    Its digest tells the script whether a newer page has other problems; their words and times do not count.
+    """
+    shown = [[each["kind"], each["name"], each.get("node"), each["next"]] for each in problems]
+    workers = [[each["source"], each["id"]] for each in silent["items"]]
+    digest = hashlib.sha256(msgspec.json.encode([shown, workers, silent["next_cursor"] is not None]))
     link = tag("a", "The state has changed: show", href="")
-    return tag("p", link, class_="new", hidden=True, data_changed=True)
+    return tag("p", link, class_="new", hidden=True, data_changed=digest.hexdigest()[:12])
 
 
 def _first_event(sources: Sequence[Item]) -> Content:

@@ -73,7 +73,8 @@ def _load(stem: str, ending: str, content_type: str) -> StaticFile:
 STYLE = _load("app", "css", "text/css")
 SCRIPT = _load("app", "js", "text/javascript")
 ICON = _load("icon", "svg", "image/svg+xml")
-STATIC = {each.name: each for each in (STYLE, SCRIPT, ICON)}
+ALERT = _load("alert", "svg", "image/svg+xml")
+STATIC = {each.name: each for each in (STYLE, SCRIPT, ICON, ALERT)}
 
 
 class Visit:
@@ -117,7 +118,7 @@ class Visit:
             content: below the title.
             section: its path in the navigation; None: it is not there.
             status: of the response.
-            problems: their number, with which the title of the browser's tab begins.
+            problems: their number, which the browser's tab shows in its title and by a dot on its icon.
             heading: what stands above the page in place of the title.
         """
         body = tag(
@@ -133,7 +134,8 @@ class Visit:
         tab = f"({problems}) {title}" if problems else title
         if self.operator:
             tab += f" · {self.node}"
-        html = join(Markup("<!doctype html>"), tag("html", _head(self.root, tab), body, lang="en"))
+        head = _head(self.root, tab, ALERT if problems else ICON)
+        html = join(Markup("<!doctype html>"), tag("html", head, body, lang="en"))
         return web.Response(status=status, body=html.encode(), content_type="text/html", charset="utf-8")
 
     def _header(self, section: str | None) -> Markup:
@@ -163,14 +165,14 @@ Screen = Callable[[Visit], Awaitable[web.Response]]
 """Makes a page."""
 
 
-def _head(root: str, title: str) -> Markup:
+def _head(root: str, title: str, icon: StaticFile) -> Markup:
     return tag(
         "head",
         tag("meta", charset="utf-8"),
         tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
         tag("meta", name="color-scheme", content="light dark"),
         tag("title", f"{title} · hookferry"),
-        tag("link", rel="icon", href=f"{root}static/{ICON.name}"),
+        tag("link", rel="icon", href=f"{root}static/{icon.name}"),
         tag("link", rel="stylesheet", href=f"{root}static/{STYLE.name}"),
         tag("script", src=f"{root}static/{SCRIPT.name}", defer=True),
     )

@@ -13,6 +13,7 @@ import receivers
 from axe_playwright_python.async_playwright import Axe
 from browsers import chromium, needs_chromium, opened
 from daemons import SOURCES, adorn, destination, running, write_config
+from playwright.async_api import expect
 from postgres import database_of, drop_databases, needs_postgres
 from proxies import proxy_at
 from samples import read_samples
@@ -451,7 +452,7 @@ async def test_a_login_with_the_scope_read_sees_no_button_that_changes_anything(
         await page.goto(made["url"])
         await page.get_by_role("heading", name="Now").wait_for()
         watch.messages.clear()
-        await page.goto(f"{origin}/ui/destinations/crm")  # Now may reload itself
+        await page.goto(f"{origin}/ui/destinations/crm")
         assert await page.locator("button[data-call]").count() == 0
         for path in addresses:  # no script adds a button
             answer = await page.request.get(f"{origin}/ui{path}")
@@ -513,6 +514,89 @@ async def test_a_hidden_tab_closes_its_streams_and_misses_no_event(relay, operat
     await page.get_by_text("3+ new: show").wait_for()
     await followers(relay, 0)
     watch.check()
+
+
+async def test_a_hidden_page_shows_new_problems_by_its_title_and_icon(relay, browser, addresses):
+    """The relay's own events need no request to it, so the page of a minute ago must ask."""
+    origin = relay.addresses.admin
+    async with opened(browser, origin, TOKEN) as (page, watch):
+        await page.clock.install()
+        await page.goto(f"{origin}/ui/")
+        before = await page.get_by_role("list", name="Problems").get_by_role("listitem").count()
+        await page.evaluate(HIDE, True)
+        await followers(relay, 0)
+        await post(relay, "destinations/crm/disable", {})
+        await page.clock.run_for(61_000)
+        await expect(page).to_have_title(re.compile(rf"^\({before + 1}\) Now · "), timeout=30_000)
+        assert "alert" in await page.locator("link[rel=icon]").get_attribute("href")
+        assert await page.get_by_text("crm is disabled").count() == 0
+        await page.evaluate(HIDE, False)  # the page that is shown again must not be old
+        await page.get_by_text("crm is disabled").wait_for()
+        await page.evaluate(HIDE, True)
+        await post(relay, "destinations/crm/enable", {})
+        await page.clock.run_for(61_000)
+        await expect(page).to_have_title(
+            re.compile(rf"^\({before}\) Now · " if before else "^Now · "), timeout=30_000
+        )
+        watch.check()
+        await page.route("**/ui/", lambda route: route.abort())
+        await page.clock.run_for(61_000)
+        await expect(page).to_have_title(re.compile(r"^\(no answer\) Now · "), timeout=30_000)
+
+
+async def test_a_reload_of_the_page_ends_no_navigation(relay, operator, addresses):
+    origin = relay.addresses.admin
+    page, watch = operator
+    await page.goto(f"{origin}/ui/")
+    await page.locator("[data-rate]", has_text=re.compile("^[0-9]")).first.wait_for()
+    changed = asyncio.Event()  # the page shows a link; Playwright finds nothing on it during the navigation
+    page.once("console", lambda _: changed.set())
+    await page.evaluate(
+        "new MutationObserver(() => console.log('changed')).observe(problems, { attributes: true })"
+    )
+
+    async def slow(route):
+        await changed.wait()
+        await route.continue_()
+
+    await page.route("**/ui/audit", slow)
+    going = asyncio.create_task(page.goto(f"{origin}/ui/audit"))
+    async with page.expect_request("**/ui/audit"):
+        pass
+    await post(relay, "destinations/crm/disable", {})
+    assert (await going).status == 200
+    await post(relay, "destinations/crm/enable", {})
+    await page.unroute("**/ui/audit")
+    watch.check()
+
+
+async def test_ten_pages_of_a_browser_are_live_with_few_connections(relay, browser, addresses):
+    """Chromium opens six connections to a host; a page without a free one does not even load."""
+    origin = relay.addresses.admin
+    paths = ("", "events?source=adorn") * 5
+    async with opened(browser, origin, TOKEN) as (first, watch):
+        pages = [first, *[await first.context.new_page() for _ in paths[1:]]]
+        for page, path in zip(pages, paths, strict=True):
+            watch.follow(page)
+            await page.goto(f"{origin}/ui/{path}")
+        now, events = pages[::2], pages[1::2]
+        for page in now:
+            await page.locator("[data-rate]", has_text=re.compile("^[0-9]")).first.wait_for()
+        await followers(relay, 4)
+        assert len(relay.app.api._top._followers) == 1
+        await relay.exchange(request("POST", "/v1/events", adorn(session="ten")))
+        new = re.compile("^1 new: show$")
+        for number, page in enumerate(events):
+            await page.get_by_text(new).wait_for()  # the fourth waits until the first is hidden
+            await page.evaluate(HIDE, True)
+            await followers(relay, min(4, 5 - number))
+        await now[0].evaluate(HIDE, True)  # another page opens the stream
+        await followers(relay, 1)
+        await post(relay, "sources/adorn/pause", {})
+        for page in now[1:]:
+            await page.get_by_text("adorn is paused").first.wait_for()
+        await post(relay, "sources/adorn/resume", {})
+        watch.check()
 
 
 async def test_open_pages_follow_again_after_a_restart(tmp_path, browser):

@@ -332,9 +332,13 @@ function age() {
 
 // --- live figures -----------------------------------------------------------------------------------------
 
-// A hidden page has no streams: browsers open few connections to one host, and nobody looks.
-let streams = [];
+// A hidden page has no streams, because nobody looks. Browsers open six connections to a host, for all pages together.
+// So pages share a stream with the same address, and of the others, three are open at a time: the next one waits until
+// a page closes or is hidden. Browsers have locks only for https and loopback.
+const OTHERS = ["1", "2", "3"].map((number) => `hookferry stream ${number}`);
 const REOPEN = 5000; // milliseconds
+const OLD = 10000; // milliseconds without figures after which the page says so
+let streams = [];
 
 function show(element, value) {
   const text = value === undefined ? null : value.toLocaleString("en");
@@ -342,9 +346,31 @@ function show(element, value) {
 }
 
 function follow() {
-  for (const each of streams) each.close();
+  for (const close of streams) close();
   streams = document.hidden ? [] : [figures(), newItems()].filter(Boolean);
-  for (const each of streams) each.addEventListener("error", () => reopen(each));
+}
+
+// Opens a stream as soon as one of the locks is free; returns a function that closes it.
+function subscribe(path, locks, handlers) {
+  const ended = new AbortController();
+  const use = () => new Promise((resolve) => {
+    const stream = new EventSource(api + path);
+    for (const [name, handle] of Object.entries(handlers)) stream.addEventListener(name, handle);
+    stream.addEventListener("error", () => reopen(stream));
+    ended.signal.addEventListener("abort", () => { stream.close(); resolve(); });
+  });
+  if (navigator.locks) hold(locks, ended.signal, use).catch(() => {});
+  else use();
+  return () => ended.abort();
+}
+
+async function hold(locks, signal, use) {
+  const once = async (lock) => {
+    if (lock && !signal.aborted) await use();
+    return lock || signal.aborted;
+  };
+  for (const name of locks) if (await navigator.locks.request(name, { ifAvailable: true }, once)) return;
+  await navigator.locks.request(locks[Math.floor(Math.random() * locks.length)], { signal }, once);
 }
 
 // A browser reconnects after a network error. Any other answer ends a stream: the login has expired, or a proxy
@@ -361,37 +387,86 @@ function reopen(stream) {
   }, REOPEN);
 }
 
+let drawn = 0; // time of the latest figures; 0: the page has none
+
 function figures() {
   const pending = [...document.querySelectorAll("[data-live]")];
   const rates = [...document.querySelectorAll("[data-rate]")];
+  drawn = 0;
   if (!pending.length && !rates.length) return null;
-  const stream = new EventSource(`${api}top`);
-  stream.addEventListener("top", (event) => {
-    const top = JSON.parse(event.data);
+  drawn = Date.now();
+  const address = new URL(`${api}top`, location).href;
+  const channel = navigator.locks && new BroadcastChannel(address);
+  const draw = ({ data }) => {
+    const top = JSON.parse(data);
     const waiting = new Map(top.destinations.map((each) => [each.name, each.pending]));
     const speeds = new Map([
       ...top.sources.map((each) => [`sources ${each.name}`, each.events_per_second]),
       ...top.destinations.map((each) => [`destinations ${each.name}`, each.attempts_per_second]),
     ]);
+    drawn = Date.now();
     changed(top);
     for (const element of pending) show(element, waiting.get(element.dataset.live));
     for (const element of rates) show(element, speeds.get(element.dataset.rate));
-  });
-  return stream;
+  };
+  channel?.addEventListener("message", draw);
+  const close = subscribe("top", [address], { top: (event) => { channel?.postMessage(event.data); draw(event); } });
+  return () => { close(); channel?.close(); };
 }
 
-// The problems on the page are those of its making. When the state changes, nobody may press a button that has just
-// moved, so a page in use only says so.
+let silent = false;
+
+function watchFigures() {
+  const old = drawn > 0 && Date.now() - drawn > OLD;
+  if (old !== silent) say(old ? "The relay does not answer, so the figures are old." : "");
+  silent = old;
+}
+
+// --- problems ---------------------------------------------------------------------------------------------
+
+// The problems on the page are those of its making. When they change, nobody may press a button that has just moved, so
+// a page in use only says so. A reload would also end a navigation that has begun.
+const LEAVING = 5000; // milliseconds within which another page has replaced this one
+const PROBLEMS = 60000; // milliseconds between two looks at the problems, also of a hidden page
+const RELOAD = 3000; // milliseconds at least between two reloads
+const problems = document.querySelector("[data-changed]");
 let known = "";
+let left = -LEAVING;
+let renewing = 0;
+
+addEventListener("beforeunload", () => { left = performance.now(); });
 
 function changed({ ready, reasons, workers, sources, destinations }) {
-  const place = document.querySelector("[data-changed]");
   const before = known;
-  known = JSON.stringify([ready, reasons, workers, sources.map((each) => [each.name, each.paused]),
+  known = JSON.stringify([ready, reasons, workers.OFFLINE, sources.map((each) => [each.name, each.paused]),
     destinations.map((each) => [each.name, each.held])]);
-  if (!place || !before || before === known) return;
-  if (document.querySelector("main:hover, main :focus, dialog")) place.hidden = false;
-  else location.reload();
+  if (before && before !== known) renew();
+}
+
+function renew() {
+  if (!problems || renewing) return;
+  renewing = setTimeout(() => {
+    renewing = 0;
+    const busy = document.querySelector("main:hover, main :focus, dialog") || performance.now() - left < LEAVING;
+    if (busy) problems.hidden = false;
+    else location.reload();
+  }, Math.max(0, RELOAD - performance.now()));
+}
+
+// A pinned tab shows new problems by its title and icon.
+async function watchProblems() {
+  if (!problems) return;
+  const name = document.title.replace(/^\([^)]*\) /, "");
+  const answer = await fetch(location.href, { redirect: "error" }).catch(() => null);
+  if (!answer?.ok) {
+    document.title = `(${answer ? "log in" : "no answer"}) ${name}`;
+    return;
+  }
+  const page = await answer.text();
+  const part = (pattern) => pattern.exec(page)?.[1] || "";
+  document.title = part(/<title>(\([^)]*\) )?/) + name;
+  document.querySelector("link[rel=icon]").href = part(/rel="icon" href="([^"]*)"/);
+  if (part(/data-changed="([^"]*)"/) !== problems.dataset.changed && !document.hidden) renew();
 }
 
 // New items are counted and not inserted: rows that move are hard to read and easy to miss with the mouse.
@@ -401,7 +476,6 @@ function newItems() {
   const place = document.querySelector("[data-tail]");
   if (!place || place.dataset.full) return null;
   const known = new Set(place.dataset.known.split(" "));
-  const stream = new EventSource(`${api}tail?${place.dataset.tail}`);
   let count = 0;
   let waiting = 0;
   const write = () => {
@@ -414,15 +488,17 @@ function newItems() {
     count += number;
     if (count >= Number(place.dataset.most)) {
       place.dataset.full = "+";
-      stream.close();
+      close();
     }
     waiting ||= setTimeout(write, 200);
   };
-  stream.addEventListener("open", () => { count = 0; });
-  stream.addEventListener("event", (event) => { if (!known.has(event.lastEventId)) add(1); });
-  stream.addEventListener("count", (event) => add(JSON.parse(event.data).events));
-  stream.addEventListener("lost", (event) => add(JSON.parse(event.data).count));
-  return stream;
+  const close = subscribe(`tail?${place.dataset.tail}`, OTHERS, {
+    open: () => { count = 0; },
+    event: (event) => { if (!known.has(event.lastEventId)) add(1); },
+    count: (event) => add(JSON.parse(event.data).events),
+    lost: (event) => add(JSON.parse(event.data).count),
+  });
+  return close;
 }
 
 // --- progress ---------------------------------------------------------------------------------------------
@@ -500,7 +576,12 @@ document.addEventListener("keydown", (event) => {
   before = key;
 });
 
-document.addEventListener("visibilitychange", () => { follow(); age(); progress().catch(() => {}); });
+document.addEventListener("visibilitychange", () => {
+  follow();
+  age();
+  progress().catch(() => {});
+  if (!document.hidden) watchProblems();
+});
 progress().catch(() => {});
 afterReload();
 selected();
@@ -508,4 +589,5 @@ times();
 document.querySelector("[aria-current]")?.scrollIntoView({ block: "nearest", inline: "center" });
 arrive();
 follow();
-setInterval(age, 1000);
+setInterval(() => { age(); watchFigures(); }, 1000);
+setInterval(watchProblems, PROBLEMS);
