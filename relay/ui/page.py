@@ -1,6 +1,7 @@
 """One page of the dashboard: the request for it, and the frame around its content."""
 
 import hashlib
+import re
 from collections.abc import Awaitable, Callable, Mapping
 from functools import lru_cache
 from importlib import resources
@@ -64,8 +65,13 @@ class StaticFile(msgspec.Struct, frozen=True):
     content_type: str
 
 
+_COMMENTS = re.compile(rb"^ *//.*\n", re.MULTILINE)
+
+
 def _load(stem: str, ending: str, content_type: str) -> StaticFile:
     content = (resources.files("relay.ui") / "static" / f"{stem}.{ending}").read_bytes()
+    if ending == "js":
+        content = _COMMENTS.sub(b"", content)  # an eighth of the script
     digest = hashlib.sha256(content).hexdigest()[:12]
     return StaticFile(f"{stem}.{digest}.{ending}", content, content_type)
 
