@@ -227,8 +227,10 @@ def _fields(record: msgspec.Struct) -> dict[str, Any]:
 
 def _tables(config: Config) -> Iterator[tuple[str, Any]]:
     for name, value in msgspec.structs.asdict(config).items():
+        if name in {"path", "origins", "warnings"}:
+            continue
         if isinstance(value, Mapping):
             for inner, table in value.items():
                 yield f"{name}.{inner}", table
-        elif name not in {"path", "warnings"}:
+        else:
             yield name, value

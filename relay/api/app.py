@@ -60,6 +60,10 @@ class ConfigView(msgspec.Struct):
 
     path: str
     config: dict[str, Any]
+    origins: Annotated[
+        Mapping[str, str],
+        about("File and line of each key that is set, and the place of its secrets; no entry: the default."),
+    ]
     warnings: tuple[str, ...]
 
 
@@ -139,7 +143,10 @@ class DaemonApi:
     async def _config(self, _request: web.Request) -> ConfigView:
         config = self._context.state.config
         if self._shown is None or self._shown[0] is not config:
-            self._shown = config, ConfigView(str(config.path), effective(config), config.warnings)
+            self._shown = (
+                config,
+                ConfigView(str(config.path), effective(config), config.origins, config.warnings),
+            )
         return self._shown[1]
 
     @endpoint(

@@ -13,7 +13,7 @@ from relay.cli.options import FILE, config_option, env_file_option, json_option
 from relay.cli.output import count, print_json
 from relay.config.binding import Binder
 from relay.config.document import read
-from relay.config.effective import as_toml, effective
+from relay.config.effective import as_toml, effective, with_origins
 from relay.config.installed_service import Given, listen_streams, read_env_file, service_of
 from relay.config.json_schema import SCHEMA, Kinds, json_schema
 from relay.config.paths import find_config, look_for_config, socket_path
@@ -123,20 +123,26 @@ def config_() -> None:
 
 
 @config_.command()
+@click.option("--origins", "with_places", is_flag=True, help="Add the file and line of each setting.")
 @config_option
 @env_file_option
 @json_option
-def show(config: Path | None, *, env_files: tuple[Path, ...], as_json: bool) -> None:
+def show(config: Path | None, *, env_files: tuple[Path, ...], as_json: bool, with_places: bool) -> None:
     """Show the effective configuration, with every default.
 
     Example: relay config show -c /etc/relay/config.toml
 
-    Secrets appear as <secret>, so the command works even if you may not read them. Paths are absolute.
+    Secrets appear as <secret>, so the command works even if you may not read them. Paths are absolute. With
+    --origins, a comment names the file and line that set each key, or says that it has its default.
     """
     setup, _ = load_without_secrets(find_config(config), env_files)
     tables = effective(setup.config)
+    origins = setup.config.origins
     if as_json:
-        print_json(tables)
+        print_json({"config": tables, "origins": origins} if with_places else tables)
+    elif with_places:
+        for line, place in with_origins(tables, origins):
+            click.echo(f"{line}  # {place}" if place else line)
     else:
         click.echo("\n".join(as_toml(tables)))
 

@@ -17,7 +17,7 @@ from relay.config.signatures import SignatureConfig
 
 _NAMED = ("sources", "destinations")
 _OURS: dict[type, set[str]] = {  # fields that have no key in config.toml
-    Config: {"path", "included", "warnings"},
+    Config: {"path", "included", "origins", "warnings"},
     SourceConfig: {"name", "settings", "compiled"},
     DestinationConfig: {"name"},
 }
@@ -106,14 +106,36 @@ def effective_table(record: Any) -> Any:
 
 def as_toml(tables: Mapping[str, Any]) -> Iterator[str]:
     """Yield the lines of a config.toml with the same settings."""
+    for line, _ in with_paths(tables):
+        yield line
+
+
+def with_origins(tables: Mapping[str, Any], origins: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """Yield the lines of a config.toml with the same settings, each with its place or "default".
+
+    `origins` are those of `Config`. Lines without a key have no place.
+    """
+    for line, path in with_paths(tables):
+        yield line, "" if path is None else origins.get(dotted(path), "default")
+
+
+def with_paths(tables: Mapping[str, Any]) -> Iterator[tuple[str, tuple[str, ...] | None]]:
+    """Yield the lines of a config.toml with the same settings, with the paths of their keys."""
     loose = {name: value for name, value in tables.items() if not isinstance(value, dict)}
-    yield from _lines(loose)
+    yield from _keyed(loose, ())
     for name, table in tables.items():
         if name in _NAMED:
             for each, inner in table.items():
-                yield from ("", f"[{dotted((name, each))}]", *_lines(inner))
+                yield from (("", None), (f"[{dotted((name, each))}]", None))
+                yield from _keyed(inner, (name, each))
         elif isinstance(table, dict):
-            yield from ("", f"[{name}]", *_lines(table))
+            yield from (("", None), (f"[{name}]", None))
+            yield from _keyed(table, (name,))
+
+
+def _keyed(table: Mapping[str, Any], path: tuple[str, ...]) -> Iterator[tuple[str, tuple[str, ...]]]:
+    for name, line in zip(table, _lines(table), strict=True):
+        yield line, (*path, name)
 
 
 def _table(record: msgspec.Struct) -> dict[str, Any]:

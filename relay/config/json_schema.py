@@ -81,7 +81,15 @@ _SHORT: Mapping[Any, dict[str, Any]] = {
 }
 """Short forms of records that have one."""
 
-_HIDDEN = {"path", "included", "warnings", "name", "settings", "compiled"}  # fields that are not keys
+_HIDDEN = {
+    "path",
+    "included",
+    "origins",
+    "warnings",
+    "name",
+    "settings",
+    "compiled",
+}  # fields that are not keys
 
 
 Kinds = Mapping[str, tuple[type[msgspec.Struct], frozenset[str]]]

@@ -7,6 +7,7 @@ from typing import Any
 from relay.config import validators
 from relay.config.binding import WRONG, Binder
 from relay.config.message import FORMATS
+from relay.config.origins import origins_of
 from relay.config.problems import KeyPath, dotted, guess, shown
 from relay.config.schema import Admin, Config, DestinationConfig, Plugins
 from relay.config.secrets import Absent, Url
@@ -30,10 +31,11 @@ def bind_tables(binder: Binder) -> Config:
         given={
             "path": document.path,
             "included": document.included,
+            "origins": origins_of(document, binder.origin.environ),
             "state_dir": _state_dir(binder),
             "plugins": Plugins(dirs=tuple(binder.origin.folder / path for path in Plugins().dirs)),
         },
-        hidden={"path", "included", "warnings"},
+        hidden={"path", "included", "origins", "warnings"},
     )
     good: dict[str, Any] = {key: value for key, value in values.items() if value is not WRONG}
     good.setdefault("state_dir", document.path.parent)

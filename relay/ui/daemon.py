@@ -5,7 +5,7 @@ from typing import Any
 
 from aiohttp import web
 
-from relay.config.effective import as_toml
+from relay.config.effective import with_origins
 from relay.ui.markup import Content, tag
 from relay.ui.page import Visit
 from relay.ui.parts import (
@@ -120,15 +120,20 @@ async def config(visit: Visit) -> web.Response:
         visit, "Compare with the file", "reload", "--dry-run", call="POST reload", body={"dry_run": True},
         scope="admin",
     )  # fmt: skip
-    lines = []
-    for line in as_toml(shown["config"]):
-        lines.append(line)
+    lines: list[Content] = []
+    for line, place in with_origins(shown["config"], shown["origins"]):
+        if place == "default":
+            lines.append(tag("span", line, class_="plain"))
+        else:
+            lines.append([line, tag("span", f"  # {place}", class_="good") if place else None])
+        lines.append("\n")
         await visit.turns.give()
     return visit.page(
         "Configuration",
         tag(
             "p",
-            "Effective settings, with defaults; secrets are masked. File: ",
+            "Effective settings; secrets are masked. Comments name the file and line of each setting; "
+            "lines without a comment are defaults. File: ",
             tag("code", shown["path"]),
         ),
         tag(
@@ -139,8 +144,8 @@ async def config(visit: Visit) -> web.Response:
         if shown["warnings"]
         else None,
         tag("p", compare, " ", reload, class_="actions"),
-        tag("pre", "\n", "\n".join(lines).strip(), tabindex=0, aria_label="Configuration"),
-        tag("p", command("config", "show")),
+        tag("pre", "\n", lines, tabindex=0, aria_label="Configuration"),
+        tag("p", command("config", "show", "--origins")),
         section="config",
     )
 

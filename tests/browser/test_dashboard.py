@@ -414,7 +414,13 @@ TWO_LINES = 72
 async def test_rows_of_lists_have_two_lines_on_a_phone(relay, operator, addresses):
     page, watch = operator
     await page.set_viewport_size({"width": 390, "height": 800})
-    for path in ("", "events", "deliveries?type=adorn.session.started&replayed=no", "destinations", "sources"):
+    for path in (
+        "",
+        "events",
+        "deliveries?type=adorn.session.started&replayed=no",
+        "destinations",
+        "sources",
+    ):
         await page.goto(f"{relay.addresses.admin}/ui/{path}")
         heights = await page.evaluate(
             "[...document.querySelectorAll('tbody tr')].map((row) => row.getBoundingClientRect().height)"

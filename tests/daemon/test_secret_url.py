@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 from html import escape
 from urllib.parse import unquote
 
@@ -76,7 +77,7 @@ async def test_a_secret_url_is_printed_and_stored_as_its_host_only(tmp_path, cha
             printed = await every_answer(socket)
             printed["tail"] = (await tail.reader.read(2**20)).decode("latin-1")
         commands = (
-            ("config", "show"),
+            ("config", "show", "--origins"),
             ("config", "show", "--json"),
             ("check-config",),
             ("check-config", "--json"),
@@ -94,6 +95,8 @@ async def test_a_secret_url_is_printed_and_stored_as_its_host_only(tmp_path, cha
         for word in (*WORDS, *map(unquote, WORDS), *map(escape, map(unquote, WORDS))):
             assert word not in text, (place, word)
     assert chat.arrived, "the relay sends to the whole URL"
+    assert re.search(r"(?m)^url = .*  # config.toml:[0-9]+", printed["config show --origins"])
+    assert "  # default" in printed["config show --origins"]
     shown = json.loads(printed["config show --json"])["destinations"]["chat"]["url"]
     assert shown == host
     [opened] = [each for _, each in recorder.arrived if each["type"] == "relay.destination.circuit_opened"]

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 from datetime import datetime, timedelta
 from urllib.parse import quote
 
@@ -332,6 +333,8 @@ async def test_jobs_configuration_doctor_and_nodes(relay):
     assert ("relay db backup" in buttons(found)) is (KINDS[0] == "sqlite")
     _, found = await page(relay, "/ui/config")
     assert "[destinations.crm]" in found.text
+    assert re.search(r"(?m)^listen = .*  # config.toml:[0-9]+$", found.text)
+    assert re.search(r"(?m)^concurrency = [0-9]+$", found.text)  # a default
     assert "whsec_" not in found.text
     asked = {
         each["data-ask"]: json.loads(each["data-body"]) for each in found.all("button") if "data-ask" in each

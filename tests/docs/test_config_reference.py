@@ -62,6 +62,7 @@ ELSEWHERE = {"destinations.NAME.message": "messages.md"}
 NO_KEYS = {
     "path",
     "included",
+    "origins",
     "warnings",
     "name",
     "settings",
