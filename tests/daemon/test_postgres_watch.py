@@ -1,12 +1,14 @@
 """A PostgreSQL server and a cluster in metrics, `/ready`, status and doctor."""
 
 import asyncio
+import logging
 import os
+import re
 from unittest.mock import ANY
 
 import asyncpg
 import pytest
-from commands import Commands
+from commands import Commands, run
 from daemons import adorn, destination, running, write_config
 from postgres import BINARIES, database_of, drop_databases, needs_postgres, server, start
 from stores import KINDS
@@ -151,6 +153,41 @@ async def test_an_outage_of_the_server_is_shown_with_the_next_commands(tmp_path,
         assert (
             [each["pending"] for each in known] == [each["pending"] for each in destinations["items"]] == [1]
         )
+
+
+async def test_the_password_of_listen_url_is_never_shown(tmp_path, url, monkeypatch, caplog):
+    """Neither by the daemon nor by commands, although nothing listens there."""
+    caplog.set_level(logging.DEBUG)
+    secret = re.sub(r"//postgres@(.*):[0-9]+/", r"//postgres:hunter2@\1:9/", url)
+    monkeypatch.setenv("RELAY_LISTEN_URL", secret)
+    path = config(tmp_path / "a", url)
+    key = '[storage]\nlisten_url = { env = "RELAY_LISTEN_URL" }'
+    path.write_text(path.read_text().replace("[storage]", key, 1))
+    shown = []
+    async with running(path) as relay:
+        commands = Commands(relay.addresses.socket)
+        nodes = relay.app.store.nodes
+        await until(lambda: any("do not arrive" in each.what for each in nodes.cautions()))
+        for where in ("/ready", "/metrics", "/api/config", "/api/status", "/api/nodes", "/ui/", "/ui/config"):
+            answer = await exchange(relay.addresses.socket, request("GET", where))
+            assert answer.status == 200, where
+            shown.append(answer.body.decode())
+        result = await commands("doctor", code=1)
+        shown += [result.out, result.err]
+        await commands("reload")
+    for words in (
+        ("config", "show"),
+        ("config", "show", "--json"),
+        ("check-config",),
+        ("doctor", "--offline"),
+    ):
+        result = await asyncio.to_thread(run, *words, "--config", path, code=1 if words[0] == "doctor" else 0)
+        shown += [result.out, result.err]
+    path.write_text(path.read_text().replace("[storage]", "[storage]\nunknown = 1", 1))
+    result = await asyncio.to_thread(run, "check-config", "--config", path, code=1)
+    shown += [result.out, result.err, caplog.text]
+    assert any("listen_url" in text for text in shown)
+    assert not [text for text in shown if "hunter2" in text]
 
 
 async def test_an_asynchronous_standby_is_reported_before_a_failover(tmp_path):
