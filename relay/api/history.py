@@ -54,6 +54,7 @@ class HistoryView(msgspec.Struct):
     sources: list[SourceHistory]
     destinations: list[DestinationHistory]
     silent: Annotated[list[str], _about("Nodes that did not answer in time, so their figures are missing.")]
+    unable: Annotated[list[str], _about("Nodes of another version, so their figures are missing.")]
 
 
 class HistoryApi:
@@ -73,19 +74,15 @@ class HistoryApi:
         await self._check_names(query)
         asked = (query.minutes, query.periods, query.source, query.destination, query.running == "1")
         others = await self._nodes.ask_others(SHOW, asked, PATIENCE)
-        parts, silent = [], list(others.silent)
-        for name, part in others.given:
-            try:
-                parts.append(msgspec.convert(part, Hour))
-            except msgspec.ValidationError:  # of another version
-                silent.append(name)
-        hour = await merged([await self._show_here("", asked), *parts])
+        parts, unable = others.read(Hour)
+        hour = await merged([await self._show_here("", asked), *(part for _, part in parts)])
         return {
             "until": rfc3339(hour.until),
             "step_seconds": hour.step,
             "sources": [{"name": each.name, **each.figures} for each in hour.sources],
             "destinations": await _in_milliseconds(hour.destinations),
-            "silent": silent,
+            "silent": others.silent,
+            "unable": unable,
         }
 
     async def _show_here(self, _to: str, asked: tuple[Any, ...]) -> Hour:

@@ -131,8 +131,8 @@ class ReplaysApi:
         for node, view in answers.given:
             if view is not None:
                 return msgspec.convert({**view, "node": node}, ReplayView)
-        if answers.silent:
-            names = ", ".join(answers.silent)
+        if answers.missing:
+            names = ", ".join(answers.missing)
             raise StorageUnavailableError(
                 f"cannot {verb} {id_}: it is not on this node, and {names} did not answer", hint="relay nodes"
             )

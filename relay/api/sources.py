@@ -12,9 +12,15 @@ from relay.api.views import EventView, Time, about, unknown, view_of
 from relay.base.clock import rfc3339
 from relay.config.effective import effective_source
 from relay.ingest.routes import Mount
+from relay.ingest.token_use import TokenUse, Use, merged
 from relay.process.logs import fields
 
 log = logging.getLogger("relay.ingest")
+
+SHOW_TOKENS = "show the use of tokens"
+"""The request of another node."""
+
+PATIENCE = 2.0  # seconds within which the other nodes must answer
 
 
 class SourceView(msgspec.Struct):
@@ -35,9 +41,11 @@ class TokenView(msgspec.Struct):
         str, about("From config.toml, else the name of its variable, file or credential, else `key`.")
     ]
     key: Annotated[str, about("Its place in the settings, such as `tokens[0]`.")]
-    uses: Annotated[int, about("Requests that it authenticated since `since`.")]
+    uses: Annotated[int, about("Requests that it authenticated since `since`; of all nodes.")]
     last_used: Annotated[Time | None, about("Time of the last of these requests, within 15 seconds.")]
-    since: Annotated[Time, about("When the daemon started, or a reload added the name.")]
+    since: Annotated[
+        Time, about("When the daemon started, or a reload added the name; of several nodes, the latest time.")
+    ]
 
 
 class SourceShown(SourceView):
@@ -48,6 +56,9 @@ class SourceShown(SourceView):
         msgspec.Meta(description="As in config.toml, with defaults; secrets are `<secret>`."),
     ]
     tokens: tuple[TokenView, ...]
+    missing: Annotated[
+        tuple[str, ...], about("Nodes that did not answer, so that `tokens` lacks the uses at these nodes.")
+    ]
     latest: EventView | None
 
 
@@ -58,6 +69,16 @@ class SourceSteered(msgspec.Struct):
     paused: bool
 
 
+def _view_of(token: TokenUse, use: Use) -> TokenView:
+    return TokenView(
+        name=token.name,
+        key=token.key,
+        uses=use.count,
+        last_used=None if use.last is None else rfc3339(use.last),
+        since=rfc3339(use.since),
+    )
+
+
 class SourcesApi:
     """Endpoints under `/api/sources`."""
 
@@ -65,6 +86,7 @@ class SourcesApi:
         self._store = context.store
         self._ingest = context.ingest
         self._activity = context.activity
+        self._store.nodes.handle(SHOW_TOKENS, self._tokens_here)
 
     @endpoint("GET", "/api/sources", "listSources", "List sources.", returns=Page[SourceView])
     async def _list(self, _request: web.Request) -> Page[SourceView]:
@@ -77,21 +99,25 @@ class SourcesApi:
     async def _show(self, request: web.Request) -> dict[str, Any]:
         mount = self._mount(request)
         latest = await self._store.queries.find("events", source=mount.name, limit=1)
+        others = await self._store.nodes.ask_others(SHOW_TOKENS, mount.name, PATIENCE)
+        parts, unable = others.read(dict[str, Use])
+        tokens = self._ingest.token_uses.of(mount.name)
         return {
             **self._fields(mount),
             "settings": effective_source(mount.config),
             "tokens": [
-                TokenView(
-                    name=use.name,
-                    key=use.key,
-                    uses=use.uses,
-                    last_used=None if use.last_used is None else rfc3339(use.last_used),
-                    since=rfc3339(use.since),
+                _view_of(
+                    token, merged([token.use, *(uses[token.name] for _, uses in parts if token.name in uses)])
                 )
-                for use in self._ingest.token_uses.of(mount.name)
+                for token in tokens
             ],
+            "missing": others.silent + unable if tokens else (),
             "latest": view_of(latest[0]) if latest else None,
         }
+
+    async def _tokens_here(self, _to: str, source: str) -> dict[str, Use]:
+        """Return the use of a source's tokens at this node, by name; for another node."""
+        return {token.name: token.use for token in self._ingest.token_uses.of(source)}
 
     @endpoint(
         "POST", "/api/sources/{name}/{verb:pause|resume}", "steerSource", "Pause or resume a source.",

@@ -114,19 +114,18 @@ async def _all_problems(context: Context) -> list[StatusProblem]:
     """Return the problems of all nodes."""
     others = await context.store.nodes.ask_others(SHOW, None, PATIENCE)
     groups = [list(group) for group in problems_of(context)]
-    silent = list(others.silent)
-    for node, part in others.given:
-        try:
-            theirs = msgspec.convert(part, Problems)
-        except msgspec.ValidationError:  # of another version
-            silent.append(node)
-            continue
+    parts, unable = others.read(Problems)
+    for node, theirs in parts:
         for mine, more in zip_longest(groups, theirs[: len(groups)], fillvalue=()):
             assert isinstance(mine, list)  # noqa: S101 - there are at least as many groups here
             mine += [_from(node, each) for each in more if not any(map(each.is_same, mine))]
     missing = [
         StatusProblem(f"node {name} does not answer, so its problems are unknown", "relay nodes")
-        for name in silent
+        for name in others.silent
+    ]
+    missing += [
+        StatusProblem(f"node {name} runs another version, so its problems are unknown", "relay nodes")
+        for name in unable
     ]
     return [*missing, *(each for group in groups for each in group)]
 

@@ -347,10 +347,10 @@ class TailApi:
             queries = {number: wanted.query() for wanted, number in numbers.items()}
             asked = {"node": self._nodes.incarnation, "queries": queries}
             answers = await self._nodes.ask_others(COLLECT, asked, PATIENCE)
-            known, self._silent = self._silent, dict.fromkeys(self._followers, answers.silent)
+            known, self._silent = self._silent, dict.fromkeys(self._followers, answers.missing)
             for follower in self._followers:
-                if answers.silent != known.get(follower, ()):
-                    follower.put(frame("silent", SilentView(answers.silent)))
+                if answers.missing != known.get(follower, ()):
+                    follower.put(frame("silent", SilentView(answers.missing)))
             for group in self._followers.groups:
                 for _, found in answers.given:
                     for item in _frames_of(found.get(numbers.get(group.wanted, ""), "")):

@@ -307,7 +307,7 @@ def _without_idle(snapshot: Mapping[str, Any]) -> dict[str, Any]:
 def _merged(mine: dict[str, Any], others: Answers) -> dict[str, Any]:
     """Return the snapshot of the cluster: that of this node, and those of the others added."""
     parts = {name: part for name, part in others.given if part is not None}
-    silent = [*others.silent, *(name for name, part in others.given if part is None)]
+    silent = [*others.missing, *(name for name, part in others.given if part is None)]
     if not parts and not silent:
         return mine
     every = [mine, *parts.values()]

@@ -65,7 +65,7 @@ def show(answer: Any, *, name: str) -> None:
     A token or secret that no sender has used for a long time can be removed from config.toml.
     """
     _ = name
-    latest, settings, tokens = (answer.pop(field) for field in ("latest", "settings", "tokens"))
+    latest, settings, tokens, missing = map(answer.pop, ("latest", "settings", "tokens", "missing"))
     event = {f"latest_{field}": latest[field] for field in ("id", "type", "received_at")} if latest else {}
     flattened = dict(_flattened(settings))
     shown = [
@@ -90,6 +90,8 @@ def show(answer: Any, *, name: str) -> None:
         since = min(each["since"] for each in tokens)
         since = screen.full_time(since) if sys.stdout.isatty() else since
         print_note(f"uses are counted since {since}, the start of the daemon or a later reload")
+    if missing:
+        print_note(f"no answer from {', '.join(missing)}: the uses at these nodes are missing")
 
 
 def _flattened(table: Mapping[str, Any], *above: str) -> Iterator[tuple[str, Any]]:

@@ -4,7 +4,7 @@ The check of a sender only adds 1 to the count of the token that matches (`relay
 and metrics follow these counts every `EVERY` seconds.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import msgspec
 
@@ -22,6 +22,23 @@ ADMIN = ""
 """Stands for the admin API in place of a source's name."""
 
 
+class Use(msgspec.Struct, frozen=True):
+    """How often a token was used. Times are wall clock."""
+
+    since: int  # uses are counted from then on
+    count: int
+    last: int | None
+
+
+def merged(uses: Sequence[Use]) -> Use:
+    """Return the use of a token at all nodes. Before `since`, some of them did not count."""
+    return Use(
+        since=max(use.since for use in uses),
+        count=sum(use.count for use in uses),
+        last=max((use.last for use in uses if use.last is not None), default=None),
+    )
+
+
 class TokenUse(msgspec.Struct):
     """The use of one token since the daemon started, or since its name was added."""
 
@@ -32,6 +49,11 @@ class TokenUse(msgspec.Struct):
     seen: int = 0  # the part of `usage` that is in `uses`
     uses: int = 0
     last_used: int | None = None  # wall clock
+
+    @property
+    def use(self) -> Use:
+        """The use so far."""
+        return Use(self.since, self.uses, self.last_used)
 
 
 class TokenUses:

@@ -702,6 +702,25 @@ class Answers(msgspec.Struct, frozen=True):
 
     given: tuple[tuple[str, Any], ...] = ()  # name of a node, and its answer
     silent: tuple[str, ...] = ()  # names of the nodes that did not answer in time, or failed
+    unable: tuple[str, ...] = ()  # names of the nodes of another version that do not know the request
+
+    @property
+    def missing(self) -> tuple[str, ...]:
+        """The names of all nodes without an answer."""
+        return self.silent + self.unable
+
+    def read(self, kind: type[T]) -> tuple[list[tuple[str, T]], tuple[str, ...]]:
+        """Return the answers as objects of a type, and the names of nodes of another version.
+
+        An answer that is not of this type comes from another version, too.
+        """
+        found, unable = [], list(self.unable)
+        for name, answer in self.given:
+            try:
+                found.append((name, msgspec.convert(answer, kind)))
+            except msgspec.ValidationError:
+                unable.append(name)
+        return found, tuple(unable)
 
 
 class Nodes(Protocol):

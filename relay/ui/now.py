@@ -66,7 +66,7 @@ async def show(visit: Visit) -> web.Response:
         "Now",
         _summary(visit, status, nodes),
         _changed(status["problems"], silent),
-        _silent(history["silent"]),
+        _missing(history),
         tag("ul", problems, class_="problems", aria_label="Problems") if problems else None,
         _first_event(sources),
         tag("h2", "Sources"),
@@ -132,13 +132,17 @@ def _summary(visit: Visit, status: Item, nodes: Sequence[Item]) -> Markup:
     )
 
 
-def _silent(names: Sequence[str]) -> Content:
+def _missing(history: Item) -> Content:
     """Return a note about nodes whose figures are missing."""
-    if not names:
-        return None
-    return tag(
-        "p", state("offline", f"No answer from {', '.join(names)}: the figures below lack these nodes.")
-    )
+    reasons = (("silent", "No answer from {}"), ("unable", "Another version runs on {}"))
+    return [
+        tag(
+            "p",
+            state("offline", f"{why.format(', '.join(history[key]))}: the figures below lack these nodes."),
+        )
+        for key, why in reasons
+        if history[key]
+    ]
 
 
 def _problem(visit: Visit, problem: Item, destinations: Mapping[str, Item]) -> Markup:

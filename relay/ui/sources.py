@@ -132,6 +132,12 @@ async def show(visit: Visit) -> web.Response:
             empty="No tokens: the source is open to everyone who can reach it.",
         ),
         tag(
+            "p",
+            state("offline", f"No answer from {', '.join(shown['missing'])}: the uses there are missing."),
+        )
+        if shown["missing"]
+        else None,
+        tag(
             "details",
             tag("summary", "Settings, including defaults"),
             tag("pre", "\n", "\n".join(as_toml({"sources": {name: shown["settings"]}})).strip()),

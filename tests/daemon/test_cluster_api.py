@@ -8,6 +8,7 @@ from unittest.mock import patch
 
 import msgspec
 import pytest
+from commands import Commands
 from daemons import Recorder, adorn, destination, running, write_config
 from postgres import database_of, drop_databases, needs_postgres
 from stores import KINDS
@@ -15,7 +16,7 @@ from support import until
 from test_ui_access import Browser, new_code
 from wire import exchange, following, request
 
-from relay.api import history, replays, status, tail, top
+from relay.api import history, replays, sources, status, tail, top
 from relay.base.clock import SECOND
 from relay.errors import RelayError
 from relay.store.postgres import leases
@@ -55,6 +56,7 @@ def config(folder, url, name, receiver):
     folder.mkdir()
     cluster = f'[cluster]\nlease = "3s"\nnode = "{name}"\n'
     source = '[sources.adorn]\nplugin = "adorn"\nrate_limit = "10/h"\n'
+    source += '[sources.moddy]\nplugin = "moddy"\ntokens = ["used", "unused"]\n'
     lanes = [destination(f"d{number}", receiver, 'timeout = "60s"') for number in (1, 2)]
     path = write_config(folder, source, cluster, *lanes)
     text = path.read_text()
@@ -139,7 +141,7 @@ async def test_any_node_adds_up_the_figures_of_all(nodes, receiver, monkeypatch)
             relay.app.history._ran_at -= 10 * SECOND
             await relay.app.history.run()
         found = await first.operator("GET", "/api/history?minutes=1&periods=1")
-        assert found["sources"] == [{"name": "adorn", "events": [3], "refused": [0]}]
+        assert found["sources"][0] == {"name": "adorn", "events": [3], "refused": [0]}
         assert [(each["name"], each["pending"]) for each in found["destinations"]] == [
             ("d1", [3]),
             ("d2", [3]),
@@ -162,9 +164,49 @@ async def test_any_node_adds_up_the_figures_of_all(nodes, receiver, monkeypatch)
             ]
             problems = (await first.operator("GET", "/api/status"))["problems"]
             assert problems[0]["what"] == "node two does not answer, so its problems are unknown"
+        with pytest.MonkeyPatch.context() as patch_second:
+            await check_another_version(first, second, patch_second)
     receiver.open.set()
     await until(second.app.api._top._ticking.done)  # nobody looks any more
     await check_problems(first, second)
+
+
+async def check_another_version(first, second, patches):
+    """Check what a node shows while another one runs a version that does not know its requests."""
+    for show in (history.SHOW, status.SHOW, sources.SHOW_TOKENS):
+        patches.delitem(second.app.store.nodes._requests.handlers, show)
+    found = await first.operator("GET", "/api/history?minutes=1&periods=1")
+    assert (found["silent"], found["unable"]) == ([], ["two"])
+    problems = (await first.operator("GET", "/api/status"))["problems"]
+    assert problems[0]["what"] == "node two runs another version, so its problems are unknown"
+    assert (await first.operator("GET", "/api/sources/moddy"))["missing"] == ["two"]
+    page = await exchange(first.addresses.socket, request("GET", "/ui/"))
+    assert b"Another version runs on two: the figures below lack these nodes." in page.body
+
+
+async def test_any_node_shows_the_use_of_tokens_at_all(nodes, monkeypatch):
+    """So that an operator does not remove a token whose senders reach another node."""
+    first, second = nodes
+    assert (await first.operator("GET", "/api/sources/moddy"))["tokens"][0]["uses"] == 0
+    refused = request("POST", "/internal/event/notify", b"{}", authorization="Bearer used")
+    for relay in (first, second, second):
+        assert (await relay.exchange(refused)).status == 422
+    for relay in nodes:
+        shown = await relay.operator("GET", "/api/sources/moddy")
+        assert [(each["name"], each["uses"]) for each in shown["tokens"]] == [
+            ("tokens[0]", 3),
+            ("tokens[1]", 0),
+        ]
+        assert shown["tokens"][0]["last_used"] is not None
+        assert shown["missing"] == []
+    monkeypatch.setattr(sources, "PATIENCE", 0.2)
+    with silent(second):
+        shown = await first.operator("GET", "/api/sources/moddy")
+        result = await Commands(first.addresses.socket)("sources", "show", "moddy")
+        page = await exchange(first.addresses.socket, request("GET", "/ui/sources/moddy"))
+    assert (shown["tokens"][0]["uses"], shown["missing"]) == (1, ["two"])
+    assert "no answer from two: the uses at these nodes are missing" in result.err
+    assert b"No answer from two: the uses there are missing." in page.body
 
 
 async def check_problems(first, second):

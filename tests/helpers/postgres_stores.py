@@ -54,7 +54,7 @@ TABLES = (
 )  # fmt: skip
 EMPTY_SQL = "".join(
     (
-        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity",
+        "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity",
         " WHERE datname = current_database() AND pid <> pg_backend_pid();",
         *(f"DELETE FROM {table};" for table in TABLES),
     )

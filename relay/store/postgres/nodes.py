@@ -337,7 +337,12 @@ class PostgresNodes:
             given=tuple(
                 (peer.name, each.answer) for peer, each in pairs if each.is_answered and each.error is None
             ),
-            silent=tuple(peer.name for peer, each in pairs if not each.is_answered or each.error is not None),
+            silent=tuple(
+                peer.name
+                for peer, each in pairs
+                if not each.is_answered or (each.error is not None and not each.is_unsupported)
+            ),
+            unable=tuple(peer.name for peer, each in pairs if each.is_unsupported),
         )
 
     async def own(

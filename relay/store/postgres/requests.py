@@ -64,8 +64,12 @@ Answer = Callable[[str, str, Any], Awaitable[Any]]
 """Executes any verb; called with the name that the request is for, the verb and the argument."""
 
 
-async def _refuse(_destination: str, verb: str, _argument: Any) -> None:
-    raise UnknownError(f'this node does not support "{verb}"', hint="upgrade hookferry on this node")
+UNSUPPORTED = "this node does not support"
+"""How the error of a node begins whose version does not know a verb."""
+
+
+async def _refuse(_destination: str, verb: str, _argument: Any) -> Any:
+    raise UnknownError(f'{UNSUPPORTED} "{verb}"', hint="upgrade hookferry on this node")
 
 
 class Outcome(msgspec.Struct, frozen=True):
@@ -75,6 +79,11 @@ class Outcome(msgspec.Struct, frozen=True):
     error: str | None = None  # of the node that executed it
     is_answered: bool = True
     is_taken: bool = True  # a node may have executed it
+
+    @property
+    def is_unsupported(self) -> bool:
+        """Whether the version of the node does not know the verb."""
+        return self.error is not None and self.error.startswith(UNSUPPORTED)
 
 
 class Requests:
@@ -132,7 +141,7 @@ class Requests:
     async def answer(self, names: Collection[str], other: Answer = _refuse) -> None:
         """Start to answer the requests for these names, which are this node's; call it after a wake-up.
 
-        `other` answers those whose verb has no handler.
+        `other` answers those for lanes whose verb has no handler.
         """
         if not names:
             return
@@ -161,7 +170,8 @@ class Requests:
             if (handle := self.handlers.get(verb)) is not None:
                 result = await handle(destination, given)
             else:
-                result = await other(destination, verb, given)
+                execute = _refuse if ":" in destination else other  # a job or a node, or else a lane
+                result = await execute(destination, verb, given)
             answer = encode(result)
         except RelayError as refusal:
             error = in_one_line(refusal)
