@@ -10,7 +10,7 @@ from support import FakeClock, until
 
 from relay.base.clock import SECOND, SystemClock
 from relay.config.effective import Digests
-from relay.errors import StorageError, StorageUnavailableError
+from relay.errors import RelayError, StorageError, StorageUnavailableError
 from relay.store import Answers
 from relay.store.postgres.clock import SLEW, ServerClock
 from relay.store.postgres.leases import (
@@ -608,6 +608,9 @@ class Attendant:
         self.asked.append((lane, verb, argument))
         return f"{verb} done"
 
+    async def show(self, job, argument):
+        return f"shown by {job}"
+
 
 @needs_postgres
 async def test_nodes_wake_and_ask_each_other(cluster):
@@ -631,9 +634,11 @@ async def test_nodes_wake_and_ask_each_other(cluster):
     await own(second)
     leader = first if first.lead("sweep") else second
     leader.attend(attendant)
+    leader.handle("show", attendant.show)
     other = second if leader is first else first
-    assert await other.ask_leader("sweep", "show", None) == "show done"
-    assert attendant.asked[-1] == ("job:sweep", "show", None)
+    assert await other.ask_leader("sweep", "show", None) == "shown by job:sweep"
+    with pytest.raises(RelayError, match='this node does not support "hide"'):
+        await other.ask_leader("sweep", "hide", None)
     assert attendant.renewals == 0
     await second.give(())
     await until(lambda: attendant.renewals == 1)
@@ -660,10 +665,13 @@ async def test_a_node_asks_all_others_and_names_those_that_do_not_answer(cluster
             await own(third)
         return await asking
 
-    assert await asked(0.5) == Answers(given=(("b", "show done"),), silent=("c",))
+    second.handle("show", Attendant().show)
+    given = (("b", f"shown by node:{second.incarnation}"),)
+    assert await asked(0.5) == Answers(given=given, silent=("c",))
     third.attend(Attendant())
+    assert await asked() == Answers(given=given, unable=("c",))  # as if its version were older
     third.handle("show", fail)
-    assert await asked() == Answers(given=(("b", "show done"),), silent=("c",))
+    assert await asked() == Answers(given=given, silent=("c",))
     assert await cluster.run("SELECT FROM requests") == []
     with pytest.raises(StorageUnavailableError, match='another node did not answer; "show" was not executed'):
         await first.ask_node("00000000-0000-0000-0000-000000000000", "show", None, 0.1)
