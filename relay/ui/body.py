@@ -58,7 +58,7 @@ async def received(visit: Visit, event: Mapping[str, Any]) -> Content:
     if not text:
         return tag("p", "The body is empty.", class_="empty")
     if not event["payload_truncated"]:
-        return [await shown(visit, text, "Body"), note]
+        return [await body_of(visit, text, "Body"), note]
     first = f"The first {size(len(text.encode()))} of {size(event['size'])}."
     return [as_text(visit, text, "Body"), tag("p", first, class_="note"), note]
 
@@ -83,7 +83,7 @@ async def request_of(visit: Visit, delivery: Mapping[str, Any]) -> Content:
         tag("h3", "Headers sent"),
         tag("pre", "\n", head, tabindex=0, aria_label="Headers sent"),
         tag("h3", "Body sent"),
-        await shown(visit, body, "Body sent")
+        await body_of(visit, body, "Body sent")
         if body is not None
         else as_text(visit, f"(not text; Base64)\n{made['body_base64']}", "Body sent"),
         _curl(id_, made),
@@ -116,7 +116,7 @@ def answers(visit: Visit, attempts: Sequence[Mapping[str, Any]]) -> Iterator[Con
         yield tag("details", summary, pre, open=each is attempts[0] and each["result"] != "ok")
 
 
-async def shown(visit: Visit, text: str, label: str) -> Content:
+async def body_of(visit: Visit, text: str, label: str) -> Content:
     """Return a whole text: JSON as a tree with a search, or as text if the page's query asks for it."""
     query = visit.query
     if query.get("view") == "text":

@@ -34,6 +34,9 @@ from relay.ui.timeline import changes_of, created, steps_of
 
 SECTION = "deliveries"
 
+MOST_STEPS = 50
+"""Attempts on the page of a delivery, the latest."""
+
 
 async def list_(visit: Visit) -> web.Response:
     """List deliveries; changes apply to all that match the filter, on every page."""
@@ -202,7 +205,13 @@ async def show(visit: Visit) -> web.Response:
             class_="facts",
         ),
         tag("h2", "Attempts"),
-        tag("ol", created(shown), steps_of(visit, shown, tries[::-1], shown["created_at"]), class_="line"),
+        tag(
+            "ol",
+            created(shown),
+            _earlier(visit, shown),
+            steps_of(visit, shown, tries[:MOST_STEPS][::-1], shown["created_at"]),
+            class_="line",
+        ),
         *answers(visit, tries),
         tag("h2", "Request", id="body"),
         await request_of(visit, shown),
@@ -213,6 +222,13 @@ async def show(visit: Visit) -> web.Response:
             state(shown["state"], f"{shown['state']}, {ended}" if ended else None),
         ],
     )
+
+
+def _earlier(visit: Visit, delivery: Mapping[str, Any]) -> Content:
+    """Return a link to all attempts if not all are shown."""
+    count = len(delivery["tries"]) - MOST_STEPS
+    link = visit.link("attempts", delivery_id=delivery["id"])
+    return tag("li", tag("a", f"{count:,} earlier attempts", href=link)) if count > 0 else None
 
 
 def _delivery_link(visit: Visit, id_: str) -> Content:

@@ -129,7 +129,7 @@ async def show(visit: Visit) -> web.Response:
             class_="actions",
         ),
         tag("h2", "From the sender to the destinations"),
-        line_of(visit, event, explanation["destinations"], attempts["items"]),
+        await line_of(visit, event, explanation["destinations"], attempts["items"]),
         tag("h2", "Body", id="body"),
         await event_body(visit, event),
         tag("p", command("events", "show", event["id"])),

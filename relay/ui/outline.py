@@ -50,12 +50,16 @@ _TOKEN = re.compile(
 )
 _TEXT, _OPEN, _CLOSE, _COLON, _COMMA, _SCALAR, _END = range(1, 8)  # groups of the pattern
 _VALUE, _FIRST_VALUE, _KEY, _FIRST_KEY, _BEFORE_COLON, _AFTER_VALUE = range(6)  # states: what follows
-_INVALID = "not valid JSON"
 _CLOSING = {"{": "}", "[": "]"}
 
 
 class NotReadableError(ValueError):
     """The text is not JSON, or larger or deeper than this module reads."""
+
+    @classmethod
+    def at(cls, place: int) -> "NotReadableError":
+        """Return the error for text that is not JSON from a place on."""
+        return cls(f"not valid JSON from character {place + 1:,} on")
 
 
 @dataclass(slots=True)
@@ -123,10 +127,10 @@ class _Reading:
         """Expect the value of a key."""
         self.state = _VALUE
 
-    def comma(self, _text: str, _place: int) -> None:
+    def comma(self, _text: str, place: int) -> None:
         """Expect another child of the innermost object or array."""
         if not self.frames:
-            raise NotReadableError(_INVALID)
+            raise NotReadableError.at(place)
         self.state = _KEY if self.frames[-1].kind == "{" else _VALUE
 
     def scalar(self, text: str, _place: int) -> None:
@@ -143,10 +147,10 @@ class _Reading:
         self.frames.append(_Frame(kind, place, value, level))
         self.state = _FIRST_KEY if kind == "{" else _FIRST_VALUE
 
-    def end(self, kind: str, _place: int) -> None:
+    def end(self, kind: str, place: int) -> None:
         """Note the end of the innermost object or array."""
         if not self.frames or _CLOSING[self.frames[-1].kind] != kind:
-            raise NotReadableError(_INVALID)
+            raise NotReadableError.at(place)
         frame = self.frames.pop()
         if frame.value is not None:
             frame.value.count = frame.count
@@ -253,12 +257,12 @@ async def outline(text: str, turns: Turns, *, at: int = -1, skip: int = 0, find:
         token = match(text, place)
         kind = 0 if token is None else token.lastindex or 0
         if token is None or (kind == _END and (reading.frames or reading.state != _AFTER_VALUE)):
-            raise NotReadableError(_INVALID)
+            raise NotReadableError.at(place)
         if kind == _END:
             break
         step = _STEPS.get((reading.state, kind))
         if step is None:
-            raise NotReadableError(_INVALID)
+            raise NotReadableError.at(place)
         step(reading, token[kind], token.start(kind))
         place = token.end()
         count += 1

@@ -11,7 +11,6 @@ import msgspec
 
 from relay.api.query_params import ListFilter, filters_of, read_field
 from relay.base.clock import SECOND
-from relay.base.json_text import indented
 from relay.base.units import render_size
 from relay.config.schema import Scope
 from relay.routing.condition_text import read_conditions
@@ -488,33 +487,6 @@ def total(values: Iterable[float | None]) -> str:
     """Render the sum of the figures of a history, or a dash if it has none."""
     known = [value for value in values if value is not None]
     return number(round(sum(known))) if known else NONE
-
-
-MOST_TEXT = 16 * 1024
-"""Characters of a body that are shown."""
-
-
-MOST_INDENTED = 3 * MOST_TEXT
-"""Maximum length of an indented body: indentation makes a deeply nested body many times longer."""
-
-
-def body_text(text: str, label: str) -> Content:
-    """Return the beginning of a body, JSON with indentation; `label` names it for screen readers."""
-    shown, note = text[:MOST_TEXT], None
-    if text[MOST_TEXT:]:
-        note = f"The first {MOST_TEXT:,} of {len(text):,} characters."
-    elif (better := _readable(text)) != text:
-        shown, note = better, "Shown with indentation; the relay stores and sends it without changes."
-    pre = tag("pre", "\n", shown, tabindex=0, aria_label=label)
-    return [pre, tag("p", note, class_="note") if note else None]
-
-
-def _readable(text: str) -> str:
-    try:
-        better = indented(text)
-    except (ValueError, RecursionError):
-        return text
-    return better if len(better) <= MOST_INDENTED else text
 
 
 _ID = re.compile(r"\b((?:evt|dlv)_[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12})\b")

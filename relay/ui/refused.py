@@ -6,6 +6,7 @@ from typing import Any
 
 from aiohttp import web
 
+from relay.ui.body import body_of
 from relay.ui.markup import Content, tag
 from relay.ui.page import Visit
 from relay.ui.parts import (
@@ -13,7 +14,6 @@ from relay.ui.parts import (
     Narrow,
     action,
     api_query,
-    body_text,
     command,
     command_of_list,
     exact,
@@ -164,7 +164,7 @@ async def show(visit: Visit) -> web.Response:
         tag("p", *_advice(shown)),
         tag("h2", "Request"),
         tag("pre", "\n", "\n".join(head), tabindex=0, aria_label="Head"),
-        *_body(shown),
+        await _body(visit, shown["body"]),
         tag("p", command("refused", "show", shown["id"])),
         section=SECTION,
     )
@@ -207,7 +207,5 @@ def _advice(shown: Mapping[str, Any]) -> Iterator[Content]:
         yield command("sources", "show", source)
 
 
-def _body(shown: Mapping[str, Any]) -> Iterator[Content]:
-    if shown["body"] is not None:
-        yield tag("h2", "Body")
-        yield body_text(shown["body"], "Body")
+async def _body(visit: Visit, body: str | None) -> Content:
+    return None if body is None else [tag("h2", "Body", id="body"), await body_of(visit, body, "Body")]

@@ -24,13 +24,13 @@ MINUTE = 60
 NOT_SENT = "not sent"
 
 
-def line_of(
+async def line_of(
     visit: Visit,
     event: Mapping[str, Any],
     matches: Sequence[Mapping[str, Any]],
     attempts: Sequence[Mapping[str, Any]],
 ) -> Markup:
-    """Return the line of time of an event.
+    """Return the line of time of an event; other tasks run between the destinations.
 
     Args:
         visit: the request for the page.
@@ -38,7 +38,10 @@ def line_of(
         matches: whether each destination of config.toml gets it: `destinations` of the explanation.
         attempts: of all its deliveries, the latest first.
     """
-    ways = list(_ways(visit, event, matches, attempts))
+    ways: list[Markup] = []
+    for each in _ways(visit, event, matches, attempts):
+        ways.append(each)
+        await visit.turns.give()
     sent = len({each["destination"] for each in event["owed"]})
     all_ = len({each["destination"] for each in event["owed"]} | {each["name"] for each in matches})
     title = f"Goes to {sent} of {all_} destinations" if all_ else "config.toml has no destinations"
@@ -49,7 +52,7 @@ def line_of(
 def _arrival(visit: Visit, event: Mapping[str, Any]) -> Iterator[Content]:
     """Yield the steps between the sender and the store."""
     at = event["received_at"]
-    source = tag("a", event["source"], href=visit.link("sources", event["source"]))
+    source = tag("a", event["source"], href=visit.link("events", source=event["source"]))
     yield tag("li", tag("strong", "Received"), " ", clock(at), " by ", source)
     created = [each["created_at"] for each in event["owed"] if each["replay_of"] is None]
     if created:
@@ -200,7 +203,9 @@ def _between(start: str, end: str) -> str:
 def _waits(visit: Visit, delivery: Mapping[str, Any], held: str | None) -> Iterator[Content]:
     """Yield what a pending delivery waits for."""
     if held is not None:
-        yield tag("strong", held_text(held.partition(" until ")[0]), class_="warn")
+        reason, _, until = held.partition(" until ")
+        end = [" until ", clock(until, delivery["created_at"])] if until else None
+        yield [tag("strong", held_text(reason), class_="warn"), end]
     if delivery["next_attempt_at"] is None:
         yield "waits for an earlier delivery of its order key"
     elif held is None:

@@ -64,6 +64,11 @@ def test_invalid_json_is_refused(text):
         read(text)
 
 
+def test_the_error_has_the_place_of_the_first_wrong_character():
+    with pytest.raises(NotReadableError, match="not valid JSON from character 11 on"):
+        read('{"a": [1,2}')
+
+
 def test_random_texts_are_accepted_like_by_a_json_parser():
     chance = random.Random(3)
     parts = ["{", "}", "[", "]", ",", ":", '"a"', "1", "null", " ", "-0.5"]

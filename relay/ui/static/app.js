@@ -524,9 +524,10 @@ const GO = { n: "", e: "events", l: "deliveries", d: "destinations", r: "refused
 let before = "";
 
 function step(by) {
-  const links = [...document.querySelectorAll("tbody tr th a, tbody tr td a")]
-    .filter((link, at, all) => all.findIndex((other) => other.closest("tr") === link.closest("tr")) === at);
-  const now = links.findIndex((link) => link.closest("tr").contains(document.activeElement));
+  const row = (link) => link.closest("tr, .ways > li");
+  const links = [...document.querySelectorAll("tbody tr th a, tbody tr td a, .ways > li > a")]
+    .filter((link, at, all) => all.findIndex((other) => row(other) === row(link)) === at);
+  const now = links.findIndex((link) => row(link).contains(document.activeElement));
   const next = links[now + by] || links[now < 0 ? 0 : now];
   if (next) next.focus();
 }
