@@ -33,6 +33,7 @@ from relay.api.views import (
 )
 from relay.base.clock import rfc3339
 from relay.errors import RelayError, UnknownError
+from relay.ingest.replies import MOST_REPLIES
 from relay.model import Expunged, Imported, StoredEvent
 from relay.routing.router import explained
 from relay.store import Store
@@ -41,6 +42,11 @@ LONGEST_LINE = 64 * 2**20
 """Bytes of one exported event. The largest possible body in base64 is far smaller."""
 
 CHUNK = 64 * 1024
+
+REPLIES = "show the replies"
+"""Request of another node."""
+
+PATIENCE = 1.0  # seconds within which the other nodes must answer
 
 
 class MatchView(msgspec.Struct):
@@ -112,6 +118,7 @@ class EventsApi:
         self._clock = context.clock
         self._state = context.state
         self._ingest = context.ingest
+        context.store.nodes.handle(REPLIES, self._replies_here)
         self._check_names = context.check_names
 
     @endpoint(
@@ -138,16 +145,26 @@ class EventsApi:
     )  # fmt: skip
     async def _show(self, request: web.Request, query: EventQuery) -> dict[str, Any]:
         shown = await show_event(self._store, request.match_info["id"], query.payload)
-        replies = [
+        return {**shown, "replies": await self._replies_to(shown["id"], 1 + shown["repetitions"])}
+
+    async def _replies_to(self, event_id: str, count: int) -> list[ReplyView]:
+        """Return the known replies about an event; other nodes are asked for them if there are more."""
+        found = await self._replies_here("", event_id)
+        if len(found) < min(count, MOST_REPLIES) and not self._store.nodes.alone:
+            answers = await self._store.nodes.ask_others(REPLIES, event_id, PATIENCE)
+            found += [msgspec.convert(each, ReplyView) for _, given in answers.given for each in given]
+        return sorted(found, key=lambda reply: reply.received_at)
+
+    async def _replies_here(self, _to: str, event_id: str) -> list[ReplyView]:
+        return [
             ReplyView(
                 received_at=rfc3339(sent.received_at),
                 status=sent.status,
                 duration_ms=round(sent.duration / 1000, 1),
                 heard=sent.heard,
             )
-            for sent in self._ingest.replies.of(shown["id"])
+            for sent in self._ingest.replies.of(event_id)
         ]
-        return {**shown, "replies": replies}
 
     @endpoint(
         "GET", "/api/events/{id}/body", "eventBody", "Return the request body of an event, byte for byte.",

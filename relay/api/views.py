@@ -135,8 +135,8 @@ class EventShown(EventView):
     replies: Annotated[
         tuple[ReplyView, ...],
         about(
-            "Replies to its first request and to repetitions, oldest first. The daemon that received them "
-            "keeps those about its latest 4,096 events or more in memory."
+            "Replies to its first request and to repetitions, oldest first. Each daemon keeps those about "
+            "its latest 4,096 events or more in memory; nodes of a cluster ask one another."
         ),
     ]
     owed: tuple[DeliveryView, ...]

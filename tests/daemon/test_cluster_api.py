@@ -84,6 +84,21 @@ async def lines_of(relay, method, path):
     return answer.status, [json.loads(line) for line in answer.body.splitlines()]
 
 
+async def test_any_node_shows_the_replies_of_all(nodes):
+    first, second = nodes
+    body = json.dumps({"event_type": "sale", "session_id": "s-1"}).encode()
+    raw = request("POST", "/v1/events", body, **{"idempotency-key": "once"})
+    event = (await first.exchange(raw)).json["event_id"]
+    assert (await second.exchange(raw)).json["event_id"] == event
+    for relay in nodes:
+        shown = await relay.operator("GET", f"/api/events/{event}")
+        assert [each["status"] for each in shown["replies"]] == [200, 200]
+        assert shown["replies"][0]["received_at"] == shown["received_at"]
+    with silent(first):
+        shown = await second.operator("GET", f"/api/events/{event}")
+        assert [each["received_at"] > shown["received_at"] for each in shown["replies"]] == [True]
+
+
 async def test_a_login_at_one_node_is_valid_at_all(nodes):
     first, second = nodes
     code = (await new_code(first))["code"]
