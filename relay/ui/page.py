@@ -65,13 +65,17 @@ class StaticFile(msgspec.Struct, frozen=True):
     content_type: str
 
 
-_COMMENTS = re.compile(rb"^ *//.*\n", re.MULTILINE)
+_UNSEEN: Mapping[str, re.Pattern[bytes]] = {
+    "js": re.compile(rb"^ *//.*\n", re.MULTILINE),
+    "css": re.compile(rb"^ *(/\*.*\*/\n)?", re.MULTILINE),
+}
+"""Comments, and the indentation of styles, by the ending of a file. They are not served."""
 
 
 def _load(stem: str, ending: str, content_type: str) -> StaticFile:
     content = (resources.files("relay.ui") / "static" / f"{stem}.{ending}").read_bytes()
-    if ending == "js":
-        content = _COMMENTS.sub(b"", content)  # an eighth of the script
+    if (unseen := _UNSEEN.get(ending)) is not None:
+        content = unseen.sub(b"", content)  # an eighth of the script
     digest = hashlib.sha256(content).hexdigest()[:12]
     return StaticFile(f"{stem}.{digest}.{ending}", content, content_type)
 
