@@ -34,7 +34,8 @@ from relay.api.tail import TailApi
 from relay.api.top import TopApi
 from relay.api.views import about
 from relay.api.workers import WorkersApi
-from relay.config.effective import effective
+from relay.base.turns import Turns
+from relay.config.effective import fill
 from relay.config.schema import Config
 from relay.reload import ReloadBody, Reloaded
 
@@ -143,10 +144,10 @@ class DaemonApi:
     async def _config(self, _request: web.Request) -> ConfigView:
         config = self._context.state.config
         if self._shown is None or self._shown[0] is not config:
-            self._shown = (
-                config,
-                ConfigView(str(config.path), effective(config), config.origins, config.warnings),
-            )
+            turns, tables = Turns(), dict[str, Any]()
+            for _ in fill(tables, config):
+                await turns.give()
+            self._shown = config, ConfigView(str(config.path), tables, config.origins, config.warnings)
         return self._shown[1]
 
     @endpoint(

@@ -28,9 +28,24 @@ _SIZES = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "B"))
 
 def effective(config: Config) -> dict[str, Any]:
     """Return the tables of config.toml as JSON values; keys without a value are left out."""
-    tables = _table(config)
-    tables["sources"] = {name: effective_source(source) for name, source in config.sources.items()}
+    tables: dict[str, Any] = {}
+    for _ in fill(tables, config):
+        pass
     return tables
+
+
+def fill(tables: dict[str, Any], config: Config) -> Iterator[None]:
+    """Add the tables of `effective`, one source or destination or other table per step."""
+    for key, name, unit in _keys(Config):
+        value = getattr(config, name)
+        if key in _NAMED:
+            inner = tables[key] = {}
+            for each, record in value.items():
+                inner[each] = effective_table(record)
+                yield
+        elif (shown := _value(value, unit)) is not None:
+            tables[key] = shown
+            yield
 
 
 _AGREED = ("shards",)

@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from relay import __version__
-from relay.config.effective import digests
+from relay.config.effective import digests, effective, fill
 from relay.config.problems import ConfigError
 from relay.formats import FORMATS
 from relay.plugin_loading.loader import discover, load
@@ -758,6 +758,18 @@ url = "https://crm.example.com/hook"
 [destinations.erp]
 url = "https://erp.example.com/hook"
 """
+
+
+def test_the_effective_configuration_is_made_in_steps_of_one_destination(setup):
+    more = "".join(f'[destinations.d{n}]\nurl = "https://d{n}.example.com/"\n' for n in range(20))
+    config = setup(f"{NODE}\n{more}").config
+    tables, largest = {}, 0
+    for _ in fill(tables, config):
+        made = len(tables.get("destinations", {}))
+        assert made - largest in (0, 1)
+        largest = made
+    assert largest == len(config.destinations)
+    assert tables == effective(config)
 
 
 @pytest.mark.parametrize(
