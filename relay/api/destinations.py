@@ -213,7 +213,7 @@ class DestinationsApi:
     async def _recent(self, name: str | None = None) -> dict[str, tuple[float | None, float | None]]:
         """Return the attempts of the last minute by destination, all and failed; `name` selects one."""
         found = {}
-        for each in (await self._history.hour(minutes=1, periods=1, destination=name)).destinations:
+        for each in (await self._history.past(minutes=1, periods=1, destination=name)).destinations:
             [succeeded], [failed] = each.figures["succeeded"], each.figures["failed"]
             found[each.name] = None if succeeded is None else succeeded + (failed or 0), failed
         return found

@@ -1,4 +1,4 @@
-"""`GET /api/history`: the last hour of sources and destinations, of all nodes of a cluster."""
+"""`GET /api/history`: the last hour or day of sources and destinations, of all nodes of a cluster."""
 
 from collections.abc import Iterable
 from typing import Annotated, Any
@@ -11,7 +11,7 @@ from relay.api.endpoints import endpoint
 from relay.api.query_params import HistoryQuery
 from relay.base.clock import rfc3339
 from relay.base.turns import Turns
-from relay.jobs.history import Hour, Series, merged
+from relay.jobs.history import Past, Series, merged
 
 SHOW = "show history"
 """The request of another node."""
@@ -49,7 +49,10 @@ class HistoryView(msgspec.Struct):
 
     until: Annotated[str, _about("End of the last period.")]
     step_seconds: Annotated[
-        float, _about("Length of a period; with `running`, the last one is up to ten seconds shorter.")
+        float,
+        _about(
+            "Length of a period; with `running`, the last one is up to ten seconds shorter, or five minutes."
+        ),
     ]
     sources: list[SourceHistory]
     destinations: list[DestinationHistory]
@@ -67,28 +70,31 @@ class HistoryApi:
         self._nodes.handle(SHOW, self._show_here)
 
     @endpoint(
-        "GET", "/api/history", "history", "Show the last hour of each source and destination.",
+        "GET", "/api/history", "history", "Show the last hour or day of each source and destination.",
         query=HistoryQuery, returns=HistoryView,
     )  # fmt: skip
     async def _show(self, _request: web.Request, query: HistoryQuery) -> dict[str, Any]:
         await self._check_names(query)
         asked = (query.minutes, query.periods, query.source, query.destination, query.running == "1")
         others = await self._nodes.ask_others(SHOW, asked, PATIENCE)
-        parts, unable = others.read(Hour)
-        hour = await merged([await self._show_here("", asked), *(part for _, part in parts)])
+        mine = await self._show_here("", asked)
+        found, unable = others.read(Past)
+        parts = [part for _, part in found if part.step == mine.step]
+        unable += tuple(name for name, part in found if part.step != mine.step)  # keeps no days
+        past = await merged([mine, *parts])
         return {
-            "until": rfc3339(hour.until),
-            "step_seconds": hour.step,
-            "sources": [{"name": each.name, **each.figures} for each in hour.sources],
-            "destinations": await _in_milliseconds(hour.destinations),
+            "until": rfc3339(past.until),
+            "step_seconds": past.step,
+            "sources": [{"name": each.name, **each.figures} for each in past.sources],
+            "destinations": await _in_milliseconds(past.destinations),
             "silent": others.silent,
             "unable": unable,
         }
 
-    async def _show_here(self, _to: str, asked: tuple[Any, ...]) -> Hour:
+    async def _show_here(self, _to: str, asked: tuple[Any, ...]) -> Past:
         """Return the history of this node, also for another one."""
         minutes, periods, source, destination, running = asked
-        return await self._history.hour(minutes, periods, source, destination, running=running)
+        return await self._history.past(minutes, periods, source, destination, running=running)
 
 
 async def _in_milliseconds(destinations: Iterable[Series]) -> list[dict[str, Any]]:

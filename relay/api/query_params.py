@@ -105,7 +105,9 @@ class HistoryQuery(msgspec.Struct, kw_only=True):
     """`GET /api/history`."""
 
     minutes: Annotated[
-        int, _about("Minutes until now.", parse=partial(_whole, most=60)), msgspec.Meta(ge=1, le=60)
+        int,
+        _about("Minutes until now; more than 60 in slots of five minutes.", parse=partial(_whole, most=1440)),
+        msgspec.Meta(ge=1, le=1440),
     ] = 60
     periods: Annotated[
         int,
@@ -116,7 +118,7 @@ class HistoryQuery(msgspec.Struct, kw_only=True):
     destination: Annotated[str, _about("Return only this destination, and no sources.")] | None = None
     running: Annotated[
         Literal["0", "1"],
-        _about("1: the last period ends now, up to ten seconds early; 0: all periods are complete."),
+        _about("1: the last period ends now and may be incomplete; 0: all periods are complete."),
     ] = "0"
 
 

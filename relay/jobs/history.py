@@ -1,6 +1,6 @@
-"""The last hour of each source and destination, in memory, from the metrics.
+"""The last hour and the last day of each source and destination, in memory, from the metrics.
 
-Prometheus keeps metrics for longer, but not every relay has one, and a page or a command can show this hour
+Prometheus keeps metrics for longer, but not every relay has one, and a page or a command can show this day
 without it. Every ten seconds, this job records how much the counters have grown since its last run.
 """
 
@@ -21,6 +21,12 @@ EVERY = 10.0
 SLOTS = 360
 """Slots that are kept: one hour."""
 
+LONG = 30
+"""Slots of one long slot, which is five minutes."""
+
+LONG_SLOTS = 288
+"""Long slots that are kept: 24 hours."""
+
 MOST_MADE = 8
 """Results that are cached until the next reading, because several pages and nodes request the same one."""
 
@@ -36,28 +42,76 @@ _EVENTS, _REFUSED = "relay_events_received_total", "relay_events_rejected_total"
 _ATTEMPTS, _BUCKETS = "relay_delivery_attempts_total", "relay_delivery_attempt_duration_seconds_bucket"
 _NAMES = (_EVENTS, _REFUSED, _ATTEMPTS, _BUCKETS)
 _SUMS = frozenset({"events", "refused", "succeeded", "failed"})
-_PLACES = SLOTS + 1
 _UNKNOWN = math.nan
 _NOTHING = array("d", [_UNKNOWN])
 
 
 class Ring:
-    """One figure of the last `SLOTS` slots, and of the running one."""
+    """The values of the latest slots, and of the running one."""
 
-    __slots__ = ("_values",)
+    __slots__ = ("_slots", "_values")
 
-    def __init__(self) -> None:
-        self._values = array("d", [_UNKNOWN] * _PLACES)
+    def __init__(self, slots: int) -> None:
+        """Take the number of complete slots that are kept."""
+        self._slots = slots
+        self._values = array("d", [_UNKNOWN] * (slots + 1))
 
     def set(self, slot: int, value: float) -> None:
-        """Set the figure of a slot."""
-        self._values[slot % _PLACES] = value
+        """Set the value of a slot."""
+        self._values[slot % len(self._values)] = value
+
+    def get(self, slot: int) -> float:
+        """Return the value of a slot that is kept."""
+        return self._values[slot % len(self._values)]
+
+    def forget(self, after: int, until: int) -> None:
+        """Make the values of the slots after `after` up to `until` unknown."""
+        for slot in range(after + 1, min(until, after + len(self._values)) + 1):
+            self.set(slot, _UNKNOWN)
 
     def until(self, slot: int, count: int) -> "array[float]":
-        """Return the figures of the last `count` slots until `slot`, oldest first."""
-        start = (slot + 1) % _PLACES
+        """Return the values of the last `count` slots until `slot`, oldest first."""
+        start, kept = (slot + 1) % len(self._values), min(count, self._slots)
         ordered = self._values[start:] + self._values[:start]
-        return _NOTHING * max(0, count - SLOTS) + ordered[_PLACES - min(count, SLOTS) :]
+        return _NOTHING * (count - kept) + ordered[len(ordered) - kept :]
+
+
+class Figure:
+    """The values of one figure: short slots of the last hour, long slots of the last day."""
+
+    __slots__ = ("long", "short")
+
+    def __init__(self) -> None:
+        self.short = Ring(SLOTS)
+        self.long = Ring(LONG_SLOTS)
+
+
+class View(msgspec.Struct, frozen=True):
+    """The slots that an answer has, and how they are joined to periods."""
+
+    is_long: bool
+    each: int  # slots of a period
+    count: int  # periods
+    last: int  # the last slot
+    running: int | None  # short slot, with which the last long slot is incomplete
+    begins: bool  # the last long slot has no other short slot yet
+
+    def values(self, name: str, figure: Figure | None) -> list[float | None]:
+        """Return the values of a figure by period, oldest first."""
+        if figure is None:
+            return [None] * self.count
+        slots = (figure.long if self.is_long else figure.short).until(self.last, self.each * self.count)
+        if self.running is not None:
+            known = (
+                [figure.short.get(self.running)]
+                if self.begins
+                else [slots[-1], figure.short.get(self.running)]
+            )
+            joined = _joined(name, _known(array("d", known)))
+            slots[-1] = _UNKNOWN if joined is None else joined
+        if slots.tobytes() == slots[:1].tobytes() * len(slots):  # of a destination without traffic
+            return [_joined(name, _known(slots[: self.each]))] * self.count
+        return [_joined(name, _known(slots[at : at + self.each])) for at in range(0, len(slots), self.each)]
 
 
 class Series(msgspec.Struct, frozen=True):
@@ -67,7 +121,7 @@ class Series(msgspec.Struct, frozen=True):
     figures: dict[str, list[float | None]]
 
 
-class Hour(msgspec.Struct, frozen=True):
+class Past(msgspec.Struct, frozen=True):
     """Figures of sources and destinations in periods of equal length."""
 
     until: int  # end of the last period, wall clock
@@ -94,66 +148,74 @@ class History:
         self._clock = clock
         self._names = {"sources": sources, "destinations": destinations}
         self._pending = pending
-        self._rings: dict[tuple[str, str, str], Ring] = {}  # by kind, name and figure
-        self._made: dict[Hashable, Hour] = {}  # cached results, see `MOST_MADE`
+        self._figures: dict[tuple[str, str, str], Figure] = {}  # by kind, name and name of the figure
+        self._made: dict[Hashable, Past] = {}  # cached results, see `MOST_MADE`
         self._before: Reading | None = None
         self._slot = 0  # the last one
         self._ran_at = 0  # its end, steady clock
         self._until = 0  # the same, wall clock
         self._read_at = 0  # latest reading of the running slot, steady clock
-        self._reading = asyncio.Lock()
+        self._noting = asyncio.Lock()  # held while figures are noted, and while an answer is made of them
 
     async def run(self) -> None:
         """Note the figures of the slot that ends now."""
-        steady = self._clock.steady()
-        passed = round((steady - self._ran_at) / (EVERY * SECOND))
-        before = self._before
-        if before is not None and not passed:  # an operator has just run this job
-            return
-        self._before = now = await self._metrics.read(_NAMES)
-        self._ran_at, self._read_at, self._until = steady, steady, self._clock.wall()
-        self._made.clear()
-        known = {(kind, name) for kind, names in self._names.items() for name in names()}
-        for key in [key for key in self._rings if key[:2] not in known]:
-            del self._rings[key]
-        if before is None:
-            return
-        skipped = range(self._slot + 1, self._slot + min(passed, _PLACES + 1))  # the machine was suspended
-        self._slot += passed
-        for ring in self._rings.values():
-            for slot in skipped:
-                ring.set(slot, _UNKNOWN)
-        self._note_slot(self._slot, before, now)
+        async with self._noting:
+            steady = self._clock.steady()
+            passed = round((steady - self._ran_at) / (EVERY * SECOND))
+            before = self._before
+            if before is not None and not passed:  # an operator has just run this job
+                return
+            self._before = now = await self._metrics.read(_NAMES)
+            self._ran_at, self._read_at, self._until = steady, steady, self._clock.wall()
+            self._made.clear()
+            known = {(kind, name) for kind, names in self._names.items() for name in names()}
+            for key in [key for key in self._figures if key[:2] not in known]:
+                del self._figures[key]
+            if before is None:
+                return
+            last, self._slot = self._slot, self._slot + passed
+            for figure in self._figures.values():
+                figure.short.forget(last, self._slot)  # several slots if the machine was suspended
+                figure.long.forget(_long(last), _long(self._slot))
+            await self._note_slot(self._slot, before, now)
 
-    def _note_slot(self, slot: int, before: Reading, now: Reading) -> None:
-        sources, destinations = _of_sources(before, now), _of_destinations(before, now)
+    async def _note_slot(self, slot: int, before: Reading, now: Reading) -> None:
+        """Record a slot; it has ended if it is the last one."""
+        turns = Turns()
+        sources = _of_sources(before, now)
+        await turns.give()
+        destinations = _of_destinations(before, now)
         pending = self._pending()
-        for name in self._names["sources"]():
+        for name in tuple(self._names["sources"]()):
+            await turns.give()
             self._note("sources", name, slot, sources.get(name) or dict.fromkeys(SOURCE, 0.0))
-        for name in self._names["destinations"]():
-            figures = destinations.get(name) or _figures((0.0, 0.0), ())
-            self._note("destinations", name, slot, {**figures, "pending": float(pending.get(name, 0))})
+        for name in tuple(self._names["destinations"]()):
+            await turns.give()
+            values = destinations.get(name) or _values((0.0, 0.0), ())
+            self._note("destinations", name, slot, {**values, "pending": float(pending.get(name, 0))})
 
-    def _note(self, kind: str, name: str, slot: int, figures: Mapping[str, float]) -> None:
-        for figure, value in figures.items():
+    def _note(self, kind: str, name: str, slot: int, values: Mapping[str, float]) -> None:
+        for figure, value in values.items():
             key = (kind, name, figure)
-            if (ring := self._rings.get(key)) is None:
-                ring = self._rings[key] = Ring()
-            ring.set(slot, value)
+            if (found := self._figures.get(key)) is None:
+                found = self._figures[key] = Figure()
+            found.short.set(slot, value)
+            if slot == self._slot and not math.isnan(value):
+                before = found.long.get(_long(slot))
+                joined = value if math.isnan(before) else _joined(figure, (before, value))
+                found.long.set(_long(slot), _UNKNOWN if joined is None else joined)
 
     async def _note_running(self) -> None:
         """Record the running slot so far. When the slot ends, its final figures replace these."""
-        async with self._reading:
-            before, steady = self._before, self._clock.steady()
-            if before is None or steady - self._read_at < FRESH * SECOND:
-                return
-            now = await self._metrics.read(_NAMES)
-            if self._before is before:  # the slot has not ended meanwhile
-                self._read_at = steady
-                self._made.clear()
-                self._note_slot(self._slot + 1, before, now)
+        before, steady = self._before, self._clock.steady()
+        if before is None or steady - self._read_at < FRESH * SECOND:
+            return
+        now = await self._metrics.read(_NAMES)
+        self._read_at = steady
+        self._made.clear()
+        await self._note_slot(self._slot + 1, before, now)
 
-    async def hour(
+    async def past(
         self,
         minutes: int,
         periods: int,
@@ -161,38 +223,53 @@ class History:
         destination: str | None = None,
         *,
         running: bool = False,
-    ) -> Hour:
+    ) -> Past:
         """Return the last `minutes`, divided into at most `periods` periods.
 
-        With a name, return only this source or destination, or both. With `running`, the last period ends now
-        and is up to ten seconds shorter than the others.
+        More than an hour is made of slots of five minutes. With a name, return only this source or
+        destination, or both. With `running`, the last period ends now and is up to a slot shorter.
         """
-        if running:
-            await self._note_running()
-        names = tuple(tuple(each()) for each in self._names.values())  # a reload may change them
-        asked, read_at = (minutes, periods, source, destination, running, names), self._read_at
-        if (made := self._made.get(asked)) is not None:
+        async with self._noting:
+            if running:
+                await self._note_running()
+            names = tuple(tuple(each()) for each in self._names.values())  # a reload may change them
+            asked = (minutes, periods, source, destination, running, names)
+            if (made := self._made.get(asked)) is not None:
+                return made
+            made = await self._past(minutes, periods, source, destination, running=running)
+            if len(self._made) < MOST_MADE:
+                self._made[asked] = made
             return made
-        made = await self._hour(minutes, periods, source, destination, running=running)
-        if read_at == self._read_at and len(self._made) < MOST_MADE:
-            self._made[asked] = made
-        return made
 
-    async def _hour(
+    async def _past(
         self, minutes: int, periods: int, source: str | None, destination: str | None, *, running: bool
-    ) -> Hour:
-        slots = min(max(1, round(minutes * 60 / EVERY)), SLOTS)
+    ) -> Past:
+        is_long = minutes > SLOTS * EVERY / 60
+        length, most = (LONG * EVERY, LONG_SLOTS) if is_long else (EVERY, SLOTS)
+        slots = min(max(1, round(minutes * 60 / length)), most)
         each = -(-slots // periods)
-        count, until, last = -(-slots // each), self._until, self._slot
+        until, last, running_slot = self._until, self._slot, None
         if running and self._read_at > self._ran_at:
             until, last = until + self._read_at - self._ran_at, last + 1
+            running_slot = last if is_long else None
+        if is_long and not running:
+            until -= round(last % LONG * EVERY * SECOND)
+            last -= last % LONG
+        view = View(
+            is_long=is_long,
+            each=each,
+            count=-(-slots // each),
+            last=_long(last) if is_long else last,
+            running=running_slot,
+            begins=_long(last) > _long(self._slot),
+        )
         sources = self._wanted("sources", source, destination)
         destinations = self._wanted("destinations", destination, source)
-        return Hour(
+        return Past(
             until=until,
-            step=each * EVERY,
-            sources=await self._series("sources", sources, each, count, last),
-            destinations=await self._series("destinations", destinations, each, count, last),
+            step=each * length,
+            sources=await self._series("sources", sources, view),
+            destinations=await self._series("destinations", destinations, view),
         )
 
     def _wanted(self, kind: str, name: str | None, other: str | None) -> Collection[str]:
@@ -202,45 +279,42 @@ class History:
             return () if other is not None else names
         return (name,) if name in names else ()
 
-    async def _series(
-        self, kind: str, names: Collection[str], each: int, count: int, last: int
-    ) -> tuple[Series, ...]:
+    async def _series(self, kind: str, names: Collection[str], view: View) -> tuple[Series, ...]:
         turns, found = Turns(), list[Series]()
-
-        def values(name: str, figure: str) -> list[float | None]:
-            ring = self._rings.get((kind, name, figure))
-            if ring is None:
-                return [None] * count
-            slots = ring.until(last, each * count)
-            if slots.tobytes() == slots[:1].tobytes() * len(slots):  # of a destination without traffic
-                return [_joined(figure, _known(slots[:each]))] * count
-            return [_joined(figure, _known(slots[at : at + each])) for at in range(0, len(slots), each)]
-
         for name in tuple(names):
-            found.append(Series(name, {figure: values(name, figure) for figure in _FIGURES[kind]}))
+            figures = {
+                figure: view.values(figure, self._figures.get((kind, name, figure)))
+                for figure in _FIGURES[kind]
+            }
+            found.append(Series(name, figures))
             await turns.give()
         return tuple(found)
 
 
-async def merged(hours: Sequence[Hour]) -> Hour:
+def _long(slot: int) -> int:
+    """Return the long slot that has a short one."""
+    return -(-slot // LONG)
+
+
+async def merged(parts: Sequence[Past]) -> Past:
     """Return the history of a cluster from those of its nodes, of which the first gives the periods.
 
     Counts are added; of other figures, the largest counts. Nodes end their slots at different moments, so an
     event may count in the period beside its own.
     """
-    first = hours[0]
-    if len(hours) == 1:
+    first = parts[0]
+    if len(parts) == 1:
         return first
-    return Hour(
+    return Past(
         until=first.until,
         step=first.step,
-        sources=await _merged([(each.sources, _periods_behind(each, first)) for each in hours]),
-        destinations=await _merged([(each.destinations, _periods_behind(each, first)) for each in hours]),
+        sources=await _merged([(each.sources, _periods_behind(each, first)) for each in parts]),
+        destinations=await _merged([(each.destinations, _periods_behind(each, first)) for each in parts]),
     )
 
 
-def _periods_behind(hour: Hour, first: Hour) -> int:
-    return round((first.until - hour.until) / (first.step * SECOND))
+def _periods_behind(part: Past, first: Past) -> int:
+    return round((first.until - part.until) / (first.step * SECOND))
 
 
 async def _merged(lists: Iterable[tuple[Iterable[Series], int]]) -> tuple[Series, ...]:
@@ -301,10 +375,10 @@ def _of_destinations(before: Reading, now: Reading) -> dict[str, dict[str, float
     for (name, bound), value in now.all(_BUCKETS).items():
         gained = value - before.of(_BUCKETS, name, bound)
         buckets.setdefault(name, []).append((float(bound), gained))
-    return {name: _figures(counts, buckets.get(name, ())) for name, counts in attempts.items()}
+    return {name: _values(counts, buckets.get(name, ())) for name, counts in attempts.items()}
 
 
-def _figures(counts: Sequence[float], buckets: Sequence[tuple[float, float]]) -> dict[str, float]:
+def _values(counts: Sequence[float], buckets: Sequence[tuple[float, float]]) -> dict[str, float]:
     succeeded, failed = counts
     p50, p95 = quantile(0.5, buckets), quantile(0.95, buckets)
     return {"succeeded": succeeded, "failed": failed, "p50": p50, "p95": p95}

@@ -57,7 +57,7 @@ async def test_a_new_event_counts_before_its_slot_has_ended(relay):
 
 
 @pytest.mark.parametrize(
-    "query", ["?running=2", "?minutes=61", "?minutes=0", "?periods=361", "?periods=x", "?hours=1"]
+    "query", ["?running=2", "?minutes=1441", "?minutes=0", "?periods=361", "?periods=x", "?hours=1"]
 )
 async def test_wrong_parameters_are_refused(relay, query):
     status, answer = await ask(relay, query)

@@ -1,9 +1,9 @@
-"""The last hour of sources and destinations, as `/api/history` returns it."""
+"""The last hour and day of sources and destinations, as `/api/history` returns them."""
 
 import pytest
 
 from relay.base.clock import SECOND
-from relay.jobs.history import SLOTS, History, Hour, Series, merged, quantile
+from relay.jobs.history import LONG, LONG_SLOTS, SLOTS, History, Past, Series, merged, quantile
 from relay.metrics import Metrics
 
 
@@ -27,7 +27,7 @@ class Daemon:
         await self.history.run()
 
     async def figures(self, kind="sources", **asked):
-        [series] = getattr(await self.history.hour(**{"minutes": 1, "periods": 6, **asked}), kind)
+        [series] = getattr(await self.history.past(**{"minutes": 1, "periods": 6, **asked}), kind)
         return series.figures
 
 
@@ -66,10 +66,10 @@ async def test_periods_are_sums_and_the_last_one_ends_at_the_last_slot(daemon):
     for _ in range(12):
         daemon.metrics.received.labels("shop").inc()
         await daemon.run()
-    hour = await daemon.history.hour(minutes=2, periods=2)
+    hour = await daemon.history.past(minutes=2, periods=2)
     assert (hour.step, hour.until) == (60.0, daemon.clock.wall())
     assert hour.sources[0].figures["events"] == [6, 6]
-    assert (await daemon.history.hour(minutes=2, periods=5)).step == 30.0
+    assert (await daemon.history.past(minutes=2, periods=5)).step == 30.0
 
 
 async def test_the_time_of_a_suspension_is_unknown_not_zero(daemon):
@@ -86,7 +86,6 @@ async def test_an_hour_is_kept_and_no_more(daemon):
         await daemon.run()
     events = (await daemon.figures(minutes=60, periods=SLOTS))["events"]
     assert events == [*map(float, range(2, SLOTS + 2))]
-    assert (await daemon.figures(minutes=600, periods=SLOTS))["events"] == events
     # 7 periods of 52 slots begin before the hour: the first has only 48.
     periods = (await daemon.figures(minutes=60, periods=7))["events"]
     assert periods == [sum(events[:48]), *(sum(events[at : at + 52]) for at in range(48, SLOTS, 52))]
@@ -126,7 +125,7 @@ async def test_the_running_slot_counts_if_it_is_asked_for(daemon):
     daemon.metrics.received.labels("shop").inc(2)
     assert (await daemon.figures(running=True))["events"] == [None] * 5 + [1]  # read a moment ago
     daemon.clock.advance(1)
-    hour = await daemon.history.hour(minutes=1, periods=6, running=True)
+    hour = await daemon.history.past(minutes=1, periods=6, running=True)
     assert (hour.until, hour.sources[0].figures["events"]) == (daemon.clock.wall(), [None] * 5 + [3])
     assert hour.destinations[0].figures["pending"][-1] == 3
     await daemon.run(7)
@@ -165,7 +164,7 @@ async def test_a_run_between_two_slots_adds_none(daemon):
 
 def hour(until, **of_sources):
     series = tuple(Series(name, {"events": values, "p95": values}) for name, values in of_sources.items())
-    return Hour(until=until * SECOND, step=60.0, sources=series, destinations=())
+    return Past(until=until * SECOND, step=60.0, sources=series, destinations=())
 
 
 @pytest.mark.parametrize(
@@ -202,6 +201,64 @@ async def test_histories_of_nodes_are_added_by_time(until, values, events, large
 async def test_a_name_leaves_out_the_others(daemon, names, sources, destinations):
     daemon.sources, daemon.destinations = ["shop", "till"], ["crm", "erp"]
     await daemon.run()
-    found = await daemon.history.hour(1, 1, **names)
+    found = await daemon.history.past(1, 1, **names)
     assert [each.name for each in found.sources] == sources
     assert [each.name for each in found.destinations] == destinations
+
+
+async def test_a_day_is_kept_in_long_slots_and_no_more(daemon, monkeypatch):
+    monkeypatch.setattr("relay.jobs.history.LONG", 3)
+    for count in range((LONG_SLOTS + 1) * 3):
+        daemon.metrics.received.labels("shop").inc(count // 3)
+        if count % 3 == 1:
+            daemon.metrics.attempts.labels("crm", "ok").inc()
+            daemon.metrics.attempt_seconds.labels("crm").observe(0.2)
+        daemon.pending = {"crm": count % 3}
+        await daemon.run()
+    past = await daemon.history.past(1440, LONG_SLOTS)
+    assert (past.step, past.until) == (30, daemon.clock.wall())
+    assert past.sources[0].figures["events"] == [3 * number for number in range(1, LONG_SLOTS + 1)]
+    figures = past.destinations[0].figures
+    assert (figures["succeeded"], figures["pending"]) == ([1] * LONG_SLOTS, [2] * LONG_SLOTS)
+    assert set(figures["p95"]) == {figures["p95"][0]}
+    assert 0.1 < figures["p95"][0] <= 0.25
+    past = await daemon.history.past(1440, 24)
+    assert past.sources[0].figures["events"][-1] == sum(
+        3 * number for number in range(LONG_SLOTS - 11, LONG_SLOTS + 1)
+    )
+
+
+async def test_a_day_includes_its_running_slot_only_on_request(daemon):
+    for _ in range(LONG + 2):
+        daemon.metrics.received.labels("shop").inc()
+        await daemon.run()
+    asked = {"minutes": 1440, "periods": LONG_SLOTS}
+    past = await daemon.history.past(**asked)
+    assert (past.step, past.until) == (300, daemon.clock.wall() - 20 * SECOND)
+    assert past.sources[0].figures["events"][-2:] == [None, LONG]
+    past = await daemon.history.past(**asked, running=True)
+    assert (past.until, past.sources[0].figures["events"][-2:]) == (daemon.clock.wall(), [LONG, 2])
+    daemon.metrics.received.labels("shop").inc(5)
+    daemon.clock.advance(2)
+    past = await daemon.history.past(**asked, running=True)
+    assert (past.until, past.sources[0].figures["events"][-2:]) == (daemon.clock.wall(), [LONG, 7])
+    await daemon.run(8)
+    for _ in range(LONG - 3):
+        await daemon.run()
+    daemon.metrics.received.labels("shop").inc(9)
+    daemon.clock.advance(2)  # the running slot begins a long one
+    found = (await daemon.figures(**asked, running=True))["events"]
+    assert found[-3:] == [LONG, 7, 9]
+    assert (await daemon.figures(**asked))["events"][-3:] == [None, LONG, 7]
+
+
+async def test_a_day_has_a_gap_where_the_machine_was_suspended(daemon):
+    for _ in range(3):
+        daemon.metrics.received.labels("shop").inc()
+        await daemon.run()
+    await daemon.run(2 * 3600)
+    asked = {"minutes": 1440, "periods": LONG_SLOTS, "running": True}
+    events = (await daemon.figures(**asked))["events"]
+    assert events[-26:] == [None, 3, *[None] * 23, 0]
+    await daemon.run(48 * 3600)
+    assert (await daemon.figures(**asked))["events"] == [None] * (LONG_SLOTS - 1) + [0]
