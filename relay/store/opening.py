@@ -5,6 +5,7 @@ The engine's modules are imported when a store is made, because most commands ru
 
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -12,12 +13,15 @@ from relay.base.clock import Clock, SystemClock
 from relay.config.effective import Digests
 from relay.config.schema import WorkerRules
 from relay.config.validators import POSTGRES
-from relay.errors import RelayError
+from relay.errors import RelayError, StorageError
 from relay.model import StoredEvent, WorkerStatus
 from relay.store import Listener, OfflineStore, Resolve, Route, Rules, Store
 
 if TYPE_CHECKING:
     from relay.store.moving import Move, Source, Target
+
+FILE = "relay.db"
+"""The file of the default URL, `sqlite:relay.db`."""
 
 DISK_RESERVE = 2 * 2**20
 """Bytes of the reserve that a daemon keeps for outcomes and retention on a full disk."""
@@ -116,6 +120,7 @@ def make_store(
             cluster=cluster,
             digests=digests,
             listen_address=None if listen_url is None else read_url(listen_url, "listen_url"),
+            find_former=partial(_former, folder),
         )
     from relay.store.sqlite.disk import Disk  # noqa: PLC0415 - see above
     from relay.store.sqlite.store import SqliteStore  # noqa: PLC0415 - see above
@@ -141,6 +146,24 @@ def make_store(
         digests=digests,
         disk=Disk(path, floor=min_free, ballast=reserve),
     )
+
+
+async def _former(folder: Path) -> str | None:
+    """Describe the SQLite database that a daemon has by default; None: there is none, or it has no events."""
+    path = folder / FILE
+    if not path.is_file():
+        return None
+    from relay.store.sqlite.offline import SqliteOffline  # noqa: PLC0415 - see above
+
+    try:
+        async with SqliteOffline(path).read() as stored:
+            if not await stored.queries.find("events", limit=1):
+                return None
+            pending = sum(counts.pending for counts in (await stored.ledger.totals()).values())
+    except StorageError as error:
+        return error.message
+    noun = "delivery" if pending == 1 else "deliveries"
+    return f"{path} has the events of this relay, with {pending} pending {noun}"
 
 
 @asynccontextmanager

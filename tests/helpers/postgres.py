@@ -84,8 +84,8 @@ _watchers = []
 class Server:
     """A running server."""
 
-    def __init__(self, folder, port, settings=()):
-        self.folder, self.port, self.settings = folder, port, settings
+    def __init__(self, folder, port, settings=(), enter=()):
+        self.folder, self.port, self.settings, self.enter = folder, port, settings, enter
 
     def url(self, database):
         """Return the DSN of a database over loopback."""
@@ -116,7 +116,7 @@ class Server:
 
     def restart(self):
         """Start the server again after `crash`, in the same folder and on the same port."""
-        start(self.folder, port=self.port, settings=self.settings, keep=True)
+        start(self.folder, port=self.port, settings=self.settings, keep=True, enter=self.enter)
 
     def run(self, sql, database="postgres"):
         """Run a statement with psql; returns the output, unaligned and without headings."""
@@ -129,11 +129,12 @@ class Server:
         return done.stdout
 
 
-def start(folder, *, watched=None, port=None, settings=(), keep=False):
+def start(folder, *, watched=None, port=None, settings=(), keep=False, enter=()):
     """Start a server in a new folder, and wait until it accepts connections.
 
     It ends when the process `watched` (by default this one) ends. A cluster in the folder is used again; with
-    `keep`, the folder stays after a crash of the server.
+    `keep`, the folder stays after a crash of the server. `enter` is a command that runs another one in the
+    network of a machine, where the server listens.
     """
     folder.mkdir(exist_ok=True, parents=True)
     as_user = _as_user(folder)
@@ -146,7 +147,7 @@ def start(folder, *, watched=None, port=None, settings=(), keep=False):
     flags = [part for option in options for part in ("-c", option)]
     with (folder / "log").open("ab") as log:
         watcher = subprocess.Popen(
-            ["sh", "-c", WATCH, "sh", *as_user, f"{BINARIES}/postgres", "-D", str(data), *flags],
+            ["sh", "-c", WATCH, "sh", *enter, *as_user, f"{BINARIES}/postgres", "-D", str(data), *flags],
             env={**os.environ, "RUN": str(watched or os.getpid()), "FOLDER": str(folder), "KEEP": "1" * keep},
             stdin=subprocess.DEVNULL,
             stdout=log,
@@ -160,7 +161,7 @@ def start(folder, *, watched=None, port=None, settings=(), keep=False):
     while subprocess.run(ready, check=False).returncode:
         assert time.monotonic() < deadline, (folder / "log").read_text()
         time.sleep(0.05)
-    return Server(folder, port, settings)
+    return Server(folder, port, settings, enter)
 
 
 class Pooler:

@@ -7,9 +7,12 @@ tests/packaging/test_booted.py`.
 import json
 import os
 import re
+import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 
+import postgres
 import pytest
 from booted import VARIABLE, Booted, Prometheus, missing
 from machines import CHECKOUT, copy_checkout, needs, offline
@@ -17,8 +20,15 @@ from machines import CHECKOUT, copy_checkout, needs, offline
 pytestmark = pytest.mark.skipif(bool(missing()), reason=missing())
 
 CONFIG = "/etc/relay/config.toml"
-MOVING = (CHECKOUT / "docs" / "moving.md").read_text()
-BLOCKS = dict(re.findall(r"<!-- run: (\w+) -->\n```sh\n(.*?)```", MOVING, re.DOTALL))
+
+
+def blocks(page):
+    """Return the blocks of commands of a page that are marked to be run, by their name."""
+    text = (CHECKOUT / "docs" / page).read_text()
+    return dict(re.findall(r"<!-- run: (\w+) -->\n```sh\n(.*?)```", text, re.DOTALL))
+
+
+BLOCKS = blocks("moving.md")
 
 SEND = r"""
 python3 - "$@" <<'END OF PROGRAM'
@@ -419,6 +429,17 @@ def test_alerts_fire_and_are_resolved_by_following_what_they_print(vm, prometheu
 
 
 @needs("prometheus")
+def test_an_alert_about_a_wrong_token_leads_to_its_sender(vm, prometheus):
+    assert [send(vm, "wrong", "unknown") for _ in range(3)] == [403] * 3
+    listed = vm.run(prometheus.until_firing("RelayUnauthorized")).out.splitlines()
+    assert len(listed) >= 3
+    assert all("\tmoddy\tauth\t403\tPOST\t/internal/event/notify\t" in line for line in listed)
+    shown = vm.run(f"relay refused show {listed[0].split(chr(9))[1]}").out
+    assert "127.0.0.1" in shown
+    assert "Authorization: <token>" in shown
+
+
+@needs("prometheus")
 def test_a_full_disk_refuses_senders_and_recovers_without_loss_by_the_advice(vm, prometheus, small_disk):
     """The relay fills the disk, and then another program does."""
     large = 400_000
@@ -439,7 +460,7 @@ def test_a_full_disk_refuses_senders_and_recovers_without_loss_by_the_advice(vm,
     status = vm.until("relay status 2>&1 || test $? = 1", "not ready: less free space than min_free_disk")
     assert "min_free_disk is 16 MiB\n  df -h /var/lib/relay\n" in status.out
     assert send_many(vm, "second", "refused", 1) == [503]
-    assert prometheus.until_firing("RelayStorageFull") == "df -h /var/lib/relay"
+    assert prometheus.until_firing("RelayStorageFull") == "relay status"
     assert "tmpfs" in vm.run(prometheus.until_firing("RelayDiskLow")).out
     checks = vm.run("relay doctor", codes=(1,))
     assert re.search(r"disk\tFAILED\t.*min_free_disk is 16 MiB", checks.out)
@@ -471,11 +492,19 @@ def test_a_full_disk_refuses_senders_and_recovers_without_loss_by_the_advice(vm,
     assert "conservation\tok" in vm.run("relay doctor", codes=(0, 1)).out
 
 
-def test_a_backup_is_on_display_and_survives_a_purge(vm):
+@needs("prometheus")
+def test_a_backup_is_on_display_and_its_alert_is_resolved_by_the_advice(vm, prometheus):
     assert shown(vm, "status")["backups"] is None
-    edit(vm, lambda text: f'{text}\n[backup]\nevery = "1d"\n')
-    vm.run("relay reload")
-    vm.run("relay db backup")
+    edit(vm, lambda text: f'{text}\n[backup]\nevery = "1d"\ndir = "/var/backups/relay"\n')
+    vm.run("relay reload && relay status")
+    command = prometheus.until_firing("RelayBackupOld")
+    failed = vm.run(command, codes=(1,))
+    assert "/var/backups/relay: Read-only file system" in failed.out + failed.err
+    assert "the last backup failed" in vm.run("relay status").err
+    edit(vm, lambda text: text.replace('dir = "/var/backups/relay"\n', ""))
+    vm.run(f"relay reload && {command}")
+    prometheus.until_resolved("RelayBackupOld")
+    assert vm.run("relay status").err == ""
     assert shown(vm, "status")["backups"]["last_success"] is not None
     exported = fetch(vm, METRICS)
     assert re.search(r"^relay_backup_last_success_timestamp_seconds [1-9]", exported, re.MULTILINE)
@@ -508,12 +537,109 @@ def test_the_relay_moves_by_the_five_commands_of_the_page(vm):
 
 
 def test_a_backup_is_restored_after_a_loss_by_the_commands_of_the_page(vm):
-    page = (CHECKOUT / "docs" / "install.md").read_text()
-    blocks = dict(re.findall(r"<!-- run: (\w+) -->\n```sh\n(.*?)```", page, re.DOTALL))
-    vm.run(blocks["backup"])
+    commands = blocks("install.md")
+    vm.run(commands["backup"])
     kept = set(vm.run("relay events list -q --limit 500").out.split())
     assert send(vm, "second", "after-the-backup") == 200
-    vm.run(blocks["restore"])
+    vm.run(commands["restore"])
     vm.until("relay status")
     assert set(vm.run("relay events list -q --limit 500").out.split()) == kept
     assert send(vm, "second", "restored") == 200
+
+
+@pytest.fixture(scope="module")
+def postgresql(vm):
+    """A PostgreSQL server in the machine's network, with the database of docs/storage.md."""
+    folder = Path(tempfile.mkdtemp(prefix="relay-postgres-"))
+    settings = ("fsync=on", "full_page_writes=on", "autovacuum=on")
+    server = postgres.start(folder, port=5432, settings=settings, keep=True, enter=vm.in_its_network())
+    server.run("CREATE ROLE relay LOGIN")
+    server.run("CREATE DATABASE relay OWNER relay ENCODING 'UTF8' TEMPLATE template0")
+    yield server
+    server.crash()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@postgres.needs_postgres
+def test_the_database_moves_to_postgresql_by_the_commands_of_the_page(vm, postgresql):
+    """The daemon is a cluster of one node then."""
+    vm.run("relay destinations pause receiver")
+    assert send(vm, "second", "before-postgresql") == 200
+    events = set(vm.run("relay events list -q --limit 500").out.split())
+    edit(vm, lambda text: f'{text}\n[storage]\nurl = "postgresql://relay@127.0.0.1/relay"\n')
+    assert "backup.every" in vm.run("relay check-config", codes=(1,)).err  # PostgreSQL has its own tools
+    edit(vm, lambda text: text.replace('every = "1d"\n', ""))
+    assert "restart needed: storage.url" in vm.run("relay reload", codes=(1,)).err
+    moved = vm.run(blocks("storage.md")["postgresql"].replace("db.example", "127.0.0.1"))
+    assert "moved and compared: " in moved.out
+    vm.until("relay status")
+    assert set(vm.run("relay events list -q --limit 500").out.split()) == events
+    [pending] = vm.run("relay deliveries list --state pending -q").out.split()
+    vm.run("relay destinations resume receiver")
+    vm.until(f"relay deliveries show {pending}", "delivered")
+    [node] = vm.run("relay nodes").out.splitlines()
+    assert node.endswith("\treceiver")
+    checks = vm.attempt("relay doctor").out
+    assert "conservation\tok" in checks
+    assert "nodes\tok" in checks
+
+
+@postgres.needs_postgres
+def test_a_single_node_has_its_lanes_at_once_after_a_restart_and_after_a_crash(vm, postgresql):
+    for number, command in enumerate(("systemctl restart relay", "kill -9 $(pidof -x relay)")):
+        vm.run(command)
+        assert send(vm, "second", f"node-{number}") == 200
+        [delivery] = vm.run(f"relay deliveries list --subject node-{number} -q").out.split()
+        vm.until(f"relay deliveries show {delivery}", "delivered", 15)  # less than a lease
+    [_] = vm.run("relay nodes").out.splitlines()
+
+
+@needs("prometheus")
+@postgres.needs_postgres
+def test_an_outage_of_postgresql_is_reported_and_ends_without_a_restart(vm, prometheus, postgresql):
+    before = pid(vm)
+    postgresql.crash()
+    assert send(vm, "second", "outage") == 503
+    for alert in ("RelayStorageFull", "RelayClusterNodeStalled"):
+        assert prometheus.until_firing(alert) == "relay status"
+        assert send(vm, "second", "outage") == 503
+    status = vm.run("relay status", codes=(1,))
+    assert "not ready: the store cannot write: " in status.out
+    assert "\n  relay doctor\n" in status.err
+    assert "check that PostgreSQL runs and accepts connections" in vm.run("relay doctor", codes=(1,)).err
+    postgresql.restart()
+    vm.until("relay status")
+    assert send(vm, "second", "outage-over") == 200
+    [delivery] = vm.run("relay deliveries list --subject outage-over -q").out.split()
+    vm.until(f"relay deliveries show {delivery}", "delivered")
+    for alert in ("RelayStorageFull", "RelayClusterNodeStalled"):
+        prometheus.until_resolved(alert)
+    assert pid(vm) == before
+
+
+@needs("prometheus")
+@postgres.needs_postgres
+def test_a_node_with_another_configuration_is_found_by_the_alert(vm, prometheus, postgresql):
+    other = """
+state_dir = "/root/other"
+[server]
+listen = "127.0.0.1:8090"
+[admin]
+listen = "127.0.0.1:8091"
+[storage]
+url = "postgresql://relay@127.0.0.1/relay"
+[cluster]
+node = "other"
+"""
+    vm.put("/root/other.toml", other)
+    vm.run("systemd-run --unit=other relay serve -c /root/other.toml")
+    nodes = vm.run(prometheus.until_firing("RelayClusterConfigDiffers")).out.splitlines()
+    named = {line.split("\t")[0]: line.split("\t")[4] for line in nodes}
+    assert len(named) == len(set(named.values())) == 2
+    assert "other" in named
+    assert send(vm, "second", "beside-the-other") == 200
+    [delivery] = vm.run("relay deliveries list --subject beside-the-other -q").out.split()
+    vm.until(f"relay deliveries show {delivery}", "delivered")  # the other node takes no lane
+    vm.run("systemctl stop other")
+    prometheus.until_resolved("RelayClusterConfigDiffers")
+    assert vm.run("relay status").err == ""

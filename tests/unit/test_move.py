@@ -9,7 +9,7 @@ from postgres import needs_postgres, server
 from stores import accept, hooks, make_event, make_store, send
 
 from relay.base.clock import SECOND
-from relay.errors import RelayError, StorageError
+from relay.errors import RelayError, StorageError, StorageUnavailableError
 from relay.model import (
     Attempt,
     Command,
@@ -255,3 +255,31 @@ def test_a_missing_file_is_named(tmp_path):
 
     with pytest.raises(StorageError, match="no database at"):
         asyncio.run(move("sqlite:none.db", server().url("postgres"), tmp_path))
+
+
+@pytest.mark.parametrize("cluster", [None, 30.0])
+async def test_an_empty_database_is_not_used_until_the_data_is_moved(file, url, clock, cluster):
+    store = open_url(url, file.parent, clock, cluster=cluster)
+    for _ in range(2):  # the daemon repeats it
+        with pytest.raises(StorageUnavailableError) as refused:
+            await store.open()
+    assert f"{file} has the events of this relay, with " in refused.value.message
+    assert store.failure == refused.value.message
+    with pytest.raises(StorageUnavailableError, match="relay db move"):
+        await store.queries.find("events", limit=1)
+    await move(f"sqlite:{file}", url, file.parent)
+    await store.open()
+    assert await store.queries.find("events", limit=1)
+    await store.close()
+
+
+async def test_an_empty_database_is_used_if_the_former_one_is_renamed_or_has_no_events(file, url, clock):
+    store = open_url(url, file.parent, clock)
+    with pytest.raises(StorageUnavailableError):
+        await store.open()
+    file.rename(file.with_name("before.db"))
+    fresh = make_store(file, clock, kind="sqlite")
+    await fresh.open()
+    await fresh.close()
+    await store.open()
+    await store.close()

@@ -83,6 +83,7 @@ FOREIGN_SQL = """
     SELECT to_regclass('meta') IS NULL
            AND (to_regclass('events') IS NOT NULL OR to_regclass('deliveries') IS NOT NULL)
 """
+USED_SQL = "SELECT EXISTS (SELECT FROM events) OR EXISTS (SELECT FROM ledger) OR EXISTS (SELECT FROM stats)"
 SET_META_SQL = "INSERT INTO meta VALUES ($1, $2) ON CONFLICT (name) DO UPDATE SET value = $2"
 OLDER_SQL = """
     SELECT name || ' (' || version || ')' FROM nodes
@@ -125,8 +126,13 @@ class PostgresStore:
         cluster: float | None,
         digests: Callable[[], Digests],
         listen_address: Address | None,
+        find_former: Callable[[], Awaitable[str | None]],
     ) -> None:
-        """Take `cluster`: the length of a lease in seconds; None: this daemon uses the database alone."""
+        """Take `cluster` and `find_former`.
+
+        `cluster` is the length of a lease in seconds; None: this daemon uses the database alone.
+        `find_former` describes the database that was used before, if that has events.
+        """
         self.location = address.location
         self.files: Mapping[str, Path] = {}
         self.stopped_at = 0
@@ -140,6 +146,7 @@ class PostgresStore:
         self._on_fatal = on_fatal
         self._sync = "on" if full else "off"
         self._folder = folder
+        self._find_former = find_former
         self._owner = Owner(folder)
         self.database = Database(address)
         self.claims = Claims()
@@ -220,6 +227,7 @@ class PostgresStore:
     async def _open(self, connection: Connection) -> None:
         await self._check(connection)
         await self._migrate(connection)
+        await self._refuse_loss(connection)
         self.stopped_at = await connection.value(STOPPED_SQL) or 0
         if self._shared is None:
             await self._owner.take(connection)
@@ -268,6 +276,20 @@ class PostgresStore:
                 f"{self.location} has tables named events or deliveries that belong to another program",
                 hint="use a separate database or schema for the relay",
             )
+
+    async def _refuse_loss(self, connection: Connection) -> None:
+        """Do not begin with an empty database while the pending deliveries are in a former one.
+
+        Senders are refused until the data is moved: deliveries that nobody sees would be lost.
+        """
+        if await connection.value(USED_SQL) or (former := await self._find_former()) is None:
+            return
+        self.failure = (
+            f"{self.location} is empty, but {former}; stop the relay and move them with `relay db move`"
+            " (docs/storage.md), or rename the file to begin without them"
+        )
+        self.database.set_closed(self.failure)
+        raise StorageUnavailableError(self.failure)
 
     async def _migrate(self, connection: Connection) -> None:
         """Create or migrate the tables; nodes of the previous version may use them meanwhile."""
