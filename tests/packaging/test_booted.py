@@ -464,7 +464,7 @@ def test_a_full_disk_refuses_senders_and_recovers_without_loss_by_the_advice(vm,
     assert "tmpfs" in vm.run(prometheus.until_firing("RelayDiskLow")).out
     checks = vm.run("relay doctor", codes=(1,))
     assert re.search(r"disk\tFAILED\t.*min_free_disk is 16 MiB", checks.out)
-    [find] = re.findall(r"disk: .+: (df -h /var/lib/relay, relay db status);", checks.err)
+    [find] = re.findall(r"disk: .+: (df -h /var/lib/relay, relay db status)\n", checks.err)
     vm.run(find.replace(", ", " && "))
     # A backup takes no room from senders.
     assert "B free, a copy may need" in vm.run("relay jobs run backup", codes=(1,)).out
