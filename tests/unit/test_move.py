@@ -114,6 +114,10 @@ async def test_everything_arrives_and_comes_back_unchanged(file, url, tmp_path):
     steps = await move(f"sqlite:{file}", url, tmp_path)
     assert {step.table for step in steps} == {*moving.LARGE, *moving.SMALL}
     assert all(dump(file).values()), "every table has rows"
+    with closing(sqlite3.connect(file)) as database:
+        tables = {name for (name,) in database.execute("SELECT name FROM sqlite_schema WHERE type = 'table'")}
+    tables = {name for name in tables if not name.startswith("sqlite_")}
+    assert tables - set(TABLES) == {"meta", "logins"}, "the others stay behind"
     (tmp_path / "b").mkdir()
     await move(url, "sqlite:b/relay.db", tmp_path)
     expected = {
