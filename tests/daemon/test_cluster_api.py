@@ -332,10 +332,17 @@ async def test_any_node_shows_and_cancels_a_replay(nodes, monkeypatch):
     )
 
 
-async def test_the_nodes_share_the_rate_limits_of_senders(nodes):
+async def test_the_nodes_share_the_rate_limits_and_pauses_of_sources(nodes):
     statuses = [
         (await relay.exchange(request("POST", "/v1/events", adorn(f"{number}")))).status
         for relay in nodes
         for number in range(6)
     ]
     assert statuses == [200] * 5 + [429] + [200] * 5 + [429]
+    first, second = nodes
+    for verb, here, there in (("pause", first, second), ("resume", second, first), ("pause", first, second)):
+        await here.operator("POST", f"/api/sources/adorn/{verb}")
+        mount, paused = there.app.ingest.mounts["adorn"], verb == "pause"
+        await until(lambda mount=mount, paused=paused: mount.paused == paused)
+    answer = await second.exchange(request("POST", "/v1/events", adorn()))
+    assert (answer.status, "retry-after" in answer.headers) == (503, True)
