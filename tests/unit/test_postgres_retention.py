@@ -1,8 +1,10 @@
 """Retention drops whole days of PostgreSQL partitions, and keeps the events that must stay."""
 
+import asyncio
 import os
 import random
 
+import asyncpg
 import pytest
 from postgres import needs_postgres, server
 from postgres_stores import FAULTS_SQL, run
@@ -14,6 +16,7 @@ from relay.store.opening import make_store
 from relay.store.postgres import prune
 from relay.store.postgres.connection import connect
 from relay.store.postgres.partitions import make_partitions
+from relay.store.postgres.prune import PostgresRetention
 from relay.store.postgres.rows import first_id
 from relay.store.retention_policy import Policy
 
@@ -111,3 +114,44 @@ async def test_only_events_that_are_old_enough_and_finished_disappear(store, clo
         assert await run(url, prune.LEFT_SQL, path="public") == []
         dropped += pruned.events
     assert dropped == len(stored) - len(left)
+
+
+async def test_a_node_that_was_frozen_in_a_pass_does_not_drop_what_the_pass_of_another_one_keeps(
+    store, clock, monkeypatch
+):
+    """It goes on when the other pass has made its tables, but not copied the rows that stay yet."""
+    monkeypatch.setattr(prune, "BIG", 0)
+    url, begun = store.database.address.hosts[0].dsn, clock.now
+    connection = await connect(store.database.address, writes=True)
+    await make_partitions(connection, begun, 1)
+    for number in range(20):
+        state = "pending" if number < 5 else "delivered"
+        await add(connection, number, begun, "shop.x", state, finished=begun, later=0, early=0)
+    await connection.close()
+    clock.now += 36 * DAY
+    await store.database.writer.call(store.make_partitions)
+    frozen, other = (PostgresRetention(store.database, clock) for _ in range(2))
+    paced, reached, made, ended = prune.paced, asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+    async def step(writer, function):
+        is_frozen, name = asyncio.current_task() is first, function.func.__name__
+        if is_frozen and name == "_swap":
+            reached.set()
+            await made.wait()
+        result = await paced(writer, function)
+        if not is_frozen and name == "_make":
+            made.set()
+            await ended.wait()
+        return result
+
+    monkeypatch.setattr(prune, "paced", step)
+    first = asyncio.create_task(frozen.prune(POLICY))
+    await reached.wait()
+    second = asyncio.create_task(other.prune(POLICY))
+    with pytest.raises(asyncpg.UndefinedTableError):
+        await first
+    ended.set()
+    assert (await second).events == 15
+    assert len(await run(url, "SELECT id FROM events", path="public")) == 5
+    assert await run(url, FAULTS_SQL, path="public") == []
+    assert await run(url, prune.LEFT_SQL, path="public") == []

@@ -8,6 +8,7 @@ that would be too many, the day is deleted row by row as well.
 
 import logging
 import re
+import secrets
 from collections import Counter
 from collections.abc import Collection, Sequence
 from datetime import UTC, datetime, timedelta
@@ -94,7 +95,7 @@ PARTITIONS_SQL = """
 LEFT_SQL = """
     SELECT relname FROM pg_class
      WHERE relkind = 'r' AND relnamespace = current_schema()::regnamespace
-       AND relname ~ '^(events|deliveries|ends|attempts)_[0-9]{8}_(old|kept)$' ORDER BY 1
+       AND relname ~ '^(events|deliveries|ends|attempts)_[0-9]{8}_(old|[0-9a-z]+_kept)$' ORDER BY 1
 """
 TYPES_SQL = """
     WITH RECURSIVE found (type, number) AS (
@@ -143,6 +144,11 @@ class Day(msgspec.Struct, frozen=True):
 
     name: str  # YYYYMMDD
     bytes: int  # of its events, or of its attempts
+    run: str = "0"  # of the pass, unique: a node that was frozen may still be in a former pass
+
+    def kept(self, table: str) -> str:
+        """Return the name of the table for the rows that stay."""
+        return f"{table}_{self.name}_{self.run}_kept"
 
     @property
     def start(self) -> int:
@@ -193,6 +199,7 @@ class PostgresRetention(Retention[Connection]):
         self._statements = PostgresReader(database)
         super().__init__(self._statements, clock)
         self._database = database
+        self._run = "0"
         self._limits = {
             "events": NEEDED,
             "attempts": NEEDED,
@@ -203,6 +210,7 @@ class PostgresRetention(Retention[Connection]):
         return self._database.writer
 
     async def _begin(self, policy: Policy, now: int, deleted: Counter[str]) -> None:
+        self._run = secrets.token_hex(4)
         for (name,) in await self._database.fetch(LEFT_SQL):  # a pass was cut off
             await paced(self._writer, partial(_drop, name))
         self._limits = {"events": NEEDED, "attempts": NEEDED}
@@ -220,7 +228,8 @@ class PostgresRetention(Retention[Connection]):
 
     async def _days(self, table: str) -> list[Day]:
         """Return the partitions of a table, oldest first."""
-        return [Day(name, size) for name, size in await self._database.fetch(PARTITIONS_SQL, table)]
+        rows = await self._database.fetch(PARTITIONS_SQL, table)
+        return [Day(name, size, self._run) for name, size in rows]
 
     async def _drop_attempts(self, day: Day, before: int, deleted: Counter[str]) -> bool:
         """Drop a partition of attempts if all of it is old enough; returns whether it was dropped."""
@@ -329,16 +338,15 @@ async def _make(day: Day, connection: Connection) -> None:
     """Create the tables for the rows that stay."""
     async with connection.transaction():
         for table in _MADE:
-            name = f"{table}_{day.name}_kept"
-            await connection.execute(f"DROP TABLE IF EXISTS {name}")
+            await connection.execute(f"DROP TABLE IF EXISTS {day.kept(table)}")
             await connection.execute(
-                f"CREATE TABLE {name} (LIKE {table} INCLUDING ALL) WITH (parallel_workers = 0)"
+                f"CREATE TABLE {day.kept(table)} (LIKE {table} INCLUDING ALL) WITH (parallel_workers = 0)"
             )
 
 
 async def _copy(day: Day, events: Collection[int], connection: Connection) -> None:
     """Copy events that stay, with their deliveries."""
-    new = {table: f"{table}_{day.name}_kept" for table in _MADE}
+    new = {table: day.kept(table) for table in _MADE}
     for table, sql in COPY_SQL.items():
         text = sql.format(new=new[table], old=f"{table}_{day.name}", deliveries=new["deliveries"])
         await connection.execute(text, *(() if table == "ends" else (list(events),)))
@@ -360,9 +368,9 @@ async def _swap(day: Day, find: Any, copied: set[int], connection: Connection) -
         gone = list(copied - set(kept))
         if gone:
             for table, column in (("events", "id"), ("deliveries", "event_id"), ("ends", "event_id")):
-                sql = f"DELETE FROM {table}_{day.name}_kept WHERE {column} = ANY($1::bigint[])"  # noqa: S608 - constants
+                sql = f"DELETE FROM {day.kept(table)} WHERE {column} = ANY($1::bigint[])"  # noqa: S608 - constants
                 await connection.execute(sql, gone)
-        others = OTHERS_SQL.format(new=f"deliveries_{day.name}_kept", old=f"deliveries_{day.name}")
+        others = OTHERS_SQL.format(new=day.kept("deliveries"), old=f"deliveries_{day.name}")
         await connection.execute(others, day.start, day.end)
         await _copy(day, [0], connection)  # the ends of those
         beyond = await connection.fetch(
@@ -398,7 +406,7 @@ async def _exchange(day: Day, connection: Connection) -> None:
     for table in _MADE:
         name = f"{table}_{day.name}"
         await _take_off(table, day, connection)
-        await connection.execute(f"ALTER TABLE {name}_kept RENAME TO {name}")
+        await connection.execute(f"ALTER TABLE {day.kept(table)} RENAME TO {name}")
         bounds = f"FROM ({day.start}) TO ({day.end})"
         await connection.execute(f"ALTER TABLE {table} ATTACH PARTITION {name} FOR VALUES {bounds}")
 
