@@ -121,7 +121,7 @@ def effective_table(record: Any) -> Any:
 
 def as_toml(tables: Mapping[str, Any]) -> Iterator[str]:
     """Yield the lines of a config.toml with the same settings."""
-    for line, _ in with_paths(tables):
+    for line, _ in _keyed(tables):
         yield line
 
 
@@ -130,27 +130,26 @@ def with_origins(tables: Mapping[str, Any], origins: Mapping[str, str]) -> Itera
 
     `origins` are those of `Config`. Lines without a key have no place.
     """
-    for line, path in with_paths(tables):
-        yield line, "" if path is None else origins.get(dotted(path), "default")
+    for line, key in _keyed(tables):
+        yield line, origins.get(key, "default") if key else ""
 
 
-def with_paths(tables: Mapping[str, Any]) -> Iterator[tuple[str, tuple[str, ...] | None]]:
-    """Yield the lines of a config.toml with the same settings, with the paths of their keys."""
-    loose = {name: value for name, value in tables.items() if not isinstance(value, dict)}
-    yield from _keyed(loose, ())
+def _keyed(tables: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield the lines of a config.toml, each with its key, "" for other lines."""
+    yield from _lines({name: value for name, value in tables.items() if not isinstance(value, dict)})
     for name, table in tables.items():
         if name in _NAMED:
             for each, inner in table.items():
-                yield from (("", None), (f"[{dotted((name, each))}]", None))
-                yield from _keyed(inner, (name, each))
+                yield from _with_header(dotted((name, each)), inner)
         elif isinstance(table, dict):
-            yield from (("", None), (f"[{name}]", None))
-            yield from _keyed(table, (name,))
+            yield from _with_header(name, table)
 
 
-def _keyed(table: Mapping[str, Any], path: tuple[str, ...]) -> Iterator[tuple[str, tuple[str, ...]]]:
-    for name, line in zip(table, _lines(table), strict=True):
-        yield line, (*path, name)
+def _with_header(name: str, table: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    yield "", ""
+    yield f"[{name}]", ""
+    for line, key in _lines(table):
+        yield line, f"{name}.{key}"
 
 
 def _table(record: msgspec.Struct) -> dict[str, Any]:
@@ -218,14 +217,16 @@ def _unit(type_: Any) -> str | None:
     return None
 
 
-def _lines(table: Mapping[str, Any]) -> Iterator[str]:
+def _lines(table: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield a line for each key of a table, with the key as it is written."""
     for name, value in table.items():
-        yield f"{dotted((name,))} = {_written(value)}"
+        key = dotted((name,))
+        yield f"{key} = {_written(value)}", key
 
 
 def _written(value: Any) -> str:
     if isinstance(value, dict):
-        return f"{{ {', '.join(_lines(value))} }}" if value else "{}"
+        return f"{{ {', '.join(line for line, _ in _lines(value))} }}" if value else "{}"
     if isinstance(value, list):
         return f"[{', '.join(map(_written, value))}]"
     return _JSON.encode(value)

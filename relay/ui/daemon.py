@@ -6,7 +6,7 @@ from typing import Any
 from aiohttp import web
 
 from relay.config.effective import with_origins
-from relay.ui.markup import Content, tag
+from relay.ui.markup import Content, maker, tag
 from relay.ui.page import Visit
 from relay.ui.parts import (
     NONE,
@@ -56,7 +56,10 @@ async def jobs(visit: Visit) -> web.Response:
             ("Engine", database["engine"]),
             ("Size", size(database["bytes"])),
             ("Oldest event", when(visit, database["oldest"])),
-            ("Pending", number(database["pending"])),
+            (
+                "Pending",
+                tag("a", number(database["pending"]), href=visit.link("deliveries", state="pending")),
+            ),
         ),
         tag("p", inquiry(visit, "Count events", "db", "status", call="GET db", scope="read")),
         tag("p", command("jobs", "list"), " ", command("db", "status")),
@@ -109,6 +112,10 @@ def _changes(visit: Visit, database: Mapping[str, Any]) -> Iterator[Content]:
             )  # fmt: skip
 
 
+_set = maker("b")
+"""A setting that is not a default."""
+
+
 async def config(visit: Visit) -> web.Response:
     """Show the effective configuration, and what a reload would change."""
     shown = await visit.ask("showConfig")
@@ -122,11 +129,8 @@ async def config(visit: Visit) -> web.Response:
     )  # fmt: skip
     lines: list[Content] = []
     for line, place in with_origins(shown["config"], shown["origins"]):
-        if place == "default":
-            lines.append(tag("span", line, class_="plain"))
-        else:
-            lines.append([line, tag("span", f"  # {place}", class_="good") if place else None])
-        lines.append("\n")
+        is_set = place not in ("", "default")
+        lines.append(_set(f"{line}  # {place}\n") if is_set else f"{line}\n")
         await visit.turns.give()
     return visit.page(
         "Configuration",
@@ -144,7 +148,7 @@ async def config(visit: Visit) -> web.Response:
         if shown["warnings"]
         else None,
         tag("p", compare, " ", reload, class_="actions"),
-        tag("pre", "\n", lines, tabindex=0, aria_label="Configuration"),
+        tag("pre", "\n", lines, tabindex=0, aria_label="Configuration", class_="settings"),
         tag("p", command("config", "show", "--origins")),
         section="config",
     )

@@ -135,7 +135,7 @@ async def show(visit: Visit) -> web.Response:
         tag("p", *_actions(visit, shown, config, past), class_="actions"),
         fields(*_facts(visit, shown)),
         tag("h2", "Last hour"),
-        _history(past),
+        _history(visit, name, past),
         tag("h2", "Failures of the last hour"),
         await table(
             visit,
@@ -259,13 +259,13 @@ def _actions(
         )  # fmt: skip
 
 
-def _history(past: Mapping[str, Any]) -> Markup:
-    parts = []
-    for key, label, unit in (
-        ("succeeded", "Successful attempts", ""),
-        ("failed", "Failed attempts", ""),
-        ("p95_ms", "95 % of attempts took", " ms"),
-        ("pending", "Pending", ""),
+def _history(visit: Visit, name: str, past: Mapping[str, Any]) -> Markup:
+    attempts, parts = visit.link("attempts", destination=name, since="1h"), []
+    for key, label, unit, address in (
+        ("succeeded", "Successful attempts", "", f"{attempts}&failed=0"),
+        ("failed", "Failed attempts", "", f"{attempts}&failed=1"),
+        ("p95_ms", "95 % of attempts took", " ms", attempts),
+        ("pending", "Pending", "", visit.link("deliveries", destination=name, state="pending")),
     ):
         values = [value for value in past.get(key, ()) if value is not None]
         if unit or key == "pending":
@@ -274,7 +274,8 @@ def _history(past: Mapping[str, Any]) -> Markup:
             figure = number(round(sum(values))) if values else NONE
         shown: Sequence[float | None] = past.get(key, ())
         lost = shown if key == "failed" else ()
-        parts.append((label, figure, spark([value and 0.0 for value in lost] or shown, label, lost)))
+        link = tag("a", figure, href=address)
+        parts.append((label, link, spark([value and 0.0 for value in lost] or shown, label, lost)))
     return charts(*parts)
 
 

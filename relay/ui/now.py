@@ -247,8 +247,16 @@ def _ledger(visit: Visit, problems: Sequence[Item], destinations: Sequence[Item]
         return None
     words = ("delivered", "dead", "expired", "cancelled", "pending")
     sums = {word: sum(each[word] for each in destinations) for word in ("created", *words)}
-    parts = [f"{number(sums[word])} {word}" for word in words]
+    parts = [
+        [" + " if at else None, _count(visit, sums[word], state=word), f" {word}"]
+        for at, word in enumerate(words)
+    ]
     unbalanced = any("ledger of" in each["what"] for each in problems)
     proof = state("dead", "unaccounted deliveries") if unbalanced else state("delivered", "0 unaccounted")
-    books = f"{number(sums['created'])} deliveries created = {' + '.join(parts)}: "
-    return tag("p", books, proof, " ", tag("a", "Doctor", href=visit.link("doctor")), class_="note")
+    created = _count(visit, sums["created"])
+    doctor = tag("a", "Doctor", href=visit.link("doctor"))
+    return tag("p", created, " deliveries created = ", parts, ": ", proof, " ", doctor, class_="note")
+
+
+def _count(visit: Visit, count: int, **filters: str) -> Markup:
+    return tag("a", number(count), href=visit.link("deliveries", **filters))

@@ -91,9 +91,18 @@ def _sources(
             yield (
                 tag("a", source["name"], href=visit.link("sources", source["name"])),
                 tag("a", number(round(count)), href=visit.link(SECTION, source=source["name"], since="1h")),
-                ", ".join(f"{reason} {times}" for reason, times in reasons) or NONE,
+                _reasons(visit, source["name"], reasons) or NONE,
                 _last(visit, source["name"], last.get(source["name"])),
             )
+
+
+def _reasons(visit: Visit, name: str, reasons: Sequence[tuple[str, int]]) -> list[Content]:
+    """Return the reasons of kept requests with their numbers, as links to them."""
+    return [
+        [", " if at else None, f"{reason} ",
+         tag("a", number(times), href=visit.link(SECTION, source=name, reason=reason))]
+        for at, (reason, times) in enumerate(reasons)
+    ]  # fmt: skip
 
 
 def _last(visit: Visit, name: str, time: str | None) -> Content:

@@ -115,7 +115,11 @@ async def show(visit: Visit) -> web.Response:
         tag("h2", "Last hour"),
         charts(
             *(
-                (label, total(past.get(key, ())), spark(past.get(key, ()), label))
+                (
+                    label,
+                    tag("a", total(past.get(key, ())), href=visit.link(key, source=name, since="1h")),
+                    spark(past.get(key, ()), label),
+                )
                 for key, label in (("events", "Stored events"), ("refused", "Refused requests"))
             )
         ),

@@ -25,6 +25,7 @@ from relay.ui.parts import (
     nothing,
     number,
     pages,
+    query_link,
     state,
     table,
     when,
@@ -40,7 +41,7 @@ async def list_(visit: Visit) -> web.Response:
     return visit.page(
         "Workers",
         filter_form(visit, "workers", workers),
-        tag("p", _spread(workers), class_="summary") if workers else None,
+        tag("p", _spread(visit, workers), class_="summary") if workers else None,
         await table(
             visit,
             "By source and id",
@@ -72,13 +73,26 @@ async def list_(visit: Visit) -> web.Response:
     )
 
 
-def _spread(workers: Sequence[Mapping[str, Any]]) -> str:
-    """Return the numbers of workers on this page by status and by version."""
+def _spread(visit: Visit, workers: Sequence[Mapping[str, Any]]) -> Content:
+    """Return the numbers of workers on this page by status and by version, as links to them."""
     statuses = Counter(each["status"] for each in workers)
-    versions = Counter(each["version"] or "no version" for each in workers)
-    counted = [f"{count:,} {name}" for name, count in statuses.most_common()]
-    spread = [f"{name}: {count:,}" for name, count in versions.most_common(5)]
-    return f"On this page: {', '.join(counted)} · versions: {', '.join(spread)}"
+    versions = Counter(each["version"] for each in workers)
+    counted = [
+        [", " if at else None, _counted(visit, count, status=name), f" {name}"]
+        for at, (name, count) in enumerate(statuses.most_common())
+    ]
+    spread = [
+        [", " if at else None, f"{name or 'none'}: ", _counted(visit, count, version=name)]
+        for at, (name, count) in enumerate(versions.most_common(5))
+    ]
+    return ["On this page: ", counted, " · versions: ", spread]
+
+
+def _counted(visit: Visit, count: int, **filters: str | None) -> Content:
+    """Return a number of workers, as a link to them unless the value of the filter is missing."""
+    [value] = filters.values()
+    link = query_link(visit.query, {**filters, "cursor": None})
+    return tag("a", number(count), href=link) if value else number(count)
 
 
 def _row(visit: Visit, each: Mapping[str, Any]) -> tuple[Content, ...]:

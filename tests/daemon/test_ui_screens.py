@@ -108,7 +108,14 @@ async def test_a_destination_shows_its_failures_and_ledger(relay):
     assert "4xx: HTTP 404 Not Found" in listed.text
     _, listed = await page(relay, "/ui/attempts?destination=shop&result=4xx&status=none&since=1h")
     assert "No attempt matches." in listed.text
+    attempts = "../attempts?destination=shop&since=1h"
+    assert {f"{attempts}&failed=0", f"{attempts}&failed=1", attempts} <= set(links)
     assert "../deliveries?destination=shop&state=dead" in links
+    _, now = await page(relay, "/ui/")
+    counts = {
+        f"./deliveries?state={word}" for word in ("delivered", "dead", "expired", "cancelled", "pending")
+    }
+    assert counts <= {each["href"] for each in now.all("a")}
     assert "127.0.0.1" in found.text
     status, found = await page(relay, "/ui/destinations/ship")
     assert (status, 'did you mean "shop"' in found.text) == (404, True)
@@ -280,7 +287,8 @@ async def test_a_refused_request_shows_its_diagnosis_and_the_next_step(relay):
     id_ = await refuse(relay, "/v1x/events")
     _, found = await page(relay, "/ui/refused")
     links = [each["href"] for each in found.all("a")]
-    assert {"./refused?source=adorn&since=1h", "./events?source=adorn"} <= set(links)
+    counts = {f"./refused?source=adorn&{each}" for each in ("since=1h", "reason=not_found")}
+    assert {*counts, "./events?source=adorn"} <= set(links)
     assert "did you mean /v1/events?" in found.text
     assert f"./refused/{id_}" in [each["href"] for each in found.all("a")]
     _, found = await page(relay, f"/ui/refused/{id_}")
@@ -297,6 +305,7 @@ async def test_a_worker_shows_its_heartbeats_and_maintenance(relay):
     _, found = await page(relay, "/ui/workers")
     assert "1 of 60 minutes with a heartbeat" in [each.get("aria-label") for each in found.all("span")]
     assert "1 ONLINE · versions: 2.1: 1" in found.text
+    assert {"?status=ONLINE", "?version=2.1"} <= {each["href"] for each in found.all("a")}
     _, found = await page(relay, "/ui/workers/whatsapp/w%2F1")
     begin = buttons(found)["relay workers maintenance whatsapp w/1 on --for 2h"]
     assert begin["data-call"] == "POST workers/whatsapp/w%2F1/maintenance"

@@ -1,4 +1,4 @@
-"""Parts of the dashboard's pages: bars, times, bodies, and what stands in place of an empty list."""
+"""Parts of the dashboard's pages: bars, times, and what stands in place of an empty list."""
 
 from types import SimpleNamespace
 
@@ -6,7 +6,7 @@ import pytest
 
 from relay.base.clock import SECOND
 from relay.ui.markup import join
-from relay.ui.parts import MOST_INDENTED, MOST_TEXT, body_text, exact, linked, nothing, spark
+from relay.ui.parts import exact, linked, nothing, spark
 
 
 def visit(**query):
@@ -47,26 +47,6 @@ def test_a_time_in_full_has_its_milliseconds_and_its_zone():
         '<time datetime="2023-11-14T22:13:20.123Z" data-exact>2023-11-14 22:13:20.123 UTC</time>'
     )
     assert ">59 s ago<" in shown
-
-
-@pytest.mark.parametrize(
-    ("text", "shown", "note"),
-    [
-        ('{"a":[1.50,{}]}', '{\n  "a": [\n    1.50,\n    {}\n  ]\n}', "Shown with indentation"),
-        ("a=1", "a=1", None),
-        ('"short"', '"short"', None),
-        ("x" * MOST_TEXT + "y", "x" * MOST_TEXT, f"The first {MOST_TEXT:,} of {MOST_TEXT + 1:,} characters."),
-        ("[" * 500 + "]" * 500, "[" * 500 + "]" * 500, None),  # longer than `MOST_INDENTED` with indentation
-        ("[" * 5000, "[" * 5000, None),
-    ],
-    ids=["json", "form", "string", "long", "deep", "invalid"],
-)
-def test_a_body_is_indented_if_it_is_json(text, shown, note):
-    pre, below = body_text(text, "Body")
-    assert pre == f'<pre tabindex="0" aria-label="Body">\n{join(shown)}</pre>'
-    assert (below is None) == (note is None)
-    assert (note or "") in (below or "")
-    assert MOST_INDENTED < 60_000
 
 
 def test_ids_in_a_text_are_links():
