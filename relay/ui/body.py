@@ -1,6 +1,7 @@
 """Bodies: as their sender sent them, and as a destination gets them; JSON as a tree or as text."""
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 from urllib.parse import urlencode
@@ -26,6 +27,7 @@ OPEN_VALUES = 40
 
 _PLACE = ("view", "at", "skip", "find")  # parameters of a page that choose a part of a body
 _BRACKETS = {"{": "{}", "[": "[]"}
+_BEGINNING = re.compile(rf'"(?:[^"\\]|\\(?:u[0-9a-fA-F]{{4}}|.)){{0,{LONGEST}}}')
 _MOST_DIGITS = 9
 
 
@@ -202,8 +204,8 @@ def _results(visit: Visit, found: Outline, find: str) -> Content:
 
 
 def _marked(text: str, find: str) -> Content:
-    at = text.casefold().find(find.casefold())
-    if at < 0 or len(text.casefold()) != len(text):
+    at = text.lower().find(find.lower())
+    if at < 0 or len(text.lower()) != len(text):
         return text
     end = at + len(find)
     return [text[:at], tag("mark", text[at:end]), text[end:]]
@@ -249,7 +251,11 @@ def _short(written: str) -> str:
         return _BRACKETS[written]
     if not written.startswith('"'):
         return _cut(written)
-    return _cut(json.dumps(plain(written), ensure_ascii=False))
+    beginning = _BEGINNING.match(written)
+    if beginning is None or beginning.end() >= len(written) - 1:
+        return json.dumps(plain(written), ensure_ascii=False)
+    text = json.dumps(plain(beginning[0] + '"'), ensure_ascii=False)
+    return f"{text}… ({len(written) - 2:,} characters)"
 
 
 def _cut(text: str) -> str:

@@ -32,6 +32,9 @@ MOST_SHOWN = 8_000
 LONGEST = 160
 """Characters of a key or value that are shown."""
 
+LONGEST_FOUND = 64 * 1024
+"""Characters of a string with escapes that a search decodes."""
+
 MOST_FOUND = 50
 """Matches of a search that are shown."""
 
@@ -39,18 +42,26 @@ MOST_STEPS = 8
 """Keys at the end of a path that are shown."""
 
 _TURN = 64  # tokens between two turns of other tasks
+_PART = 2048  # parts of a string, or of what is not shown, that one match of a pattern reads
+_RUN = 512  # values of an array that are counted at once
 
+_CHARACTERS = rf'(?:[^"\\\x00-\x1f]++|\\.){{0,{_PART}}}+'
+_SPACE = r"[ \t\n\r]*+"
 _TOKEN = re.compile(
-    r"""[ \t\n\r]*+(?:
-      ("(?:[^"\\\x00-\x1f]++|\\.)*+")
-    | ([{\[]) | ([}\]]) | (:) | (,)
+    rf"""{_SPACE}(?:
+      ("{_CHARACTERS})(")?
+    | ([{{\[]) | ([}}\]]) | (:) | (,)
     | (-?(?:0|[1-9][0-9]*+)(?:\.[0-9]++)?+(?:[eE][+-]?+[0-9]++)?+|true|false|null)
     | (\Z))""",
     re.VERBOSE,
 )
-_TEXT, _OPEN, _CLOSE, _COLON, _COMMA, _SCALAR, _END = range(1, 8)  # groups of the pattern
+_BEGUN, _TEXT, _OPEN, _CLOSE, _COLON, _COMMA, _SCALAR, _END = range(1, 9)  # groups of the pattern
+_REST_OF_STRING = re.compile(f'{_CHARACTERS}(")?')
+_NO_BRACKETS = re.compile(rf'(?:[^"{{}}\[\]]++|"{_CHARACTERS}"){{0,{_PART}}}+')
+_SCALARS = re.compile(rf'(?:{_SPACE}(?:"{_CHARACTERS}"|[^ \t\n\r"{{}}\[\],:]++){_SPACE},){{{_RUN}}}')
 _VALUE, _FIRST_VALUE, _KEY, _FIRST_KEY, _BEFORE_COLON, _AFTER_VALUE = range(6)  # states: what follows
 _CLOSING = {"{": "}", "[": "]"}
+_BRACKETS = "{}[]"
 
 
 class NotReadableError(ValueError):
@@ -103,6 +114,7 @@ class _Frame:
     level: int  # below the shown root
     key: str | None = None  # the latest
     count: int = 0
+    next_run: int = 1  # count from which a run of values may follow
 
 
 class _Reading:
@@ -115,7 +127,7 @@ class _Reading:
         self.found: list[Found] = []
         self.matches = 0
         self.state = _VALUE
-        self._at, self._skip, self._find = at, skip, find.casefold()
+        self._at, self._skip, self._find = at, skip, find.lower()
         self._values = self._shown = 0
 
     def name(self, text: str, _place: int) -> None:
@@ -174,6 +186,25 @@ class _Reading:
             above.count += 1
         return value
 
+    @property
+    def is_hidden(self) -> bool:
+        """Whether nothing of the innermost object or array is needed."""
+        return bool(self.frames and self.frames[-1].value is None and self.root and not self._find)
+
+    def count_run(self, text: str, place: int) -> int:
+        """Count a run of values in an array that are not shown; return where it ends."""
+        frame = self.frames[-1] if self.frames else None
+        if frame is None or self.state != _VALUE or frame.count < frame.next_run or self._find:
+            return place
+        first = self._skip if frame.value is self.root else 0
+        is_shown = first < frame.count + _RUN and frame.count < first + MOST_CHILDREN
+        run = None if frame.kind != "[" or is_shown or self.root is None else _SCALARS.match(text, place)
+        if run is None:
+            frame.next_run = frame.count + _RUN
+            return place
+        frame.count += _RUN
+        return run.end()
+
     def _is_root(self, above: _Frame | None, place: int) -> bool:
         return self.root is None and (place == self._at if self._at >= 0 else above is None)
 
@@ -217,7 +248,9 @@ _STEPS: Mapping[tuple[int, int], Callable[[_Reading, str, int], None]] = {
 def _has(written: str | None, find: str) -> bool:
     if written is None:
         return False
-    return find in written.casefold() or ("\\" in written and find in plain(written).casefold())
+    if find in written.lower():
+        return True
+    return "\\" in written and len(written) <= LONGEST_FOUND and find in plain(written).lower()
 
 
 def plain(written: str) -> str:
@@ -254,20 +287,57 @@ async def outline(text: str, turns: Turns, *, at: int = -1, skip: int = 0, find:
     reading = _Reading(at, skip, find)
     match, place, count = _TOKEN.match, 0, 0
     while True:
+        count += 1
+        if not count % _TURN:
+            await turns.give()
+        if reading.is_hidden:
+            place = await _pass_by(reading, text, place, turns)
+        place = reading.count_run(text, place)
         token = match(text, place)
         kind = 0 if token is None else token.lastindex or 0
         if token is None or (kind == _END and (reading.frames or reading.state != _AFTER_VALUE)):
             raise NotReadableError.at(place)
         if kind == _END:
             break
-        step = _STEPS.get((reading.state, kind))
+        place, start = token.end(), token.start(_BEGUN if kind <= _TEXT else kind)
+        step = _STEPS.get((reading.state, max(kind, _TEXT)))
         if step is None:
-            raise NotReadableError.at(place)
-        step(reading, token[kind], token.start(kind))
-        place = token.end()
-        count += 1
-        if not count % _TURN:
-            await turns.give()
+            raise NotReadableError.at(start)
+        if kind == _BEGUN:
+            place = await _end_of_string(text, place, turns)
+        step(reading, text[start:place], start)
     if reading.root is None:
         return await outline(text, turns, find=find)
     return Outline(reading.root, reading.path, reading.found, reading.matches)
+
+
+async def _end_of_string(text: str, place: int, turns: Turns) -> int:
+    """Return the place behind a long string, of which a part has been read."""
+    while True:
+        part = _REST_OF_STRING.match(text, place)
+        if part is None or part.end() == place:
+            raise NotReadableError.at(place)
+        place = part.end()
+        if part[1]:
+            return place
+        await turns.give()
+
+
+async def _pass_by(reading: _Reading, text: str, place: int, turns: Turns) -> int:
+    """Return the place behind an object or array that is not shown; only strings and brackets are read."""
+    depth = 1
+    while depth:
+        part = _NO_BRACKETS.match(text, place)
+        end = place if part is None else part.end()
+        found = text[end : end + 1]
+        if found == '"':
+            end = await _end_of_string(text, end + 1, turns)
+        elif found in _BRACKETS and found:
+            depth += 1 if found in _CLOSING else -1
+            end += 1
+        if end == place or not found:
+            raise NotReadableError.at(end)
+        place = end
+        await turns.give()
+    reading.end(_CLOSING[reading.frames[-1].kind], place)
+    return place

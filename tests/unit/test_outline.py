@@ -147,7 +147,43 @@ def test_texts_beyond_the_bounds_are_refused():
         ('"' + "a" * module.MOST_TEXT + '"', "longer than 1,048,576 characters"),
     ):
         with pytest.raises(NotReadableError, match=problem):
-            read(text)
+            read(text, find="a")
+
+
+def test_what_is_not_shown_is_passed_by_with_the_same_result():
+    """A search reads everything, so it counts each value."""
+    chance = random.Random(5)
+
+    def make(level):
+        kind = chance.random()
+        if level > 4 or kind < 0.3:
+            return chance.choice([1, -2.5, None, "a", 'b"]{', "c\\", "ä\n" * chance.choice([1, 3000])])
+        count = chance.choice([0, 1, 3, 120, 1100] if level < 1 else [0, 1, 3])
+        if kind < 0.6:
+            return {f"k{number}": make(level + 1) for number in range(count)}
+        if kind < 0.8:
+            return [chance.choice([1, "x,", None])] * count
+        return [make(level + 1) for _ in range(count)]
+
+    texts = [json.dumps(make(0), ensure_ascii=False) for _ in range(40)]
+    texts = [text for text in texts if len(text) < 20_000]
+    assert len(texts) > 15
+    for text in [*texts, "[" * 100_000 + "]" * 100_000]:
+        for skip in (0, 777):
+            try:
+                whole = read(text, skip=skip, find="nothing")
+            except NotReadableError:
+                assert text.startswith("[[[")
+                whole = None
+            quick = read(text, skip=skip)
+            assert whole is None or whole.root == quick.root
+    for broken in (
+        '{"a": [' + "1," * 2000 + "]}",
+        "[" * 20 + "1" + "]" * 19,
+        '[[[[[[[[[[[[[["a]]]]]]]]]]]]]]]',
+    ):
+        with pytest.raises(NotReadableError, match="not valid JSON"):
+            read(broken)
 
 
 def test_other_tasks_run_while_a_huge_text_is_read():
@@ -161,7 +197,7 @@ def test_other_tasks_run_while_a_huge_text_is_read():
                 turns += 1
 
         other = asyncio.create_task(count_turns())
-        await outline(HUGE["numbers"], Turns())
+        await outline(HUGE["numbers"], Turns(), find="7")
         other.cancel()
         return turns
 
