@@ -16,6 +16,9 @@ from relay.ui.parts import command, copy, size, when
 MOST_TEXT = 16 * 1024
 """Characters of a text that are shown at once."""
 
+MOST_TABS = 10
+"""Destinations with a tab; the pages of their deliveries show the same for the others."""
+
 MOST_CURL = 8 * 1024
 """Characters of a curl command that is shown."""
 
@@ -35,10 +38,10 @@ async def event_body(visit: Visit, event: Mapping[str, Any]) -> Content:
     """Return the body of an event, or the request of the delivery that the page's query names."""
     chosen = next((each for each in event["owed"] if each["id"] == visit.query.get("as")), None)
     tabs = [_tab(visit, None, "As received", is_current=chosen is None)]
+    latest = [each for each in reversed(event["owed"]) if not each["replayed_by"]][:MOST_TABS]
     tabs += [
         _tab(visit, each["id"], f"As {each['destination']} gets it", is_current=each is chosen)
-        for each in reversed(event["owed"])
-        if each is chosen or not each["replayed_by"]
+        for each in (latest if chosen is None or chosen in latest else [*latest, chosen])
     ]
     return [
         tag("nav", tag("ul", tabs), class_="tabs", aria_label="Versions of the body"),

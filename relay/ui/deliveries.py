@@ -211,6 +211,7 @@ async def show(visit: Visit) -> web.Response:
             _earlier(visit, shown),
             steps_of(visit, shown, tries[:MOST_STEPS][::-1], shown["created_at"]),
             class_="line",
+            role="list",
         ),
         *answers(visit, tries),
         tag("h2", "Request", id="body"),

@@ -291,6 +291,7 @@ def action(
     rate: float | None = None,
     danger: bool = False,
     selected: bool = False,
+    of: str | None = None,
     scope: Scope = "operate",
 ) -> Content:
     """Return a button for a change; nothing if the operator's scope does not include it.
@@ -308,6 +309,7 @@ def action(
         rate: at which the relay works through them, per second.
         danger: whether it cannot be undone.
         selected: whether it changes the rows that are selected on the page; the script adds their ids.
+        of: what a screen reader adds to the label, if several buttons of the page have the same.
         scope: that the endpoint needs.
     """
     if not visit.may(scope):
@@ -317,6 +319,7 @@ def action(
         label,
         type="button",
         class_="scripted danger" if danger else "scripted",
+        aria_label=f"{label}: {of}" if of else None,
         data_call=call,
         data_body=msgspec.json.encode(body or {}).decode(),
         data_command=shlex.join(("relay", *words)),

@@ -12,6 +12,12 @@ from relay.ui.parts import action, attempt_result, clock, duration, state, took,
 MOST_ATTEMPTS = 60
 """Attempts of all deliveries that are shown; the page of a delivery has all of them."""
 
+MOST_WAYS = 50
+"""Destinations with deliveries that are shown, those without success first."""
+
+MOST_REPEATS = 5
+"""Deliveries of one destination that are shown, the latest."""
+
 OPEN_STEPS = 5
 """Steps of a destination up to which they are visible without a click, if it has not got the event."""
 
@@ -45,8 +51,9 @@ async def line_of(
     sent = len({each["destination"] for each in event["owed"]})
     all_ = len({each["destination"] for each in event["owed"]} | {each["name"] for each in matches})
     title = f"Goes to {sent} of {all_} destinations" if all_ else "config.toml has no destinations"
-    fan = tag("li", tag("strong", title), tag("ol", ways, class_="ways") if ways else None, class_="fan")
-    return tag("ol", *_arrival(visit, event), fan, class_="line")
+    ways_ = tag("ol", ways, class_="ways", role="list") if ways else None
+    fan = tag("li", tag("strong", title), ways_, class_="fan")
+    return tag("ol", *_arrival(visit, event), fan, class_="line", role="list")
 
 
 def _arrival(visit: Visit, event: Mapping[str, Any]) -> Iterator[Content]:
@@ -92,8 +99,15 @@ def _ways(
         own.setdefault(attempt["delivery_id"], []).append(attempt)
     holds = {each["name"]: each["held"] for each in matches}
     most = max(1, MOST_ATTEMPTS // max(1, len(event["owed"])))
-    for name, some in deliveries.items():
-        yield _sent(visit, some, own, holds.get(name, "not_in_config"), most)
+    names = list(deliveries)
+    if len(names) > MOST_WAYS:
+        names.sort(key=lambda name: deliveries[name][-1]["state"] == "delivered")
+    for name in names[:MOST_WAYS]:
+        yield _sent(visit, deliveries[name], own, holds.get(name, "not_in_config"), most)
+    if len(names) > MOST_WAYS:
+        to = tag("span", f"{len(names) - MOST_WAYS:,} others", class_="to")
+        link = visit.link("deliveries", event_id=event["id"])
+        yield tag("li", to, tag("a", "all deliveries of this event", href=link))
     rest = [each for each in matches if each["name"] not in deliveries]
     for each in rest:
         if each["reason"] not in _BY_TYPE:
@@ -124,7 +138,7 @@ def _sent(
     name = latest["destination"]
     own = attempts.get(latest["id"], ())
     steps: list[Markup] = []
-    for each in deliveries:
+    for each in deliveries[-MOST_REPEATS:]:
         link = visit.link("deliveries", each["id"])
         if each is not deliveries[0]:
             steps.append(tag("li", clock(each["created_at"], since), " ", tag("a", "sent again", href=link)))
@@ -141,28 +155,22 @@ def _sent(
         tag("a", name, href=visit.link("destinations", name), class_="to"),
         tag("a", state(latest["state"]), href=visit.link("deliveries", latest["id"])),
         tag("span", _join(_outcome(visit, latest, own, held)), class_="how"),
-        tag("span", *_buttons(visit, latest), class_="actions"),
+        tag("span", *changes_of(visit, latest, of=name), class_="actions"),
         None if is_plain or not steps else tag("details", summary, tag("ol", steps), open=is_open),
     )
 
 
-def _buttons(visit: Visit, delivery: Mapping[str, Any]) -> Iterator[Content]:
-    """Yield the changes of one delivery with short names; a screen reader hears the destination as well."""
-    for each in changes_of(visit, delivery):
-        yield from (each, " ")
-
-
-def changes_of(visit: Visit, delivery: Mapping[str, Any]) -> Iterator[Content]:
-    """Yield the changes of one delivery."""
+def changes_of(visit: Visit, delivery: Mapping[str, Any], *, of: str | None = None) -> Iterator[Content]:
+    """Yield the changes of one delivery; `of` is that of `action`."""
     id_, pending = delivery["id"], delivery["state"] == "pending"
     yield action(
         visit, "Send now" if pending else "Send again", "deliveries", "retry", id_,
-        call="POST deliveries/retry", body={"ids": [id_]}, count="1 delivery",
+        call="POST deliveries/retry", body={"ids": [id_]}, count="1 delivery", of=of,
     )  # fmt: skip
     if pending:
         yield action(
             visit, "Cancel", "deliveries", "cancel", id_,
-            call="POST deliveries/cancel", body={"ids": [id_]}, count="1 delivery", danger=True,
+            call="POST deliveries/cancel", body={"ids": [id_]}, count="1 delivery", danger=True, of=of,
         )  # fmt: skip
 
 

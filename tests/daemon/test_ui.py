@@ -74,7 +74,7 @@ async def store(relay, **fields):
     """Send an event and return its id."""
     answer = await relay.exchange(request("POST", "/v1/events", adorn(**fields)))
     assert answer.status == 200, answer
-    return (await relay.rows())[-1]["id"]
+    return answer.json["event_id"]
 
 
 async def test_each_answer_has_the_policy_and_is_not_stored(relay):
