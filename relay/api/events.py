@@ -185,8 +185,9 @@ class EventsApi:
         matches = explained(self._state.router, event, self._state.config.destinations)
         for each in matches:
             if each["matches"] and (lane := self._dispatcher.lanes.get(each["name"])) is not None:
-                until = lane.health.paused_until
-                each["held"] = lane.held if until is None else f"{lane.held} until {rfc3339(until)}"
+                held, until = lane.held, lane.health.held_until or 0
+                is_future = held is not None and until > self._clock.steady()
+                each["held"] = f"{held} until {rfc3339(until)}" if is_future else held
         return {"id": event.public_id, "type": event.type, "destinations": matches}
 
     @endpoint(

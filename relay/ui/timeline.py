@@ -212,7 +212,8 @@ def _waits(visit: Visit, delivery: Mapping[str, Any], held: str | None) -> Itera
     """Yield what a pending delivery waits for."""
     if held is not None:
         reason, _, until = held.partition(" until ")
-        end = [" until ", clock(until, delivery["created_at"])] if until else None
+        word = ", next probe " if reason == "circuit open" else " until "
+        end = [word, clock(until, delivery["created_at"])] if until else None
         yield [tag("strong", held_text(reason), class_="warn"), end]
     if delivery["next_attempt_at"] is None:
         yield "waits for an earlier delivery of its order key"

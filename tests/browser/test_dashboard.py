@@ -192,6 +192,8 @@ async def test_every_screen_shows_hostile_data_as_text_fits_its_window_and_satis
                 path,
                 width,
             )
+        if "view=" in path or "at=" in path:
+            continue  # axe has seen such a page
         await page.evaluate("document.querySelectorAll('tbody tr:nth-child(n+6)').forEach((e) => e.remove())")
         for scheme, options in (("light", only), ("dark", contrast))[: 1 + (number % 4 == 0)]:
             await page.emulate_media(color_scheme=scheme)

@@ -11,6 +11,7 @@ from daemons import SOURCES, Recorder, adorn, destination, running, write_config
 from support import until
 from wire import exchange, request
 
+from relay.base.clock import rfc3339
 from relay.config.schema import DestinationConfig
 from relay.config.secrets import Secret, Url
 from relay.delivery import ping
@@ -98,6 +99,11 @@ async def test_a_ping_does_not_change_the_circuit(tmp_path):
             )
             [attempt] = await relay.rows("attempts")
             assert attempt["status"] == 500
+            explained = await relay.operator("GET", f"/api/events/{attempt['event_id']}/explain")
+            held = explained["destinations"][0]["held"]
+            assert held == f"circuit open until {rfc3339(lane.health.held_until)}"
+            page = await exchange(relay.addresses.socket, request("GET", f"/ui/events/{attempt['event_id']}"))
+            assert b"circuit open</strong>, next probe <time" in page.body
 
 
 HELD_LONG = 'circuit = { failures = 1, probe = "1h", max_probe = "1h" }'
