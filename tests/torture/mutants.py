@@ -68,6 +68,20 @@ MUTANTS = {
         ],
         [NODES],
     ),
+    "change-settings-while-former-ones-are-alive": Mutant(
+        [
+            Change(
+                f"{POSTGRES}/leases.py",
+                "if len(others) == len(able) and not lease.is_held:",
+                "if not lease.is_held:",
+            )
+        ],
+        [NODES],
+    ),
+    "any-node-changes-settings": Mutant(
+        [Change(f"{POSTGRES}/leases.py", "if peer.age < lease.gone_for]", "if peer.age > 0]")],
+        [NODES],
+    ),
     "take-with-other-settings": Mutant(
         [
             Change(

@@ -116,9 +116,9 @@ def test_what_a_node_does_about_a_lease(me, held, leases, ages, expected):
     assert found == {"missing": (), "take": (), "adopt": {}, "hand_over": None, **expected}
 
 
-def with_settings(incarnation, settings, place=None):
+def with_settings(incarnation, settings, place=None, **fields):
     definitions = None if settings is None else {"d1": settings, "": settings}
-    return msgspec.structs.replace(peer(incarnation), definitions=definitions, place=place)
+    return msgspec.structs.replace(peer(incarnation), definitions=definitions, place=place, **fields)
 
 
 @pytest.mark.parametrize("name", [D1, "job:sweep"])
@@ -148,6 +148,34 @@ def test_only_nodes_with_the_settings_in_force_may_have_a_lease(name, lease, pee
     found = bar(live, [row])
     assert "".join(each.incarnation for each in found if each.may_hold(name)) == able
     assert all(each.may_hold("lane:d2") and each.may_hold("job:other") for each in found)
+
+
+@pytest.mark.parametrize("name", [D1, "job:sweep"])
+@pytest.mark.parametrize(
+    ("gone_for", "nodes", "able"),
+    [
+        (9, {"a": ("new", 60)}, ""),
+        (9, {"a": ("new", 60, "older", "old"), "b": ("other", 5)}, "a"),  # a has reloaded its config
+        (9, {"a": ("new", 60, "older"), "b": ("other", 60)}, ""),
+        (9, {"a": ("new", 60), "b": ("new", 60), "c": ("other", 5)}, "ab"),
+        (9, {"a": ("new", 60), "b": ("new", 60), "c": ("other", 60), "d": ("other", 60)}, ""),
+        (9, {"a": ("new", 60), "b": ("other", 5)}, "b"),  # b was started afterwards
+        (9, {"a": ("new", 60), "b": ("other", 10)}, ""),
+        (9, {"a": ("new", 60, "old"), "b": ("old", 60)}, "b"),  # its settings are still in force
+    ],
+)
+def test_an_operators_change_comes_into_force_at_once_when_the_former_settings_are_gone(
+    name, gone_for, nodes, able
+):
+    row = Lease(name, "x", 3, is_held=False, free_for=1.0, definition="old", gone_for=float(gone_for))
+    live = [
+        with_settings(node, settings, age=float(age), former={"d1": former, "": former})
+        for node, (settings, age, *former) in nodes.items()
+    ]
+    assert "".join(each.incarnation for each in bar(live, [row]) if each.may_hold(name)) == able
+    held = msgspec.structs.replace(row, is_held=True, free_for=None, gone_for=0.0)
+    mine = {node for node, (settings, *_) in nodes.items() if settings == "old"}
+    assert {each.incarnation for each in bar(live, [held]) if each.may_hold(name)} == mine
 
 
 def test_shards_follow_the_lease_of_their_destination():
@@ -244,7 +272,7 @@ TABLES = """
     CREATE TABLE IF NOT EXISTS nodes (
         incarnation uuid PRIMARY KEY, slot int NOT NULL UNIQUE, name text, version text, schema int,
         config_digest bytea, destinations text[], internal_url text, started timestamptz,
-        seen timestamptz, shards jsonb, place text, definitions jsonb);
+        seen timestamptz, shards jsonb, place text, definitions jsonb, former jsonb);
     CREATE TABLE IF NOT EXISTS leases (
         name text PRIMARY KEY, incarnation uuid, epoch bigint NOT NULL DEFAULT 0,
         until timestamptz NOT NULL DEFAULT '-infinity', standing jsonb, definition text,
@@ -479,6 +507,51 @@ async def test_a_node_with_other_settings_gets_nothing_until_those_in_force_are_
     await cluster.run("UPDATE leases SET until = until - interval '31 s'")
     assert (await own(stranger)).until
     assert stranger.cautions() == ()
+
+
+@needs_postgres
+async def test_a_change_of_settings_node_by_node_stops_no_lane(cluster):
+    """Neither by reloads nor by restarts; the state folders are new each time, as in containers."""
+    first = await cluster.join("a", lanes=("crm",), settings="old", place="1")
+    second = await cluster.join("b", lanes=("crm",), settings="old", place="2")
+    assert (await own(first)).until
+    second.digests = Digests("aa", "new", {"crm": "new"})  # a reload
+    assert not (await own(second)).until
+    await first.close()
+    assert (await own(second)).until
+    assert second.lead("sweep")
+
+    third = await cluster.join("c", lanes=("crm",), settings="newer", place="3")
+    assert not (await own(third)).until
+    await second.close()
+    assert not (await own(third)).until  # it may be a daemon on the wrong database
+    fourth = await cluster.join("d", lanes=("crm",), settings="newer", place="4")
+    for node in (fourth, third):
+        await own(node)
+    assert third.owned + fourth.owned == ["crm"]
+    assert third.lead("sweep") != fourth.lead("sweep")
+
+    for node in (third, fourth):
+        await node.close()
+    last = await cluster.join("e", lanes=("crm",), settings="newest", place="5")
+    assert (await own(last)).until
+    assert last.lead("sweep")
+    cluster.nodes[:] = [last]
+
+
+@needs_postgres
+async def test_a_node_that_crashed_is_gone_since_its_latest_renewal(cluster):
+    """A node that was started afterwards takes its lease when it ends."""
+    dead = await cluster.join("a", lanes=("crm",), settings="old")
+    assert (await own(dead)).until
+    await cluster.age(30)
+    before = await cluster.join("b", lanes=("crm",), settings="newer")
+    await cluster.run("UPDATE nodes SET started = started - interval '16 s' WHERE name = 'b'")
+    await cluster.run("UPDATE nodes SET seen = seen - interval '15 s' WHERE name = 'a'")
+    after = await cluster.join("c", lanes=("crm",), settings="new")
+    await cluster.run("UPDATE leases SET until = clock_timestamp()")
+    assert not (await own(before)).until
+    assert (await own(after)).until
 
 
 @needs_postgres

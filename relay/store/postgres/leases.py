@@ -9,6 +9,7 @@ So no delivery ever belongs to the lanes of two nodes.
 """
 
 import hashlib
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 
@@ -26,7 +27,7 @@ NEGLECTED = 5.0
 """Seconds after which any node takes a free lease, even if another live node should take it."""
 
 ABSENT = 30.0
-"""Seconds after which a node with other settings takes a free lease; see `bar`."""
+"""Seconds after which any node with other settings takes a free lease; see `bar`."""
 
 SLOTS = 256
 """Maximum number of live nodes; a row id contains the slot of the node that created it."""
@@ -48,6 +49,7 @@ class Lease(msgspec.Struct, frozen=True):
     standing: Standing = Standing()
     definition: str | None = None  # settings of the node that held it last, as a digest; None: older version
     place: str | None = None  # the state folder of that node
+    gone_for: float = 0.0  # seconds since that node was alive, if the lease is free
 
     @property
     def is_shard(self) -> bool:
@@ -66,6 +68,7 @@ class Peer(msgspec.Struct, frozen=True):
     shards: Mapping[str, int] | None = {}  # numbers in its config; None: its version has no shards
     definitions: Mapping[str, str] | None = None  # digests by destination, "": jobs; None: older version
     place: str | None = None  # its state folder
+    former: Mapping[str, Sequence[str]] = {}  # definitions before reloads of its config, by the same names
     barred: frozenset[str] = frozenset()  # jobs that it must leave to other nodes
 
     def may_hold(self, name: str) -> bool:
@@ -74,14 +77,14 @@ class Peer(msgspec.Struct, frozen=True):
             return name not in self.barred
         return destination_of(name.removeprefix(LANE)) in self.destinations
 
-    def was_at(self, place: str | None) -> bool:
-        """Return whether this node uses the state folder of a former node."""
-        return place is not None and self.place == place
+    def has_held(self, lease: Lease) -> bool:
+        """Return whether this node, or the one before it in its state folder, had the definition in force."""
+        at_place = lease.place is not None and self.place == lease.place
+        return at_place or lease.definition in self.former.get(_key(lease.name), ())
 
     def defines(self, name: str) -> str | None:
         """Return its definition of a lane or of all jobs."""
-        key = "" if name.startswith(JOB) else name.removeprefix(LANE)
-        return None if self.definitions is None else self.definitions.get(key)
+        return None if self.definitions is None else self.definitions.get(_key(name))
 
     def wants(self, destination: str) -> int:
         """Return the number of shards in its config."""
@@ -100,10 +103,10 @@ class Plan(msgspec.Struct, frozen=True):
 def bar(peers: Sequence[Peer], leases: Iterable[Lease]) -> list[Peer]:
     """Return the peers without the lanes and jobs that they must leave to nodes with the definition in force.
 
-    The definition in force is that of the node that held the lease last. Another definition comes into force
-    when no live node has the former one and the lease has been free for `ABSENT`, or at once if the node that
-    held the lease last has changed it. So a daemon that was started on the wrong database, with destinations
-    of the same names, gets no lease. The shards of a destination follow its own lease.
+    The definition in force is that of the node that held the lease last, which may change it. When no live
+    node has it any more, the lease is free for its `_heirs`, and after `ABSENT` for all. So a daemon that was
+    started on the wrong database, with destinations of the same names, gets no lease while the nodes of the
+    right cluster are restarted. The shards of a destination follow its own lease.
     """
     barred: dict[str, set[str]] = {peer.incarnation: set() for peer in peers}
     for lease in leases:
@@ -111,8 +114,9 @@ def bar(peers: Sequence[Peer], leases: Iterable[Lease]) -> list[Peer]:
             continue
         able = [peer for peer in peers if peer.may_hold(lease.name)]
         others = [peer for peer in able if peer.defines(lease.name) not in (None, lease.definition)]
-        if len(others) == len(able):  # no node has the definition in force
-            others = [peer for peer in others if lease.is_held or not peer.was_at(lease.place)]
+        if len(others) == len(able) and not lease.is_held:  # no node has the definition in force
+            heirs = _heirs(lease, able)
+            others = [peer for peer in others if peer not in heirs]
         for peer in others:
             if not (lease.is_held and peer.incarnation == lease.incarnation):
                 barred[peer.incarnation].add(lease.name)
@@ -128,6 +132,26 @@ def bar(peers: Sequence[Peer], leases: Iterable[Lease]) -> list[Peer]:
         else peer
         for peer in peers
     ]
+
+
+def _heirs(lease: Lease, able: Sequence[Peer]) -> list[Peer]:
+    """Return the nodes that may put another definition into force at once: an operator has changed it.
+
+    Those with the best evidence: they have had the definition in force themselves; at least two agree on one,
+    and no others agree on another; they were started after the node that held the lease was gone.
+    """
+    if found := [peer for peer in able if peer.has_held(lease)]:
+        return found
+    counts = Counter(peer.defines(lease.name) for peer in able)
+    found = [peer for peer in able if counts[peer.defines(lease.name)] > 1]
+    if len({peer.defines(lease.name) for peer in found}) == 1:
+        return found
+    return [peer for peer in able if peer.age < lease.gone_for]
+
+
+def _key(name: str) -> str:
+    """Return the key of a lease in the definitions of a node."""
+    return "" if name.startswith(JOB) else name.removeprefix(LANE)
 
 
 def due_to(name: str, peers: Iterable[Peer]) -> Peer | None:

@@ -55,8 +55,14 @@ LIVE = 5.0
 FORGET_AFTER = 3600.0
 """Seconds without a renewal after which a node's row is deleted and its slot is used again."""
 
+LEFT = FORGET_AFTER / 2
+"""Seconds by which the row of a node that leaves is outdated at once, so that others plan without it."""
+
 CROWDED = 60.0
 """The same while all slots are in use, for example after a loop of crashes."""
+
+FORMER = 4
+"""Definitions of a lane before reloads that the others know."""
 
 COMPARISONS = 5
 """Comparisons of the clocks at the start; the one with the shortest round trip counts."""
@@ -72,9 +78,9 @@ ORPHANS = "retention"
 
 JOIN_SQL = """
     INSERT INTO nodes (incarnation, slot, name, version, schema, config_digest, destinations, internal_url,
-                       started, seen, shards, definitions, place)
+                       started, seen, shards, definitions, place, former)
     VALUES ($1::uuid, $2, $3, $4, $5, $6, $7::text[], NULL, clock_timestamp(), clock_timestamp(),
-            $8::text::jsonb, $9::text::jsonb, nullif($10, ''))
+            $8::text::jsonb, $9::text::jsonb, nullif($10, ''), $11::text::jsonb)
         ON CONFLICT DO NOTHING
 """
 
@@ -94,7 +100,7 @@ FORGET_SQL = "DELETE FROM nodes WHERE seen < clock_timestamp() - $1::float8 * in
 
 SEEN_SQL = """
     UPDATE nodes SET seen = clock_timestamp(), destinations = $2::text[], config_digest = $3,
-                     shards = $4::text::jsonb, definitions = $5::text::jsonb
+                     shards = $4::text::jsonb, definitions = $5::text::jsonb, former = $6::text::jsonb
      WHERE incarnation = $1::uuid
     RETURNING slot
 """
@@ -162,18 +168,25 @@ GIVE_SQL = """
      WHERE l.name = h.name AND l.epoch = h.epoch AND l.incarnation = $1::uuid AND l.until > clock_timestamp()
 """
 
+# A node that has left, or was replaced, is `seen` much earlier than its leases end.
 LEASES_SQL = """
     SELECT name, incarnation::text, epoch, until > clock_timestamp() AS is_held,
            CASE WHEN until <= clock_timestamp() AND until > '-infinity'
+                THEN extract(epoch FROM clock_timestamp() - least(until, (
+                     SELECT n.seen FROM nodes AS n
+                      WHERE n.incarnation = l.incarnation
+                        AND n.seen > clock_timestamp() - $1::float8 * interval '1 second')))::float8
+                ELSE 0 END AS gone_for,
+           CASE WHEN until <= clock_timestamp() AND until > '-infinity'
                 THEN extract(epoch FROM clock_timestamp() - until)::float8 END AS free_for,
            CASE WHEN name LIKE 'lane:%' THEN standing::text END AS standing, definition, place
-      FROM leases
+      FROM leases AS l
 """
 
 PEERS_SQL = """
     SELECT incarnation::text, name, destinations, encode(config_digest, 'hex') AS config,
            extract(epoch FROM clock_timestamp() - started)::float8 AS age, shards::text AS shards,
-           definitions::text AS definitions, place
+           definitions::text AS definitions, place, former::text AS former
       FROM nodes WHERE seen > clock_timestamp() - $1::float8 * interval '1 second'
 """
 
@@ -242,6 +255,8 @@ class PostgresNodes:
         self._live = min(LIVE, lease)
         self._schema = schema
         self._digests = digests
+        self._definitions: Mapping[str, str] = {}  # by destination, "": jobs; of the latest renewal
+        self._former: dict[str, list[str]] = {}  # earlier ones, the oldest first
         self._place = place
         self._lanes: Mapping[str, float] = {}  # with timeouts in seconds
         self._wanted: Mapping[str, int] = {}  # numbers of shards in the config
@@ -359,7 +374,7 @@ class PostgresNodes:
             if not self._has_left:
                 await self._be_seen()
             await self._renew()
-            leases = [_lease_of(row) for row in await self._fetch(LEASES_SQL)]
+            leases = [_lease_of(row) for row in await self._fetch(LEASES_SQL, LEFT)]
             peers = [_peer_of(row) for row in await self._fetch(PEERS_SQL, self._live)]
             self._shards = in_force(leases)
             if not self._has_left:
@@ -428,7 +443,7 @@ class PostgresNodes:
         """See `Nodes.all`."""
         async with self._lock:
             rows = await self._fetch(NODES_SQL, self._live)
-            leases = await self._fetch(LEASES_SQL)
+            leases = await self._fetch(LEASES_SQL, LEFT)
         held: dict[str, list[str]] = {}
         found = list(map(_lease_of, leases))
         divided = {_lane(name) for name in in_force(found)}
@@ -545,7 +560,7 @@ class PostgresNodes:
         self._has_left = True
         async with self._lock:
             # The row stays until `close`: this node uses its slot, and flushes heartbeats, until then.
-            await self._fetch(LEAVE_SQL, self.incarnation, FORGET_AFTER / 2)
+            await self._fetch(LEAVE_SQL, self.incarnation, LEFT)
 
     async def close(self) -> None:
         """Give everything that is still held, and close the connection; after the last attempt has ended."""
@@ -636,6 +651,7 @@ class PostgresNodes:
             else:
                 raise StorageError(f"the cluster already has {SLOTS} nodes", hint="stop a node")
             destinations, digests = sorted(self._lanes), self._digests()
+            definitions, former = self._define(digests)
             await self._fetch(
                 JOIN_SQL,
                 self.incarnation,
@@ -646,8 +662,9 @@ class PostgresNodes:
                 bytes.fromhex(digests.whole),
                 destinations,
                 msgspec.json.encode(self._wanted).decode(),
-                _definitions(digests),
+                definitions,
                 self._place(),
+                former,
             )
             rows = await self._fetch("SELECT slot FROM nodes WHERE incarnation = $1::uuid", self.incarnation)
             if rows:  # else another node was faster
@@ -655,9 +672,23 @@ class PostgresNodes:
                 await self._succeed()
                 return
 
+    def _define(self, digests: Digests) -> tuple[str | None, str]:
+        """Return this node's definitions and its former ones, in JSON; see `Peer`."""
+        found = {**digests.destinations, "": digests.jobs} if digests.whole else {}
+        for name, before in self._definitions.items():
+            if found.get(name, before) != before:  # reloaded
+                kept = self._former.setdefault(name, [])
+                kept[:] = [*(each for each in kept if each != before), before][-FORMER:]
+        for name in self._former.keys() - found.keys():
+            del self._former[name]
+        self._definitions = found
+        return msgspec.json.encode(found).decode() if found else None, msgspec.json.encode(
+            self._former
+        ).decode()
+
     async def _succeed(self) -> None:
         """End the leases of a former node with the same state folder, which ended without giving them up."""
-        rows = await self._fetch(SUCCEED_SQL, self.incarnation, self._place(), FORGET_AFTER / 2)
+        rows = await self._fetch(SUCCEED_SQL, self.incarnation, self._place(), LEFT)
         if names := _of_kind(LANE, (row["name"] for row in rows)):
             log.info(
                 "the former process of this node ended without handing over its lanes; they are free now: %s",
@@ -672,7 +703,7 @@ class PostgresNodes:
             sorted(self._lanes),
             bytes.fromhex(digests.whole),
             shards,
-            _definitions(digests),
+            *self._define(digests),
         )
         if not rows:  # this process was stopped for so long that the others have forgotten it
             log.warning("the other nodes had forgotten this node; it joins again")
@@ -869,13 +900,6 @@ def _ignore(lanes: Iterable[str], since: int, *, retries: bool) -> None:
     """Ignore lanes: the store does not claim deliveries."""
 
 
-def _definitions(digests: Digests) -> str | None:
-    """Return the digests of destinations and, as "", of jobs, in JSON; see `Peer.definitions`."""
-    if not digests.whole:
-        return None
-    return msgspec.json.encode({**digests.destinations, "": digests.jobs}).decode()
-
-
 def _lane(destination: str) -> str:
     return LANE + destination
 
@@ -902,6 +926,7 @@ def _lease_of(row: Any) -> Lease:
         standing,
         row["definition"],
         row["place"],
+        row["gone_for"],
     )
 
 
@@ -915,6 +940,7 @@ def _peer_of(row: Any) -> Peer:
         None if row["shards"] is None else msgspec.json.decode(row["shards"], type=dict[str, int]),
         None if row["definitions"] is None else msgspec.json.decode(row["definitions"], type=dict[str, str]),
         row["place"],
+        {} if row["former"] is None else msgspec.json.decode(row["former"], type=dict[str, list[str]]),
     )
 
 

@@ -336,7 +336,18 @@ ALTER TABLE leases ADD COLUMN definition text; -- of the node that held it last
 ALTER TABLE leases ADD COLUMN place text;      -- of that node
 """
 
-MIGRATIONS: tuple[str, ...] = (EVENTS + DELIVERIES + WORKERS + OTHERS, SHARED, SHARDS, CEILINGS, PLACES)
+FORMER = """
+ALTER TABLE nodes ADD COLUMN former jsonb;     -- digests before reloads of its config, as `definitions`
+"""
+
+MIGRATIONS: tuple[str, ...] = (
+    EVENTS + DELIVERIES + WORKERS + OTHERS,
+    SHARED,
+    SHARDS,
+    CEILINGS,
+    PLACES,
+    FORMER,
+)
 """Each runs in one transaction; never edit one that has been released, append another.
 
 Nodes of the previous version run while the first node of a new version migrates the tables, and such a node
