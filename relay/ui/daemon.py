@@ -6,7 +6,7 @@ from typing import Any
 from aiohttp import web
 
 from relay.config.effective import with_origins
-from relay.ui.markup import Content, maker, tag
+from relay.ui.markup import Content, escape, maker, tag
 from relay.ui.page import Visit
 from relay.ui.parts import (
     NONE,
@@ -127,10 +127,10 @@ async def config(visit: Visit) -> web.Response:
         visit, "Compare with the file", "reload", "--dry-run", call="POST reload", body={"dry_run": True},
         scope="admin",
     )  # fmt: skip
-    lines: list[Content] = []
+    lines: list[Content] = []  # escaped here, between turns of other tasks
     for line, place in with_origins(shown["config"], shown["origins"]):
         is_set = place not in ("", "default")
-        lines.append(_set(f"{line}  # {place}\n") if is_set else f"{line}\n")
+        lines.append(_set(f"{line}  # {place}\n") if is_set else escape(f"{line}\n"))
         await visit.turns.give()
     return visit.page(
         "Configuration",
