@@ -9,7 +9,7 @@ from urllib.parse import quote
 import pytest
 import receivers
 from daemons import SOURCES, destination, running, write_config
-from stores import KINDS
+from stores import KINDS, watch_statements
 from test_ui import HEADERS, HOSTILE, get, page, store
 from test_workers import register
 from wire import exchange, request
@@ -47,6 +47,12 @@ async def ended(relay, name, state):
             await asyncio.sleep(0.01)
 
 
+COUNTS_ALL = re.compile(
+    r"count\(\*\)\s+FROM\s+(events|deliveries|attempts|ends|owed)\b(?!.*LIMIT)", re.IGNORECASE | re.DOTALL
+)
+"""A statement that reads a whole table to count it. A page must not take longer with more events."""
+
+
 def buttons(found):
     """Return the changes that a page offers, by their commands, without those of selected rows."""
     found = [each for each in found.all("button") if "data-call" in each and "data-selected" not in each]
@@ -81,6 +87,7 @@ async def test_every_screen_shows_hostile_data_as_text(relay):
         "/destinations/{name}": "/destinations/shop", "/sources/{name}": "/sources/adorn",
         "/workers/{source}/{id:[^/]+}": f"/workers/whatsapp/{quote(WORKER, safe='')}",
     }  # fmt: skip
+    statements = await watch_statements(relay.app.store)
     for path in SCREENS:
         address = places.get(path, path)
         answer = await get(relay, f"/ui{address}")
@@ -92,6 +99,8 @@ async def test_every_screen_shows_hostile_data_as_text(relay):
         assert not [each for _, each in found.elements if any(key.startswith("on") for key in each)]
         assert not {"\x1b", "\u202e"} & set(found.text)
         assert len(answer.body) < 60_000
+    assert [each for each in statements if "events" in each]
+    assert not [each for each in statements if COUNTS_ALL.search(each) and "CASE WHEN" not in each]
 
 
 async def test_a_destination_shows_its_failures_and_ledger(relay):
