@@ -92,6 +92,7 @@ class WorkerView(msgspec.Struct):
     counts: dict[str, int]
     sessions: tuple[SessionView, ...]
     session_count: int
+    queued_commands: Annotated[int, about("Commands that wait for its next heartbeat.")]
     heard_minutes: Annotated[
         str,
         about("One character per minute of the last hour, oldest first: 1 if it sent a heartbeat, else 0."),
@@ -320,7 +321,9 @@ class WorkersApi:
     def _shown(self, worker: Worker) -> dict[str, Any]:
         sessions = worker.counts.get("total", len(worker.sessions))
         heard = heard_minutes(worker, self._clock.wall())
-        return {**shown(worker), "session_count": sessions, "heard_minutes": heard}
+        queued = self._store.workers.queued(worker.source, worker.id)
+        counts = {"session_count": sessions, "queued_commands": queued}
+        return {**shown(worker), **counts, "heard_minutes": heard}
 
     def _find(self, request: web.Request) -> Worker:
         key = (request.match_info["source"], request.match_info["id"])

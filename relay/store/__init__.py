@@ -312,6 +312,10 @@ class Workers(Protocol):
         """Count a source's workers with a status."""
         ...
 
+    def queued(self, source: str, worker_id: str) -> int:
+        """Count the commands that wait for a worker's next heartbeat."""
+        ...
+
     async def change(self, request: Callable[[WorkerChanges], T]) -> T:
         """Change workers in one transaction, for an operator or a job."""
         ...

@@ -128,6 +128,10 @@ class StoredWorkers:
         """See `Workers.count`."""
         return self.roster.census[source, status]
 
+    def queued(self, source: str, worker_id: str) -> int:
+        """See `Workers.queued`."""
+        return len(self.roster.commands.get((source, worker_id), ()))
+
 
 def _follow_plans(keys: Sequence[WorkerKey], batch: Batch) -> list[Worker]:
     return batch.workers.follow_plans(keys)

@@ -52,12 +52,15 @@ async def list_(visit: Visit) -> web.Response:
                 "Last heartbeat",
                 "Last 60 min",
                 "Sessions",
+                "Queued",
                 "Version",
                 "Restarts",
             ),
             (_row(visit, each) for each in workers),
-            numbers=("Sessions", "Restarts"),
-            narrow=Narrow("Status", ("Source", "Last heartbeat"), ("Last 60 min", "Version", "Restarts")),
+            numbers=("Sessions", "Queued", "Restarts"),
+            narrow=Narrow(
+                "Status", ("Source", "Last heartbeat"), ("Last 60 min", "Queued", "Version", "Restarts")
+            ),
             empty=nothing(
                 visit,
                 "worker",
@@ -104,6 +107,7 @@ def _row(visit: Visit, each: Mapping[str, Any]) -> tuple[Content, ...]:
         when(visit, each["last_heartbeat"]),
         beats(each),
         number(each["session_count"]) + ("" if most is None else f" of {most:,}"),
+        number(each["queued_commands"]) if each["queued_commands"] else NONE,
         each["version"] or NONE,
         each["restarts"],
     )

@@ -315,6 +315,10 @@ async def test_a_worker_shows_its_heartbeats_and_maintenance(relay):
     assert "1 of 60 minutes with a heartbeat" in [each.get("aria-label") for each in found.all("span")]
     assert "1 ONLINE · versions: 2.1: 1" in found.text
     assert {"?status=ONLINE", "?version=2.1"} <= {each["href"] for each in found.all("a")}
+    assert worker["queued_commands"] == 0
+    await post(relay, "workers/whatsapp/w%2F1/commands", {"command": {"type": "restart"}})
+    [worker] = (await relay.operator("GET", "/api/workers"))["items"]
+    assert worker["queued_commands"] == 1
     _, found = await page(relay, "/ui/workers/whatsapp/w%2F1")
     begin = buttons(found)["relay workers maintenance whatsapp w/1 on --for 2h"]
     assert begin["data-call"] == "POST workers/whatsapp/w%2F1/maintenance"

@@ -197,7 +197,7 @@ def worker(number, status="ONLINE", **more):
         "registered_at": at(-86_400 * 12), "last_heartbeat": at(-7 if status == "ONLINE" else -4000),
         "restarts": number, "cpu": 45.5, "memory": 67.8, "uptime": 360_000.0, "message_count": 1250,
         "counts": {"total": 12, "connected": 11}, "sessions": [], "session_count": 12,
-        "heard_minutes": "0" * 12 + "1" * 48, **more,
+        "heard_minutes": "0" * 12 + "1" * 48, "queued_commands": 0, **more,
     }  # fmt: skip
 
 
@@ -386,6 +386,7 @@ ANSWERS = {
             "tokens": ["<secret>", "<secret>"],
             "workers": {"offline_after": "1m30s"},
         },
+        "missing": [],
         "tokens": [
             {
                 "name": "ADORN_TOKEN",
