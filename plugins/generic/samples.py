@@ -1,4 +1,4 @@
-"""Samples that are sent again: each time with a new idempotency key, else they would be duplicates."""
+"""Samples: that of a source without configured ones, and new idempotency keys for each one that is sent."""
 
 import json
 import re
@@ -7,6 +7,43 @@ from typing import Any
 import msgspec
 
 from relay.source import Incoming, parse_path, parse_template
+
+EXAMPLE = "example"
+"""The value of each placeholder of an event's type in the sample of a source without configured ones."""
+
+
+def example_of(type_: str, events: str) -> tuple[str, dict[str, str]]:
+    """Return a JSON body and headers that have a value for each placeholder of an event's type.
+
+    Args:
+        type_: the source's template of the type.
+        events: its template of the events of a batch, `""` without one.
+    """
+    values: dict[str, Any] = {"body": {}, "item": {}}
+    headers = {"Content-Type": "application/json"}
+    for each in parse_template(type_).placeholders:
+        if each.kind in values and each.argument:
+            _put(values[each.kind], each.argument, EXAMPLE)
+        elif each.kind == "header":
+            headers[each.argument] = EXAMPLE
+    body, item = values["body"], values["item"]
+    if events:
+        path = parse_template(events).placeholders[0].argument
+        if path:
+            _put(body, path, [item])
+        else:
+            body = [item]
+    return json.dumps(body), headers
+
+
+def _put(value: dict[str, Any], path: str, new: object) -> None:
+    """Set the value at a path, unless an outer or an inner value is there already."""
+    *outer, (last, _) = parse_path(path)
+    for name, _ in outer:
+        value = value.setdefault(name, {})
+        if not isinstance(value, dict):
+            return
+    value.setdefault(last, new)
 
 
 def renewed(incoming: Incoming, key: str, events: str) -> Incoming:

@@ -9,7 +9,7 @@ from relay.source import Accepted, Incoming, MethodNotAllowed, Reply
 from .compiled import Compiled
 from .keys import Keys
 from .reading import WITHOUT_BODY
-from .samples import renewed
+from .samples import example_of, renewed
 from .settings import Sample, Verify
 
 
@@ -109,12 +109,14 @@ class Generic(Keys, kind="generic", dict=True):
         return tuple(self.compiled.scheme.explain(incoming))
 
     def samples(self) -> tuple[Incoming, ...]:
-        """Return the configured samples, else an empty request, which `relay send --data` can fill."""
-        method, headers, body = self.methods[0], {"Content-Type": "application/json"}, "{}"
+        """Return the configured samples, else a request that has a type; `relay send --data` can fill it."""
+        method = self.methods[0]
+        body, headers = example_of(self.type, self.events)
         if method in WITHOUT_BODY:
-            headers, body = {}, ""
-        empty = Sample(name="request", method=method, headers=headers, body=body)
-        return tuple(each.request(self.paths[0]) for each in self.examples or (empty,))
+            del headers["Content-Type"]
+            body = ""
+        made = Sample(name="request", method=method, headers=headers, body=body)
+        return tuple(each.request(self.paths[0]) for each in self.examples or (made,))
 
     def sign(self, incoming: Incoming) -> Incoming:
         """Return a sample with credentials, and with a new idempotency key."""

@@ -1,6 +1,7 @@
 """`relay listen`: a local receiver that prints the requests of a destination."""
 
 import base64
+import sys
 import threading
 
 import click
@@ -69,7 +70,9 @@ def _show(received: Received, *, as_json: bool) -> None:
     if as_json:
         click.echo(to_json({"id": id_, "signature": signature, **_captured(received, text)}))
     else:
-        shown = "\n".join(map(printable, text.splitlines()))
+        # In a pipe, each request is one line.
+        lines = text.splitlines() if sys.stdout.isatty() else [" ".join(text.split())]
+        shown = "\n".join(map(printable, lines))
         click.echo(f"{printable(id_)}\t{signature}\t{shown}")
 
 

@@ -65,14 +65,14 @@ async def test_the_commands_to_try_work_as_printed(tmp_path, monkeypatch):
     """In their order, those that keep running in the background, as in other terminals."""
     monkeypatch.chdir(tmp_path)
     public, admin, receiver = free_ports(3)
-    words = ["init", "--yes", "--source", "github", "--source", "shop=stripe"]
+    words = ["init", "--yes", "--source", "github", "--source", "shop=stripe", "--source", "generic"]
     words += ["--to", f"http://127.0.0.1:{receiver}/", "--run", "here"]
     words += ["--listen", f"127.0.0.1:{public}", "--admin-listen", f"127.0.0.1:{admin}"]
     printed = await asyncio.to_thread(run, *words)
     _, _, end = printed.out.partition("\nTry it (a command with … keeps running: use another terminal):\n\n")
     lines = [line.strip() for line in end.splitlines()]
     assert [line.partition("   # …")[0].split()[1] for line in lines] == [
-        "check-config", "listen", "serve", "status", "send", "send", "deliveries"
+        "check-config", "listen", "serve", "status", "send", "send", "send", "deliveries"
     ]  # fmt: skip
     result = {}
     [listen] = [line for line in lines if line.endswith("   # …") and "listen" in line]
@@ -89,14 +89,14 @@ async def test_the_commands_to_try_work_as_printed(tmp_path, monkeypatch):
             if not line.endswith("# …"):
                 result[line] = await asyncio.to_thread(run, *shlex.split(line)[1:])
         async with asyncio.timeout(30):
-            arrived = [(await listener.stdout.readline()).decode() for _ in range(2)]
+            arrived = [(await listener.stdout.readline()).decode() for _ in range(3)]
     finally:
         listener.kill()
         await listener.wait()
         await daemon.end()
     assert all("\tsignature ok\t" in line for line in arrived)
-    assert result["relay check-config config.toml"].out == "config.toml: ok (2 sources, 1 destination)\n"
-    assert len(result["relay deliveries list -c config.toml"].rows) == 2
+    assert result["relay check-config config.toml"].out == "config.toml: ok (3 sources, 1 destination)\n"
+    assert len(result["relay deliveries list -c config.toml"].rows) == 3
 
 
 def test_nothing_is_overwritten_without_asking(tmp_path):

@@ -397,6 +397,25 @@ def test_without_samples_there_is_an_empty_request_to_fill():
     assert (sample.method, sample.body) == ("GET", b"")
 
 
+@pytest.mark.parametrize(
+    ("table", "body", "types"),
+    [
+        ('type = "{body:type}"', {"type": "example"}, ["example"]),
+        ('type = "{body:a.b}.{body:a.c}.{header:X-Kind}"', {"a": {"b": "example", "c": "example"}},
+         ["example.example.example"]),
+        ('type = "{body:a}.{body:a}"', {"a": "example"}, ["example.example"]),
+        ('events = "{body:items}"\ntype = "{item:name}"', {"items": [{"name": "example"}]}, ["example"]),
+        ('events = "{body}"\ntype = "{item:name}"', [{"name": "example"}], ["example"]),
+    ],
+)  # fmt: skip
+def test_without_samples_the_request_has_a_type(table, body, types):
+    source = load_table(table)
+    (sample,) = source.samples()
+    assert json.loads(sample.body) == body
+    accepted = source.receive(sample)
+    assert [each.type for each in accepted.events or [accepted.event]] == types
+
+
 def test_a_list_of_many_items_is_not_read_to_its_end():
     many = b"[" + b"1," * 300_000 + b"1]"
     batch, position = load_table('events = "{body}"'), load_table('type = "{body:2}"\ndata = "{body:2}"')
