@@ -1,6 +1,7 @@
 """`relay sources add`: add a source to config.toml, and print the settings for the sender."""
 
 import json
+import shutil
 import sys
 import tempfile
 import tomllib
@@ -11,6 +12,7 @@ from typing import Any
 import click
 import msgspec
 
+from relay.cli import screen
 from relay.cli.config import given_of
 from relay.cli.main import NOTHING, CommandError, OneOf, file_error
 from relay.cli.options import config_option, env_file_option, json_option
@@ -202,7 +204,12 @@ def _ask_kind(known: Known) -> str:
 
 
 def print_kinds(known: Known) -> None:
-    """Print a line for each kind of source."""
+    """Print a line for each kind of source, or only the names if the screen has too few lines."""
+    if sys.stdout.isatty() and len(known) >= shutil.get_terminal_size().lines:
+        names = ", ".join(known)
+        click.echo("\n".join(screen.wrap(f"Kinds of sender: {names}", screen.terminal_width())))
+        click.echo(f"`{GENERIC}` reads any other sender's requests.")
+        return
     for each, (_, preset) in known.items():
         title = (
             "Any other sender" if each == GENERIC else "" if preset is None else kind_of(preset).guide.title
@@ -426,9 +433,11 @@ def _report(added: Added, file: Path, *, is_written: bool, as_json: bool) -> Non
 
 
 def print_steps(steps: Sequence[str]) -> None:
-    """Print a numbered list."""
+    """Print a numbered list; on a terminal, in lines that fit."""
     for number, step in enumerate(steps, 1):
-        click.echo(f"{number}. {step}")
+        head = f"{number}. "
+        lines = screen.wrap(step, screen.terminal_width() - len(head)) if sys.stdout.isatty() else [step]
+        click.echo(head + f"\n{' ' * len(head)}".join(lines))
 
 
 def _local_steps(added: Added, file: Path) -> list[str]:

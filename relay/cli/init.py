@@ -32,7 +32,7 @@ from relay.cli.add_source import (
 from relay.cli.config import STARTER, given_of
 from relay.cli.main import NOT_ALLOWED, CommandError, OneOf, file_error
 from relay.cli.options import FILE, checked, json_option, read_file
-from relay.cli.output import print_json
+from relay.cli.output import print_json, print_note
 from relay.config import validators
 from relay.config.effective import as_toml
 from relay.config.installed_service import FOLDERS, Service, installed
@@ -499,6 +499,5 @@ def _report(
     for step in steps:
         click.echo(f"  {step.command}{'   # …' if step.keeps_running else ''}")
     if plan.public_url == HOST:
-        click.echo(
-            f"\nreplace {HOST} with the public URL of this relay, or set it with --public-url", err=True
-        )
+        click.echo(err=True)
+        print_note(f"replace {HOST} with the public URL of this relay, or set it with --public-url")
