@@ -291,7 +291,7 @@ async def outline(text: str, turns: Turns, *, at: int = -1, skip: int = 0, find:
         if not count % _TURN:
             await turns.give()
         if reading.is_hidden:
-            place = await _pass_by(reading, text, place, turns)
+            place = await _skip_hidden(reading, text, place, turns)
         place = reading.count_run(text, place)
         token = match(text, place)
         kind = 0 if token is None else token.lastindex or 0
@@ -323,7 +323,7 @@ async def _end_of_string(text: str, place: int, turns: Turns) -> int:
         await turns.give()
 
 
-async def _pass_by(reading: _Reading, text: str, place: int, turns: Turns) -> int:
+async def _skip_hidden(reading: _Reading, text: str, place: int, turns: Turns) -> int:
     """Return the place behind an object or array that is not shown; only strings and brackets are read."""
     depth = 1
     while depth:

@@ -1,4 +1,4 @@
-"""The line of time of an event: from its sender to every destination, also to those that do not get it."""
+"""The timeline of an event: from its sender to every destination, also to those that do not get it."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
@@ -36,7 +36,7 @@ async def line_of(
     matches: Sequence[Mapping[str, Any]],
     attempts: Sequence[Mapping[str, Any]],
 ) -> Markup:
-    """Return the line of time of an event; other tasks run between the destinations.
+    """Return the timeline of an event; other tasks run between the destinations.
 
     Args:
         visit: the request for the page.
@@ -273,7 +273,7 @@ def _not_sent(visit: Visit, event: str, match: Mapping[str, Any]) -> Markup:
     lines: Content = [tag("div", each.removeprefix("no: ")) for each in match["lines"]]
     again: Content = None
     if match["matches"]:
-        lines = "it would get the event now; it did not when the event arrived"
+        lines = "it matches the event now, but did not when the event arrived"
         again = action(
             visit, "Send", "events", "replay", event, "--to", name,
             call="POST replays", body={"events": [event], "to": name}, count="1 event",
@@ -298,7 +298,7 @@ def _other_types(
         [", " if number else None, tag("a", each["name"], href=visit.link("destinations", each["name"]))]
         for number, each in enumerate(matches)
     ]
-    summary = tag("summary", "get other types of events")
+    summary = tag("summary", "subscribe to other types")
     to = tag("span", f"{len(matches):,} others", class_="to")
     yield tag("li", to, state("", NOT_SENT), tag("details", summary, names, class_="how"))
 

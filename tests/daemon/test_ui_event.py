@@ -1,4 +1,4 @@
-"""The pages of an event and a delivery: the line of time, every destination, and bodies of any shape."""
+"""The pages of an event and a delivery: the timeline, every destination, and bodies of any shape."""
 
 import asyncio
 import hashlib
@@ -101,14 +101,14 @@ async def test_an_event_shows_who_does_not_get_it_and_why(tmp_path):
         assert "Send now: gone" in {each.get("aria-label") for each in found.all("button")}
         check_order(
             found.text, "Goes to 61 of 66 destinations", "gone", "pending", "paused in config.toml",
-            "11 others", "vip", "not sent", "data.total", "4 others", "not sent", "get other types of events",
+            "11 others", "vip", "not sent", "data.total", "4 others", "not sent", "subscribe to other types",
             "other-0",
             "other-3",
         )  # fmt: skip
         config.write_text(config.read_text().replace("gte = 100", "exists = false"))
         await relay.operator("POST", "/api/reload")
         _, found = await page(relay, f"/ui/events/{event}")
-        assert "it would get the event now; it did not when the event arrived" in found.text
+        assert "it matches the event now, but did not when the event arrived" in found.text
         button = buttons(found)[f"relay events replay {event} --to vip"]
         await post(relay, "replays", json.loads(button["data-body"]))
         shown = await settled(relay, event, vip="pending")

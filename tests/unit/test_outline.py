@@ -150,7 +150,7 @@ def test_texts_beyond_the_bounds_are_refused():
             read(text, find="a")
 
 
-def test_what_is_not_shown_is_passed_by_with_the_same_result():
+def test_skipping_hidden_values_does_not_change_the_result():
     """A search reads everything, so it counts each value."""
     chance = random.Random(5)
 
