@@ -15,8 +15,10 @@ from relay.jobs.replay import DEFAULT_RATE
 from relay.ui.markup import Content, Markup, tag
 from relay.ui.page import Visit
 from relay.ui.parts import (
+    HOUR,
     NONE,
     Narrow,
+    Span,
     action,
     attempt_result,
     charts,
@@ -28,6 +30,8 @@ from relay.ui.parts import (
     number,
     prose,
     sorting,
+    span_of,
+    spans,
     spark,
     state,
     table,
@@ -117,11 +121,18 @@ async def show(visit: Visit) -> web.Response:
     name = visit.path["name"]
     shown = await visit.ask("showDestination", {"name": name})
     config = (await visit.ask("showConfig"))["config"]["destinations"].get(name)
-    history = (await visit.ask("history", query={"destination": name, "running": "1"}))["destinations"]
-    past: Mapping[str, Any] = history[0] if history else {}
+    span = span_of(visit)
+    past = await _past(visit, name, HOUR)
+    charted = past if span is HOUR else await _past(visit, name, span)
     failed = await visit.ask(
         "listAttempts",
-        query={"destination": name, "failed": "1", "since": "1h", "limit": str(FAILURES), "answer": "0"},
+        query={
+            "destination": name,
+            "failed": "1",
+            "since": span.since,
+            "limit": str(FAILURES),
+            "answer": "0",
+        },
     )
     reason = shown["held"]
     if reason is None and shown["circuit"] == "open":
@@ -134,14 +145,15 @@ async def show(visit: Visit) -> web.Response:
         tag("p", prose(f"{advice[0].upper()}{advice[1:]}"), class_="summary") if advice else None,
         tag("p", *_actions(visit, shown, config, past), class_="actions"),
         fields(*_facts(visit, shown)),
-        tag("h2", "Last hour"),
-        _history(visit, name, past),
-        tag("h2", "Failures of the last hour"),
+        tag("h2", "Attempts"),
+        spans(visit),
+        _history(visit, span, name, charted),
+        tag("h2", f"Failures of the last {span.name}"),
         await table(
             visit,
             f"By result, of the newest {FAILURES}" if failed["next_cursor"] else "By result",
             ("Result", "Attempts", "Latest"),
-            _failures(visit, name, failed["items"]),
+            _failures(visit, span, name, failed["items"]),
             numbers=("Attempts",),
             empty=state("delivered", "No failed attempt."),
         ),
@@ -259,8 +271,15 @@ def _actions(
         )  # fmt: skip
 
 
-def _history(visit: Visit, name: str, past: Mapping[str, Any]) -> Markup:
-    attempts, parts = visit.link("attempts", destination=name, since="1h"), []
+async def _past(visit: Visit, name: str, span: Span) -> Mapping[str, Any]:
+    """Return the history of a destination; empty if it has none."""
+    found: Sequence[Mapping[str, Any]]
+    found = (await visit.ask("history", query=span.query(destination=name)))["destinations"]
+    return found[0] if found else {}
+
+
+def _history(visit: Visit, span: Span, name: str, past: Mapping[str, Any]) -> Markup:
+    attempts, parts = visit.link("attempts", destination=name, since=span.since), []
     for key, label, unit, address in (
         ("succeeded", "Successful attempts", "", f"{attempts}&failed=0"),
         ("failed", "Failed attempts", "", f"{attempts}&failed=1"),
@@ -276,11 +295,11 @@ def _history(visit: Visit, name: str, past: Mapping[str, Any]) -> Markup:
         lost = shown if key == "failed" else ()
         link = tag("a", figure, href=address)
         parts.append((label, link, spark([value and 0.0 for value in lost] or shown, label, lost)))
-    return charts(*parts)
+    return charts(span, *parts)
 
 
 def _failures(
-    visit: Visit, name: str, attempts: Sequence[Mapping[str, Any]]
+    visit: Visit, span: Span, name: str, attempts: Sequence[Mapping[str, Any]]
 ) -> Iterator[tuple[Content, ...]]:
     """Yield a row for each kind of failure, the most frequent first."""
     counted: Counter[tuple[str, int | None]] = Counter()
@@ -291,7 +310,7 @@ def _failures(
         latest.setdefault(kind, each)
     for kind, count in counted.most_common():
         status = "none" if kind[1] is None else str(kind[1])
-        address = visit.link("attempts", destination=name, result=kind[0], status=status, since="1h")
+        address = visit.link("attempts", destination=name, result=kind[0], status=status, since=span.since)
         newest = latest[kind]
         yield (
             attempt_result(newest),

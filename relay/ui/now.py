@@ -13,14 +13,16 @@ from relay.ui.destinations import NO_DESTINATIONS, count_link, held, steering
 from relay.ui.markup import Content, Markup, join, tag
 from relay.ui.page import Visit
 from relay.ui.parts import (
-    BARS,
     NONE,
     Narrow,
+    Span,
     action,
     command,
     command_line,
     duration,
     number,
+    span_of,
+    spans,
     spark,
     state,
     table,
@@ -33,9 +35,6 @@ from relay.ui.workers import maintenance
 YEAR = 365
 """Days: a disk that will be full later than this is not mentioned."""
 
-PERIODS = 30
-"""Bars of a history of an hour."""
-
 MOST_WORKERS = 5
 """Silent workers that are shown; the rest is a link."""
 
@@ -43,9 +42,9 @@ Item = Mapping[str, Any]
 
 
 async def show(visit: Visit) -> web.Response:
-    """Show the problems, then sources and destinations with their last hour."""
-    status = await visit.ask("status")
-    history = await visit.ask("history", query={"periods": str(PERIODS), "running": "1"})
+    """Show the problems, then sources and destinations with their last hour or day."""
+    status, span = await visit.ask("status"), span_of(visit)
+    history = await visit.ask("history", query=span.query(periods=str(span.bars)))
     sources = (await visit.ask("listSources"))["items"]
     destinations = (await visit.ask("listDestinations"))["items"]
     silent = await visit.ask("listWorkers", query={"status": "OFFLINE", "limit": str(MOST_WORKERS)})
@@ -69,12 +68,13 @@ async def show(visit: Visit) -> web.Response:
         _missing(history),
         tag("ul", problems, class_="problems", aria_label="Problems") if problems else None,
         _first_event(sources),
+        spans(visit),
         tag("h2", "Sources"),
         await table(
             visit,
-            "Sources with their last hour",
-            ("Source", "State", "Events/s", "Events", "Refused", BARS),
-            (_source(visit, each, past["sources"].get(each["name"], {})) for each in sources),
+            f"Sources with their last {span.name}",
+            ("Source", "State", "Events/s", "Events", "Refused", span.heading),
+            (_source(visit, span, each, past["sources"].get(each["name"], {})) for each in sources),
             numbers=("Events/s", "Events", "Refused"),
             narrow=Narrow("State", (), ("Events/s",)),
             empty=NO_SOURCES,
@@ -82,10 +82,10 @@ async def show(visit: Visit) -> web.Response:
         tag("h2", "Destinations"),
         await table(
             visit,
-            "Destinations with their last hour",
-            ("Destination", "State", "Pending", "Attempts/s", "Attempts", "Failed", "p95", BARS),
+            f"Destinations with their last {span.name}",
+            ("Destination", "State", "Pending", "Attempts/s", "Attempts", "Failed", "p95", span.heading),
             (
-                _destination(visit, each, past["destinations"].get(each["name"], {}))
+                _destination(visit, span, each, past["destinations"].get(each["name"], {}))
                 for each in sorted(destinations, key=lambda each: each["name"] not in sick)
             ),
             numbers=("Pending", "Attempts/s", "Attempts", "Failed", "p95"),
@@ -212,19 +212,19 @@ def _silent_workers(visit: Visit, silent: Item) -> Iterator[Markup]:
         yield tag("li", state("expired", f"more than {MOST_WORKERS} workers are silent"), " ", more)
 
 
-def _source(visit: Visit, source: Item, past: Item) -> tuple[Content, ...]:
+def _source(visit: Visit, span: Span, source: Item, past: Item) -> tuple[Content, ...]:
     name, events, refused = source["name"], past.get("events", ()), past.get("refused", ())
     return (
         tag("a", name, href=visit.link("sources", name)),
         state_of(source),
         tag("span", NONE, data_rate=f"sources {name}"),
-        tag("a", total(events), href=visit.link("events", source=name, since="1h")),
-        tag("a", total(refused), href=visit.link("refused", source=name, since="1h")),
-        spark(events, "Events in 2 min"),
+        tag("a", total(events), href=visit.link("events", source=name, since=span.since)),
+        tag("a", total(refused), href=visit.link("refused", source=name, since=span.since)),
+        spark(events, f"Events in {span.bar}"),
     )
 
 
-def _destination(visit: Visit, each: Item, past: Item) -> tuple[Content, ...]:
+def _destination(visit: Visit, span: Span, each: Item, past: Item) -> tuple[Content, ...]:
     name, failed, good = each["name"], past.get("failed", ()), past.get("succeeded", ())
     slow = [value for value in past.get("p95_ms", ()) if value is not None]
     attempts = [None if a is None and b is None else (a or 0) + (b or 0)
@@ -234,10 +234,10 @@ def _destination(visit: Visit, each: Item, past: Item) -> tuple[Content, ...]:
         held(visit, each),
         count_link(visit, name, "pending", each["pending"]),
         tag("span", NONE, data_rate=f"destinations {name}"),
-        tag("a", total(attempts), href=visit.link("attempts", destination=name, since="1h")),
-        tag("a", total(failed), href=visit.link("attempts", destination=name, failed="1", since="1h")),
+        tag("a", total(attempts), href=visit.link("attempts", destination=name, since=span.since)),
+        tag("a", total(failed), href=visit.link("attempts", destination=name, failed="1", since=span.since)),
         f"{slow[-1]:,.0f} ms" if slow else NONE,
-        spark(good, "Attempts in 2 min", failed),
+        spark(good, f"Attempts in {span.bar}", failed),
     )
 
 

@@ -116,8 +116,39 @@ def size(count: int | None) -> str:
     return NONE if count is None else render_size(count)
 
 
-BARS = "Last 60 min"
-"""Heading of a column of `spark`, which needs no name on narrow screens."""
+class Span(msgspec.Struct, frozen=True):
+    """The time before now that the figures and charts of a page cover."""
+
+    name: str
+    since: str  # as a filter of lists
+    minutes: int
+    heading: str  # of a column of `spark`
+    bars: int  # of such a column
+    bar: str  # the time of one of them
+    start: str
+
+    def query(self, **more: str) -> dict[str, str]:
+        """Return the query of the history."""
+        return {"minutes": str(self.minutes), "running": "1", **more}
+
+
+HOUR = Span("hour", "1h", 60, "Last 60 min", 30, "2 min", "60 min ago")
+DAY = Span("day", "24h", 1440, "Last 24 h", 24, "1 h", "24 h ago")
+
+
+def span_of(visit: Visit) -> Span:
+    """Return the time that the address of a page selects."""
+    return DAY if visit.query.get("last") == DAY.name else HOUR
+
+
+def spans(visit: Visit) -> Markup:
+    """Return the links that select the time of a page."""
+    now, items = span_of(visit), list[Markup]()
+    for each in (HOUR, DAY):
+        address = query_link(visit.query, {"last": None if each is HOUR else each.name})
+        link = tag("a", f"Last {each.name}", href=address, aria_current="true" if each is now else None)
+        items.append(tag("li", link))
+    return tag("nav", tag("ul", items), class_="tabs", aria_label="Time of the figures")
 
 
 class Narrow(msgspec.Struct, frozen=True):
@@ -160,7 +191,7 @@ async def table(
         empty: shown if there are no rows.
     """
     kinds = ["n" if head in numbers else None for head in heads]
-    unnamed = (BARS, narrow.lead, *narrow.bare)
+    unnamed = (HOUR.heading, DAY.heading, narrow.lead, *narrow.bare)
     makers = [
         maker("th", scope="row"),
         *(
@@ -538,11 +569,11 @@ def _bars(values: Iterable[float | None], most: float) -> str:
     return f"M0 {_HEIGHT}{''.join([f'V{top}h1' for top in tops])}V{_HEIGHT}"
 
 
-def charts(*parts: tuple[str, Content, Content]) -> Markup:
-    """Return figures of the last hour: each with its name, its value, and its `spark`."""
+def charts(span: Span, *parts: tuple[str, Content, Content]) -> Markup:
+    """Return figures of a time: each with its name, its value, and its `spark`."""
     boxes = [
         tag("div", tag("dt", name), tag("dd", value), tag("dd", bars, class_="chart") if bars else None)
         for name, value, bars in parts
     ]
-    axis = tag("p", tag("span", "60 min ago"), tag("span", "now"), class_="note axis")
+    axis = tag("p", tag("span", span.start), tag("span", "now"), class_="note axis")
     return join(tag("dl", boxes, class_="charts"), axis if any(bars for _, _, bars in parts) else None)

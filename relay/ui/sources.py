@@ -18,6 +18,8 @@ from relay.ui.parts import (
     in_order,
     number,
     sorting,
+    span_of,
+    spans,
     spark,
     state,
     table,
@@ -80,7 +82,8 @@ async def show(visit: Visit) -> web.Response:
     """Show a source."""
     name = visit.path["name"]
     shown = await visit.ask("showSource", {"name": name})
-    history = (await visit.ask("history", query={"source": name, "running": "1"}))["sources"]
+    span = span_of(visit)
+    history = (await visit.ask("history", query=span.query(source=name)))["sources"]
     past: Mapping[str, Any] = history[0] if history else {}
     latest = shown["latest"]
     if shown["paused"]:
@@ -112,16 +115,18 @@ async def show(visit: Visit) -> web.Response:
             ("Events", tag("a", "all of this source", href=visit.link("events", source=name))),
             ("Refused", tag("a", "kept requests", href=visit.link("refused", source=name))),
         ),
-        tag("h2", "Last hour"),
+        tag("h2", "Requests"),
+        spans(visit),
         charts(
+            span,
             *(
                 (
                     label,
-                    tag("a", total(past.get(key, ())), href=visit.link(key, source=name, since="1h")),
+                    tag("a", total(past.get(key, ())), href=visit.link(key, source=name, since=span.since)),
                     spark(past.get(key, ()), label),
                 )
                 for key, label in (("events", "Stored events"), ("refused", "Refused requests"))
-            )
+            ),
         ),
         tag("h2", "Tokens and secrets"),
         await table(

@@ -14,6 +14,7 @@ from test_ui import HEADERS, HOSTILE, get, page, store
 from test_workers import register
 from wire import exchange, request
 
+from relay.base.clock import SECOND
 from relay.ui.app import SCREENS
 
 HELD = 'paused = true\norder_by = "subject"\nttl = "1h"'
@@ -128,6 +129,27 @@ async def test_a_destination_shows_its_failures_and_ledger(relay):
     assert "127.0.0.1" in found.text
     status, found = await page(relay, "/ui/destinations/ship")
     assert (status, 'did you mean "shop"' in found.text) == (404, True)
+
+
+async def test_figures_are_those_of_the_last_hour_or_day(relay):
+    await relay.app.jobs.run("history")
+    await ended(relay, "shop", "dead")
+    relay.app.history._ran_at -= 10 * SECOND  # ten seconds pass
+    await relay.app.history.run()
+    for path, counted in (
+        ("/ui/", "./attempts?destination=shop&failed=1&since={}"),
+        ("/ui/destinations/shop", "../attempts?destination=shop&result=4xx&status=404&since={}"),
+        ("/ui/sources/adorn", None),
+    ):
+        for query, name, since, start in (("", "hour", "1h", "60 min"), ("?last=day", "day", "24h", "24 h")):
+            status, found = await page(relay, path + query)
+            assert status == 200
+            links = {each["href"]: each.get("aria-current") for each in found.all("a")}
+            assert (links["?"], links["?last=day"]) == (("true", None) if name == "hour" else (None, "true"))
+            assert counted is None or counted.format(since) in links
+            assert start in found.text
+    bars = [each["aria-label"] for each in (await page(relay, "/ui/?last=day"))[1].all("svg")]
+    assert "Attempts in 1 h, at most 1" in bars
 
 
 async def test_destinations_are_sorted_and_show_their_own_settings(relay):
