@@ -578,8 +578,9 @@ async def test_a_reload_of_the_page_ends_no_navigation(relay, operator, addresse
     watch.check()
 
 
-async def test_ten_pages_of_a_browser_are_live_with_few_connections(relay, browser, addresses):
+async def test_ten_pages_of_a_browser_are_live_with_few_connections(relay, browser, addresses, monkeypatch):
     """Chromium opens six connections to a host; a page without a free one does not even load."""
+    monkeypatch.setattr("relay.api.stream.CHECK_EVERY", 0.05)
     origin = relay.addresses.admin
     paths = ("", "events?source=adorn") * 5
     async with opened(browser, origin, TOKEN) as (first, watch):

@@ -359,18 +359,18 @@ function subscribe(path, locks, handlers) {
     stream.addEventListener("error", () => reopen(stream));
     ended.signal.addEventListener("abort", () => { stream.close(); resolve(); });
   });
-  if (navigator.locks) hold(locks, ended.signal, use).catch(() => {});
-  else use();
-  return () => ended.abort();
-}
-
-async function hold(locks, signal, use) {
-  const once = async (lock) => {
-    if (lock && !signal.aborted) await use();
-    return lock || signal.aborted;
+  const waiting = new AbortController();
+  const { signal } = waiting;
+  let taken = false;
+  const once = async () => {
+    if (taken || ended.signal.aborted) return;
+    taken = true;
+    waiting.abort();
+    await use();
   };
-  for (const name of locks) if (await navigator.locks.request(name, { ifAvailable: true }, once)) return;
-  await navigator.locks.request(locks[Math.floor(Math.random() * locks.length)], { signal }, once);
+  if (!navigator.locks) use();
+  else for (const name of locks) navigator.locks.request(name, { signal }, once).catch(() => {});
+  return () => { waiting.abort(); ended.abort(); };
 }
 
 // A browser reconnects after a network error. Any other answer ends a stream: the login has expired, or a proxy
