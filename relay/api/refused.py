@@ -7,7 +7,8 @@ from aiohttp import web
 
 from relay.api.context import Context
 from relay.api.endpoints import Page, endpoint
-from relay.api.query_params import RefusedQuery, read_filters
+from relay.api.query_params import MOST_ROWS, RefusedQuery, read_filters
+from relay.api.responses import CountView
 from relay.api.views import Time, about, unknown
 from relay.base.clock import rfc3339
 from relay.errors import Refusal, RelayError
@@ -60,6 +61,31 @@ class RefusedRetried(msgspec.Struct):
     event_id: Annotated[str | None, about("The stored event; null if the request creates none.")]
 
 
+class RetryIdsBody(msgspec.Struct, forbid_unknown_fields=True):
+    """The requests to handle again, or to count."""
+
+    ids: Annotated[
+        list[str], about("Any unique prefixes work."), msgspec.Meta(min_length=1, max_length=MOST_ROWS)
+    ]
+    dry_run: Annotated[bool, about("Count those that can be handled again.")] = False
+
+
+class RetriedItem(msgspec.Struct):
+    """The result for one request."""
+
+    id: str
+    event_id: Annotated[str | None, about("The stored event; null if there is none.")] = None
+    error: Annotated[str | None, about("Why it was not accepted.")] = None
+
+
+class RetriedRequests(msgspec.Struct):
+    """The results of a retry of several requests, the oldest first."""
+
+    accepted: Annotated[int, about("Requests that the sources accepted.")]
+    refused: Annotated[int, about("Requests that were refused again or cannot be handled again.")]
+    items: list[RetriedItem]
+
+
 class RefusedApi:
     """Endpoints under `/api/refused`."""
 
@@ -101,7 +127,35 @@ class RefusedApi:
         "Handle a refused request again; an accepted one becomes an event.", returns=RefusedRetried,
     )  # fmt: skip
     async def _retry(self, request: web.Request) -> RefusedRetried:
-        found = await self._store.refused.named(request.match_info["id"])
+        return await self._handle_again(await self._store.refused.named(request.match_info["id"]))
+
+    @endpoint(
+        "POST", "/api/refused/retry", "retryRefusedRequests",
+        "Handle several refused requests again, the oldest first, or count those that can be.",
+        body=RetryIdsBody, returns=CountView | RetriedRequests,
+    )  # fmt: skip
+    async def _retry_all(self, _request: web.Request, body: RetryIdsBody) -> CountView | RetriedRequests:
+        named = [await self._store.refused.named(each) for each in body.ids]
+        chosen = {each.id: each for each in named}
+        if body.dry_run:
+            return CountView(sum(_can_retry(each) for each in chosen.values()))
+        items = []
+        for id_ in sorted(chosen):  # ids begin with their time
+            try:
+                done = await self._handle_again(chosen[id_])
+            except RelayError as error:
+                items.append(RetriedItem(id_, error=error.message))
+            else:
+                items.append(RetriedItem(id_, event_id=done.event_id))
+        refused = sum(each.error is not None for each in items)
+        return RetriedRequests(len(items) - refused, refused, items)
+
+    async def _handle_again(self, found: RefusedRequest) -> RefusedRetried:
+        """Pass a kept request to its source again.
+
+        Raises:
+            RelayError: it is refused again, was stored by an earlier retry, or was kept without its body.
+        """
         if found.event_id is not None:
             hint = f"relay events show {found.event_id}"
             raise RelayError(f"{found.id} was already retried and stored as an event", hint=hint)
@@ -117,6 +171,10 @@ class RefusedApi:
         event_id = response.event_id or None
         await self._store.refused.note_retry(found.id, self._clock.wall(), event_id)
         return RefusedRetried(id=found.id, status=response.status, event_id=event_id)
+
+
+def _can_retry(kept: RefusedRequest) -> bool:
+    return kept.body is not None and kept.event_id is None
 
 
 def _view(kept: RefusedRequest) -> dict[str, Any]:

@@ -10,9 +10,9 @@ from relay.base.text import printable
 from relay.cli import screen
 from relay.cli.api_client import Daemon
 from relay.cli.endpoint import daemon_options, endpoint
-from relay.cli.main import Group
-from relay.cli.options import filter_options, page_options
-from relay.cli.output import print_fields, print_note, print_page
+from relay.cli.main import FAILED, Group
+from relay.cli.options import filter_options, json_option, page_options
+from relay.cli.output import print_fields, print_json, print_note, print_page
 from relay.cli.screen import Field
 from relay.cli.selection import gather
 from relay.errors import TEMPORARY
@@ -101,15 +101,35 @@ def _diagnosis(findings: Iterable[Mapping[str, str]]) -> Iterator[Field]:
 
 
 @refused.command()
-@endpoint("POST refused/{request}/retry")
-def retry(answer: Any, **_: str) -> None:
-    """Handle a refused request again.
+@click.argument("requests", metavar="REQUEST...", nargs=-1, required=True)
+@json_option
+@daemon_options
+def retry(daemon: Daemon, requests: tuple[str, ...], *, as_json: bool) -> None:
+    """Handle refused requests again, the oldest first.
 
     Example: relay refused retry 01a201eb
 
     Use it after you have corrected the plugin or the configuration: the source handles the kept request as
-    if it had just been sent, and an accepted request becomes an event. Its sender gets no response.
+    if it had just been sent, and an accepted request becomes an event. Its sender gets no response. With
+    several requests, the exit code is 1 if one of them is not accepted.
     """
-    event = answer["event_id"]
-    stored = f"event {event}" if event is not None else "it creates no event"
-    click.echo(f"accepted with {answer['status']}: {stored}")
+    if len(requests) == 1:
+        answer = daemon.post("refused", requests[0], "retry")
+        items, failed = [answer], 0
+    else:
+        answer = daemon.post("refused", "retry", body={"ids": list(requests)})
+        items, failed = answer["items"], answer["refused"]
+    if as_json:
+        print_json(answer)
+    else:
+        for each in items:
+            click.echo(_outcome(each))
+    if failed:
+        click.get_current_context().exit(FAILED)
+
+
+def _outcome(each: Mapping[str, Any]) -> str:
+    if each.get("error"):
+        return f"{each['id']}: {printable(each['error'])}"
+    stored = "it creates no event" if each["event_id"] is None else f"event {each['event_id']}"
+    return f"{each['id']}: accepted, {stored}"

@@ -16,6 +16,7 @@ from relay.ui.parts import (
     action,
     api_query,
     attempt_result,
+    checkbox,
     command,
     command_of_list,
     copy,
@@ -23,6 +24,7 @@ from relay.ui.parts import (
     fields,
     filter_form,
     nothing,
+    of_selected,
     options_of,
     pages,
     query_link,
@@ -77,12 +79,11 @@ async def list_(visit: Visit) -> web.Response:
 
 
 def _row(visit: Visit, each: Mapping[str, Any]) -> tuple[Content, ...]:
-    box = None
-    if visit.may("operate"):
-        box = tag("input", type="checkbox", name="id", value=each["id"], class_="scripted",
-                  aria_label=f"Select {each['type']}")  # fmt: skip
     return (
-        [box, tag("a", each["type"], href=visit.link(SECTION, each["id"]))],
+        [
+            checkbox(visit, each["id"], each["type"]),
+            tag("a", each["type"], href=visit.link(SECTION, each["id"])),
+        ],
         tag("a", each["destination"], href=visit.link("destinations", each["destination"])),
         _state(visit, each),
         each["attempts"],
@@ -93,12 +94,10 @@ def _row(visit: Visit, each: Mapping[str, Any]) -> tuple[Content, ...]:
 
 
 def _changes_of_selected(visit: Visit) -> Content:
-    """Return the changes of the rows that are selected on the page; the script adds their ids."""
-    if not visit.may("operate"):
-        return None
-    return tag(
-        "p",
-        tag("button", "Select all on this page", type="button", data_select=True),
+    """Return the changes of the rows that are selected on the page."""
+    can_cancel = visit.query.get("state") in (None, "", "pending")
+    return of_selected(
+        visit,
         action(
             visit, "Retry", "deliveries", "retry", call="POST deliveries/retry", body={"ids": []},
             counts=True, selected=True,
@@ -106,8 +105,7 @@ def _changes_of_selected(visit: Visit) -> Content:
         action(
             visit, "Cancel", "deliveries", "cancel", call="POST deliveries/cancel", body={"ids": []},
             counts=True, selected=True, danger=True,
-        ) if visit.query.get("state") in (None, "", "pending") else None,
-        class_="actions selected scripted",
+        ) if can_cancel else None,
     )  # fmt: skip
 
 

@@ -319,6 +319,7 @@ def action(
     body: Mapping[str, Any] | None = None,
     count: str | None = None,
     counts: bool = False,
+    nouns: str | None = None,
     rate: float | None = None,
     danger: bool = False,
     selected: bool = False,
@@ -337,6 +338,7 @@ def action(
         body: of the request.
         count: what the change is about, such as "1 delivery".
         counts: whether a dry run with the same body returns the count.
+        nouns: singular and plural of what it counts, such as "request requests"; None: deliveries.
         rate: at which the relay works through them, per second.
         danger: whether it cannot be undone.
         selected: whether it changes the rows that are selected on the page; the script adds their ids.
@@ -356,10 +358,27 @@ def action(
         data_command=shlex.join(("relay", *words)),
         data_count=count,
         data_counts=counts,
+        data_nouns=nouns,
         data_pace=rate,
         data_selected=label if selected else None,
         disabled=selected,
     )
+
+
+def checkbox(visit: Visit, id_: str, name: str) -> Content:
+    """Return the checkbox of a row, for `of_selected`; `name` is the row's."""
+    if not visit.may("operate"):
+        return None
+    label = f"Select {name}"
+    return tag("input", type="checkbox", name="id", value=id_, class_="scripted", aria_label=label)
+
+
+def of_selected(visit: Visit, *actions: Content) -> Content:
+    """Return the changes of the rows that are selected on the page; the script adds their ids."""
+    if not visit.may("operate"):
+        return None
+    everything = tag("button", "Select all on this page", type="button", data_select=True)
+    return tag("p", everything, actions, class_="actions selected scripted")
 
 
 def inquiry(

@@ -14,6 +14,7 @@ from relay.ui.parts import (
     Narrow,
     action,
     api_query,
+    checkbox,
     command,
     command_of_list,
     exact,
@@ -21,6 +22,7 @@ from relay.ui.parts import (
     filter_form,
     nothing,
     number,
+    of_selected,
     pages,
     prose,
     size,
@@ -64,6 +66,22 @@ async def list_(visit: Visit) -> web.Response:
                 command("verify", "--help"),
             ),
         ),
+        of_selected(
+            visit,
+            action(
+                visit,
+                "Handle",
+                "refused",
+                "retry",
+                call="POST refused/retry",
+                body={"ids": []},
+                counts=True,
+                nouns="request requests",
+                selected=True,
+            ),
+        )
+        if any(map(_may_be_kept, page["items"]))
+        else None,
         pages(visit, page["next_cursor"]),
         tag(
             "p",
@@ -113,6 +131,7 @@ def _last(visit: Visit, name: str, time: str | None) -> Content:
 def _row(visit: Visit, each: Mapping[str, Any]) -> tuple[Content, ...]:
     return (
         [
+            checkbox(visit, each["id"], _problem(each)) if _may_be_kept(each) else None,
             tag("a", _problem(each), href=visit.link(SECTION, each["id"])),
             [
                 tag("div", f"{finding['where']}: {finding['what']}", class_="note")
@@ -126,6 +145,11 @@ def _row(visit: Visit, each: Mapping[str, Any]) -> tuple[Content, ...]:
         each["remote"],
         _retried(visit, each),
     )
+
+
+def _may_be_kept(each: Mapping[str, Any]) -> bool:
+    """Return whether a request may have been kept with its body; a dry run counts those that were."""
+    return each["source"] is not None and each["reason"] != "auth" and each["event_id"] is None
 
 
 def _brief(finding: Mapping[str, str]) -> str:

@@ -197,6 +197,21 @@ async def populate(relay, recorder):
     return id_
 
 
+async def ask_about_refused(ask, relay):
+    """Ask for a refused request, and for retries of it and of a valid one."""
+    await relay.exchange(request("POST", "/api/v1/events", b"{}", authorization="Bearer test-token"))
+    kept = (await ask("GET", "/api/refused?source=compozy&since=1h")).json["items"][0]["id"]
+    shown = (await ask("GET", f"/api/refused/{kept}")).json
+    await ask("POST", f"/api/refused/{kept}/retry", status=400)
+    [request_] = (await relay.app.store.refused.page(limit=1))[0]
+    valid = msgspec.structs.replace(request_, id=f"{kept[:-4]}ffff", body=b'{"name": "a", "payload": {}}')
+    await relay.app.store.refused.add([valid])
+    await ask("POST", f"/api/refused/{valid.id}/retry", status=200)
+    assert shown["can_retry"]
+    for dry_run in (True, False):
+        await ask("POST", "/api/refused/retry", {"ids": [kept], "dry_run": dry_run})
+
+
 async def test_every_response_matches_its_schema(relay, recorder):
     ask, worker = Asking(relay), "/api/workers/whatsapp/w1"
     id_ = await populate(relay, recorder)
@@ -223,15 +238,7 @@ async def test_every_response_matches_its_schema(relay, recorder):
     for path in ("", "/request"):
         await ask("GET", f"/api/deliveries/{delivery}{path}")
     await ask("GET", "/api/history?minutes=5&periods=3")
-    await relay.exchange(request("POST", "/api/v1/events", b"{}", authorization="Bearer test-token"))
-    kept = (await ask("GET", "/api/refused?source=compozy&since=1h")).json["items"][0]["id"]
-    shown = (await ask("GET", f"/api/refused/{kept}")).json
-    await ask("POST", f"/api/refused/{kept}/retry", status=400)
-    [request_] = (await relay.app.store.refused.page(limit=1))[0]
-    valid = msgspec.structs.replace(request_, id=f"{kept[:-4]}ffff", body=b'{"name": "a", "payload": {}}')
-    await relay.app.store.refused.add([valid])
-    await ask("POST", f"/api/refused/{valid.id}/retry", status=200)
-    assert shown["can_retry"]
+    await ask_about_refused(ask, relay)
     await ask("GET", "/api/names?kind=event&prefix=evt_")
     assert (await ask("GET", "/api/names", status=400)).json["error"]["message"] == (
         'the parameter "kind" is missing'

@@ -7,7 +7,7 @@ import threading
 import pytest
 from commands import Commands
 from daemons import SOURCES, destination, running, write_config
-from wire import request
+from wire import exchange, request
 
 from relay.base.clock import SECOND
 from relay.ingest.refused import MASK, MOST_DIAGNOSED
@@ -233,6 +233,29 @@ async def test_a_kept_request_becomes_an_event_once_the_configuration_is_right(r
     assert await send(relay, idempotency_key="k-1") == 200  # the sender's own retry is a duplicate
     stored = (await commands("events", "list", "--source", "shop", "--json")).json["items"]
     assert [each["id"] for each in stored] == [done["event_id"]]
+
+
+async def test_several_requests_are_retried_oldest_first_and_named(relay, commands, config):
+    for number in (1, 2, 3):
+        assert await send(relay, body=b'{"id": %d}' % number) == 400
+    assert await send(relay, token="wrong") == 401
+    stranger, *kept = [each["id"] for each in await listed(commands)]
+    counted = json.dumps({"ids": [stranger, *kept], "dry_run": True}).encode()
+    answer = await exchange(relay.addresses.socket, request("POST", "/api/refused/retry", counted))
+    assert answer.json == {"count": 3}
+    config.write_text(config.read_text().replace("{body:order}", "{body:id}"))
+    await commands("reload")
+    newest, *others = kept
+    done = await commands("refused", "retry", newest, stranger, *others, code=1)
+    lines = done.out.splitlines()
+    assert [line.partition(": ")[0] for line in lines] == [*reversed(kept), stranger]
+    assert ["accepted, event evt_" in line for line in lines] == [True, True, True, False]
+    assert "was kept without its body" in lines[-1]
+    subjects = [each["subject"] for each in (await relay.operator("GET", "/api/events"))["items"]]
+    assert subjects == ["3", "2", "1"]
+    again = (await commands("refused", "retry", *kept, "--json", code=1)).json
+    assert (again["accepted"], again["refused"]) == (0, 3)
+    assert all("was already retried" in each["error"] for each in again["items"])
 
 
 async def test_a_path_that_is_gone_cannot_be_retried(relay, commands, config):

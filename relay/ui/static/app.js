@@ -63,7 +63,8 @@ async function act(button) {
     const lines = count ? [`${count[0].toUpperCase()}${count.slice(1)}.`] : [];
     if (counts !== undefined) {
       const found = await send(call, { ...body, dry_run: true });
-      const what = found.count === 1 ? "delivery" : "deliveries";
+      const [one, many] = (button.dataset.nouns || "delivery deliveries").split(" ");
+      const what = found.count === 1 ? one : many;
       const seconds = pace ? `, in about ${duration(found.count / pace)} at ${pace}/s` : "";
       lines.push(`${found.count.toLocaleString("en")} ${what} selected${seconds}.`);
     }
@@ -95,7 +96,8 @@ function summary(result) {
   }
   const parts = Object.entries(result).filter(([, value]) => typeof value === "number")
     .map(([name, value]) => `${name.replaceAll("_", " ")} ${value.toLocaleString("en")}`);
-  return ["done", ...parts.slice(0, 4)].join(", ");
+  const failed = Array.isArray(result.items) && result.items.find((each) => each.error);
+  return ["done", ...parts.slice(0, 4), failed && failed.error].filter(Boolean).join(", ");
 }
 
 function afterReload() {
