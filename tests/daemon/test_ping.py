@@ -11,7 +11,7 @@ from daemons import SOURCES, Recorder, adorn, destination, running, write_config
 from support import until
 from wire import exchange, request
 
-from relay.base.clock import rfc3339
+from relay.base.clock import SECOND, rfc3339
 from relay.config.schema import DestinationConfig
 from relay.config.secrets import Secret, Url
 from relay.delivery import ping
@@ -255,7 +255,7 @@ async def test_the_relay_does_not_ping_itself(tmp_path):
     assert output.err == "the relay never sends to itself: correct its `url`\n"
 
 
-async def test_tls_is_timed_and_every_ping_has_a_new_connection(tmp_path, certificates):
+async def test_tls_is_timed_and_every_ping_connects_anew_and_reads_the_certificate(tmp_path, certificates):
     async with receivers.answers(tls=certificates.server("good"), body=b"a" * 2000) as receiver:
         more = f'ca_file = "{certificates.ca}"'
         async with running(write_config(tmp_path, destination("crm", receiver.url, more))) as relay:
@@ -266,6 +266,12 @@ async def test_tls_is_timed_and_every_ping_has_a_new_connection(tmp_path, certif
             assert all(ms is not None and ms >= 0 for ms in output["timing_ms"].values())
             assert sum(output["timing_ms"].values()) <= output["duration_ms"] + 0.5
             assert (output["answer"], output["truncated"]) == ("a" * 1024, True)
+            metric = "relay_destination_certificate_expiry_timestamp_seconds"
+            await until(lambda: relay.counted(metric, destination="crm"))
+            ends = certificates.ends("good")
+            assert relay.counted(metric, destination="crm") == ends / SECOND
+            [shown] = (await relay.operator("GET", "/api/destinations"))["items"]
+            assert shown["certificate_expires"] == rfc3339(ends)
 
 
 async def test_a_step_that_was_not_reached_has_no_time(tmp_path):
