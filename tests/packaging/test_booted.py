@@ -570,6 +570,12 @@ def test_the_database_moves_to_postgresql_by_the_commands_of_the_page(vm, postgr
     assert "backup.every" in vm.run("relay check-config", codes=(1,)).err  # PostgreSQL has its own tools
     edit(vm, lambda text: text.replace('every = "1d"\n', ""))
     assert "restart needed: storage.url" in vm.run("relay reload", codes=(1,)).err
+    vm.run("systemctl restart relay")  # before the data is moved
+    assert send(vm, "second", "too-early") == 503
+    assert (
+        "has the events of this relay, with 1 pending delivery; stop the relay"
+        in vm.run("relay status", codes=(1,)).err
+    )
     moved = vm.run(blocks("storage.md")["postgresql"].replace("db.example", "127.0.0.1"))
     assert "moved and compared: " in moved.out
     vm.until("relay status")
@@ -586,7 +592,7 @@ def test_the_database_moves_to_postgresql_by_the_commands_of_the_page(vm, postgr
 
 @postgres.needs_postgres
 def test_a_single_node_has_its_lanes_at_once_after_a_restart_and_after_a_crash(vm, postgresql):
-    for number, command in enumerate(("systemctl restart relay", "kill -9 $(pidof -x relay)")):
+    for number, command in enumerate(("systemctl restart relay", "systemctl kill -s KILL relay")):
         vm.run(command)
         assert send(vm, "second", f"node-{number}") == 200
         [delivery] = vm.run(f"relay deliveries list --subject node-{number} -q").out.split()
