@@ -11,7 +11,7 @@ import msgspec
 from relay.base.clock import SECOND, Clock
 from relay.config.effective import effective_table
 from relay.config.installed_service import RunningEnvironment
-from relay.config.problems import ConfigError
+from relay.config.problems import ConfigError, dotted
 from relay.config.schema import Config
 from relay.errors import RelayError, RestartNeededError, StorageUnavailableError
 from relay.jobs.scheduler import Jobs
@@ -38,6 +38,7 @@ class ChangedKey(msgspec.Struct, frozen=True):
     key: str
     before: Any
     after: Any
+    place: str = ""  # of the new value, such as "conf.d/crm.toml:4"; empty: it is the default
 
 
 class Reloaded(msgspec.Struct, frozen=True, kw_only=True):
@@ -210,12 +211,14 @@ def _changed_keys(names: Iterable[str], before: Config, config: Config) -> Itera
             old, new = old[inner], new[inner]
         shown = effective_table(old), effective_table(new)
         if not isinstance(new, msgspec.Struct):  # a key above all tables
-            yield ChangedKey("", name, *shown)
+            yield ChangedKey("", name, *shown, place=config.origins.get(name, ""))
             continue
         former, values = _fields(old), _fields(new)
         for key in sorted(former.keys() | values.keys()):
             if former.get(key) != values.get(key) and (key in shown[0] or key in shown[1]):
-                yield ChangedKey(name, key, shown[0].get(key), shown[1].get(key))
+                path = (table, inner, key) if inner else (table, key)
+                place = config.origins.get(dotted(path), "")
+                yield ChangedKey(name, key, shown[0].get(key), shown[1].get(key), place)
 
 
 def _fields(record: msgspec.Struct) -> dict[str, Any]:

@@ -32,7 +32,8 @@ def reload(answer: Any, *, dry_run: bool) -> None:
         place = f"{each['table']}: " if each["table"] else ""
         before, after = (_written(each[name]) for name in ("before", "after"))
         change = "the secret differs" if before == after else f"{before} -> {after}"
-        click.echo(f"  {printable(place)}{each['key']}: {printable(change)}")
+        origin = f" ({each['place']})" if each["place"] else ""
+        click.echo(f"  {printable(place)}{each['key']}: {printable(change + origin)}")
     for warning in answer["warnings"]:
         click.echo(f"warning: {warning}", err=True)
 

@@ -58,6 +58,14 @@ def say(answer):
 # --- applied changes ----------------------------------------------------------------------------------
 
 
+def place_of(config, key):
+    """Return the file and line of the only line that sets a key."""
+    [line] = [
+        at for at, text in enumerate(config.read_text().splitlines(), 1) if text.startswith(f"{key} = ")
+    ]
+    return f"config.toml:{line}"
+
+
 async def test_a_dry_run_shows_the_changed_keys_and_changes_nothing(tmp_path, crm):
     keys = 'headers = { authorization = "Bearer one" }\ntimeout = "10s"'
     config = write_config(tmp_path, SOURCES, destination("crm", crm.url, keys))
@@ -70,9 +78,22 @@ async def test_a_dry_run_shows_the_changed_keys_and_changes_nothing(tmp_path, cr
         assert answer.json["added"] == ["destinations.new"]
         assert answer.json["changed"] == ["destinations.crm"]
         hidden = {"authorization": "<secret>"}
+        places = [place_of(config, key) for key in ("headers", "timeout")]
         expected = [
-            {"table": "destinations.crm", "key": "headers", "before": hidden, "after": hidden},
-            {"table": "destinations.crm", "key": "timeout", "before": "10s", "after": "5s"},
+            {
+                "table": "destinations.crm",
+                "key": "headers",
+                "before": hidden,
+                "after": hidden,
+                "place": places[0],
+            },
+            {
+                "table": "destinations.crm",
+                "key": "timeout",
+                "before": "10s",
+                "after": "5s",
+                "place": places[1],
+            },
         ]
         assert answer.json["keys"] == expected
         assert (await ask(relay)).json["keys"] == expected
@@ -88,7 +109,7 @@ async def test_relay_reload_prints_the_changed_keys(tmp_path, crm):
         planned = await commands("reload", "--dry-run")
         assert planned.out.splitlines() == [
             f"a reload of {config} would make these changes: changed destinations.crm",
-            '  destinations.crm: timeout: "10s" -> "5s"',
+            f'  destinations.crm: timeout: "10s" -> "5s" ({place_of(config, "timeout")})',
         ]
         done = await commands("reload")
         assert done.out.splitlines()[0] == f"reloaded {config}: changed destinations.crm"
