@@ -31,6 +31,7 @@ from relay.store.postgres.leases import (
     wanted_shards,
 )
 from relay.store.postgres.nodes import TAKE_SHARDS_SQL, PostgresNodes
+from relay.store.postgres.wakeups import WakeUp
 
 asyncpg = pytest.importorskip("asyncpg")
 
@@ -750,6 +751,19 @@ async def test_a_node_asks_all_others_and_names_those_that_do_not_answer(cluster
         await first.ask_node("00000000-0000-0000-0000-000000000000", "show", None, 0.1)
     cluster.cut = "before"
     assert await first.ask_others("show", None, 5.0) == Answers(silent=("b", "c"))
+
+
+@needs_postgres
+async def test_a_closed_node_does_not_connect_again_for_the_requests_of_others(cluster):
+    node = await cluster.join("a")
+    node.attend(Attendant())
+    await own(node)
+    node._answer_requests()
+    await node.close()
+    cluster.nodes.remove(node)
+    node._wake(WakeUp("", is_poll=True))
+    assert node._answering.done()
+    assert node._connection is None
 
 
 @needs_postgres

@@ -276,6 +276,7 @@ class PostgresNodes:
         self._renewed_at = clock.steady()
         self._lock = asyncio.Lock()  # held while the connection is used
         self._has_left = False
+        self._is_closing = False
         self.on_due: OnDue = _ignore
         self._attendant: Attendant | None = None
         self._wake_ups: WakeUps | None = None  # None: no notifications are received
@@ -564,6 +565,10 @@ class PostgresNodes:
 
     async def close(self) -> None:
         """Give everything that is still held, and close the connection; after the last attempt has ended."""
+        self._is_closing = True
+        if self._answering is not None:  # later, it would connect again
+            await asyncio.wait([self._answering], timeout=LIVE)
+            self._answering.cancel()
         await self._requests.stop()
         await self.replies.stop()
         async with self._lock:
@@ -577,6 +582,8 @@ class PostgresNodes:
 
     def _wake(self, heard: WakeUp) -> None:
         """Handle the announcement of another node."""
+        if self._is_closing:
+            return
         if heard.unheard or heard.is_poll:
             self.replies.refresh_soon()
         attendant = self._attendant
@@ -599,7 +606,7 @@ class PostgresNodes:
 
     def _answer_requests(self) -> None:
         """Look for requests to this node, in the background."""
-        if self._answering is None or self._answering.done():
+        if not self._is_closing and (self._answering is None or self._answering.done()):
             self._answering = asyncio.create_task(self._answer_all())
 
     async def _answer_all(self) -> None:
