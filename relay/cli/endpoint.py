@@ -3,11 +3,13 @@
 import functools
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+import relay
 from relay.cli.api_client import (
     TOKEN_FILE_VARIABLE,
     TOKEN_VARIABLE,
@@ -17,10 +19,11 @@ from relay.cli.api_client import (
     daemon_at,
 )
 from relay.cli.completion import completer_of
-from relay.cli.main import FAILED
+from relay.cli.main import FAILED, CommandError
 from relay.cli.options import FILE, config_option, json_option
 from relay.cli.output import print_json
 from relay.cli.screen import utc_option
+from relay.errors import RelayError
 
 if TYPE_CHECKING:
     from relay.cli.offline import Offline
@@ -57,9 +60,28 @@ def daemon_options(command: Callable[..., Any]) -> Callable[..., Any]:
         token_file: Path | None,
         **options: Any,
     ) -> Any:
-        return command(*args, daemon=daemon_at(config, socket_file, url, token_file), **options)
+        daemon = daemon_at(config, socket_file, url, token_file)
+        try:
+            return command(*args, daemon=daemon, **options)
+        except (LookupError, TypeError, AttributeError) as error:
+            if (version := _other_version(daemon)) is None:
+                raise
+            raise CommandError(
+                f"the daemon is hookferry {version}, this command is {relay.__version__}:"
+                " it does not understand the response",
+                hint="restart the daemon after an upgrade, or use the command of its version;"
+                " --json prints the response unchanged",
+            ) from error
 
     return wrapped
+
+
+def _other_version(daemon: Daemon) -> str | None:
+    """Return the version of a daemon if it is not that of this command."""
+    version: str | None = None
+    with suppress(RelayError, LookupError, TypeError):
+        version = daemon.get("status")["version"]
+    return None if version == relay.__version__ else version
 
 
 def reader_options(command: Callable[..., Any]) -> Callable[..., Any]:

@@ -10,6 +10,7 @@ import msgspec
 import pytest
 from commands import LEAVES
 
+import relay
 from relay.api.app import RESOURCES
 from relay.api.endpoints import endpoints_of
 from relay.api.tail import TailAttempt, TailEvent
@@ -52,6 +53,16 @@ def test_every_command_that_lists_or_shows_has_a_screen():
 def test_an_empty_list_prints_that(monkeypatch, words, expected):
     monkeypatch.setitem(screens.ANSWERS, words.split()[0], screens.page())
     assert screens.draw(words, 80) == expected
+
+
+def test_a_daemon_of_another_version_is_named_if_its_response_is_not_understood(monkeypatch):
+    monkeypatch.setitem(screens.ANSWERS, "destinations", screens.page({"name": "crm"}))
+    message, hint = screens.draw("destinations list", 80).splitlines()
+    assert message.startswith(f"the daemon is hookferry 1.4.0, this command is {relay.__version__}: ")
+    assert "restart the daemon after an upgrade" in hint
+    monkeypatch.setitem(screens.ANSWERS["status"], "version", relay.__version__)
+    with pytest.raises(KeyError):
+        screens.draw("destinations list", 80)
 
 
 def declared(path):
