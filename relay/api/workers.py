@@ -11,7 +11,7 @@ from aiohttp import web
 from relay.api.context import Context
 from relay.api.endpoints import Page, endpoint
 from relay.api.query_params import MOST_ROWS, WorkersQuery, read_field
-from relay.api.views import Time, about
+from relay.api.views import Time, about, unknown
 from relay.base.clock import SECOND, rfc3339
 from relay.base.ids import COMMAND, new_id
 from relay.base.units import parse_duration, parse_time_span
@@ -172,6 +172,7 @@ class WorkersApi:
         self._store = context.store
         self._clock = context.clock
         self._check_names = context.check_names
+        self._ingest = context.ingest
 
     @endpoint(
         "GET", "/api/workers", "listWorkers", "List workers.", query=WorkersQuery, returns=Page[WorkerView]
@@ -330,6 +331,8 @@ class WorkersApi:
         for worker in self._store.workers.all():
             if (worker.source, worker.id) == key and worker.unregistered_at is None:
                 return worker
+        if key[0] not in self._ingest.mounts:
+            raise unknown("source", key[0], self._ingest.mounts)
         raise UnknownError(
             f'unknown worker "{key[1]}" of source "{key[0]}"', hint="list them: relay workers list"
         )
