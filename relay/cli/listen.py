@@ -7,7 +7,7 @@ import threading
 import click
 
 from relay.base.text import printable
-from relay.cli.main import CommandError, OneOf
+from relay.cli.main import CommandError, Number, OneOf
 from relay.cli.options import json_option
 from relay.cli.output import to_json
 from relay.config.secrets import Secret
@@ -16,7 +16,7 @@ from relay.demo.receiver import Received, Receiver
 
 
 @click.command()
-@click.argument("port", type=click.IntRange(0, 65_535), default=9000)
+@click.argument("port", type=Number(0, 65_535), default=9000)
 @click.option(
     "--secret",
     "secrets",
@@ -31,7 +31,7 @@ from relay.demo.receiver import Received, Receiver
     help="Signature scheme to verify.",
 )
 @click.option(
-    "--status", type=click.IntRange(200, 599), default=204, show_default=True, help="Status of the responses."
+    "--status", type=Number(200, 599), default=204, show_default=True, help="Status of the responses."
 )
 @json_option
 def listen(port: int, *, secrets: tuple[str, ...], scheme: str, status: int, as_json: bool) -> None:

@@ -142,6 +142,20 @@ class OneOf(click.Choice[str]):
             raise click.BadParameter(f"{error.message}{suggestion}", ctx, param) from None
 
 
+class Number(click.IntRange):
+    """A whole number in a range."""
+
+    name = "number"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the number."""
+        try:
+            return super().convert(value, param, ctx)
+        except click.BadParameter:
+            ends = f"of at least {self.min}" if self.max is None else f"from {self.min} to {self.max}"
+            self.fail(f'expected a number {ends}, got "{value}"', param, ctx)
+
+
 COMMANDS = {
     "check-config": ("relay.cli.config:check", "Report every problem in config.toml."),
     "config": (

@@ -12,7 +12,7 @@ from relay.api.query_params import ListFilter, filters_of
 from relay.base.clock import SystemClock
 from relay.base.units import parse_rate
 from relay.cli.completion import complete
-from relay.cli.main import OneOf, file_error
+from relay.cli.main import Number, OneOf, file_error
 from relay.cli.screen import utc_option
 from relay.routing.condition_text import read_conditions
 
@@ -94,7 +94,7 @@ def page_options(command: Callable[..., Any]) -> Callable[..., Any]:
     command = utc_option(quiet_option(json_option(command)))
     command = click.option("--cursor", help="Show the page after this cursor.")(command)
     return click.option(
-        "--limit", type=click.IntRange(1, 500), default=50, show_default=True, help="Maximum number of rows."
+        "--limit", type=Number(1, 500), default=50, show_default=True, help="Maximum number of rows."
     )(command)
 
 

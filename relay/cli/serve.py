@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from relay.cli.main import CONFIG, CommandError, code_of
+from relay.cli.main import CONFIG, CommandError, Number, code_of
 from relay.cli.options import check_argument, config_option
 from relay.config.binding import Binder
 from relay.config.document import read
@@ -43,7 +43,7 @@ def _empty_database(_ctx: click.Context, _parameter: click.Parameter, value: str
 )
 @click.option(
     "--nodes",
-    type=click.IntRange(2, 9),
+    type=Number(2, 9),
     help="With --demo: run this number of nodes on a temporary PostgreSQL server, and kill one of them.",
 )
 @click.option(

@@ -14,7 +14,7 @@ from relay.base.units import render_duration
 from relay.cli import screen
 from relay.cli.api_client import Daemon, follow_stream
 from relay.cli.endpoint import daemon_options
-from relay.cli.main import INTERRUPTED, CommandError
+from relay.cli.main import INTERRUPTED, CommandError, Number
 from relay.cli.options import filter_options, json_option
 from relay.cli.output import count, print_line, to_json
 from relay.cli.screen import utc_option
@@ -44,7 +44,7 @@ MAX_COUNTED = 500
 @filter_options("tail")
 @click.option("--failed", is_flag=True, help="Only failed attempts.")
 @click.option("--payload", is_flag=True, help="Print the payloads of events, up to 16 KiB each.")
-@click.option("--limit", type=click.IntRange(min=1), help="Stop after this many items.")
+@click.option("--limit", type=Number(min=1), help="Stop after this many items.")
 @utc_option
 @json_option
 @daemon_options

@@ -191,6 +191,18 @@ async def test_a_body_prints_byte_for_byte(commands, events):
     assert (await commands("events", "body", events[0], "--json")).json == {"body": BODY.decode()}
 
 
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("events", "list", "--limit", "many"), 'expected a number from 1 to 500, got "many"'),
+        (("events", "list", "--limit", "501"), 'expected a number from 1 to 500, got "501"'),
+        (("tail", "--limit", "0"), 'expected a number of at least 1, got "0"'),
+    ],
+)
+def test_a_wrong_number_is_reported_with_its_range(args, message):
+    assert message in run(*args, code=2).err
+
+
 @pytest.mark.parametrize("command", [("events", "show"), ("events", "body"), ("deliveries", "show")])
 @only_reads
 async def test_an_unknown_id_exits_with_4(filled, command):
