@@ -54,7 +54,7 @@ async def list_(visit: Visit) -> web.Response:
             ("Event", "Destination", "State", "Attempts", "Last result", "Created", "Due"),
             (_row(visit, each) for each in page["items"]),
             numbers=("Attempts",),
-            narrow=Narrow("State", ("Destination", "Last result"), ("Attempts", "Created", "Due")),
+            narrow=Narrow("State", ("Destination", "Last result", "Due"), ("Attempts", "Created")),
             empty=nothing(
                 visit,
                 "delivery",

@@ -412,6 +412,9 @@ _CHOICES: Mapping[str, Sequence[str]] = {"since": ("15m", "1h", "24h", "7d"), "f
 """Values that are suggested for filters of lists; others come from the list itself."""
 
 _WORDS = {("failed", "1"): "yes", ("failed", "0"): "no"}
+_IDS = ("id", "event_id", "delivery_id")
+"""Filters without suggestions: each row links to its own."""
+
 MOST_SUGGESTED = 8
 """Values of a filter that are suggested."""
 
@@ -462,7 +465,7 @@ def _label(name: str) -> str:
 def _suggested(each: ListFilter, items: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
     """Return values for a filter, and their texts: all valid ones, or those of the entries on the page."""
     values = each.choices or _CHOICES.get(each.name, ())
-    if not values and each.name != "id":
+    if not values and each.name not in _IDS:
         seen = (item.get(each.name) for item in items)
         texts = dict.fromkeys(str(value) for value in seen if value not in (None, ""))
         values = [text for text in texts if len(text) <= LONGEST_SUGGESTED][:MOST_SUGGESTED]
