@@ -37,6 +37,12 @@ class SystemClock:
     def __init__(self) -> None:
         self._offset = time.time_ns() - time.clock_gettime_ns(_ELAPSED)
 
+    def shifted(self, micros: int) -> "SystemClock":
+        """Return a clock whose steady clock is ahead of this one's."""
+        shifted = SystemClock()
+        shifted._offset = self._offset + micros * 1000
+        return shifted
+
     def wall(self) -> int:
         """See `Clock.wall`."""
         return time.time_ns() // 1000

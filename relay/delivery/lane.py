@@ -95,6 +95,7 @@ class Lane:
         self._attempt_counters = {result: metrics.attempts.labels(self.name, result) for result in RESULTS}
         self._attempt_seconds = metrics.attempt_seconds.labels(self.name)
         self._latency = metrics.latency.labels(self.name)
+        self._slowest, self._slowest_at = 0.0, 0  # of the latest exemplar: milliseconds, wall clock
         self._slots = slots
         self._budget = budget
         self._resource_log = resource_log  # of all lanes together
@@ -703,8 +704,14 @@ class Lane:
                 self._log_waiting(delivery, error)
                 await asyncio.sleep(STORAGE_PAUSE)
         self._outcomes_wait = False
-        exemplar = None if event is None else {"event_id": event.public_id}
+        exemplar = None
         if attempt is not None:
+            # The slowest attempts of each second: an exemplar costs as much as an observation.
+            if event is not None and (
+                attempt.duration_ms > self._slowest or abs(attempt.started_at - self._slowest_at) >= SECOND
+            ):
+                self._slowest, self._slowest_at = attempt.duration_ms, attempt.started_at
+                exemplar = {"event_id": event.public_id}
             self._attempt_counters[attempt.result].inc()
             self._attempt_seconds.observe(attempt.duration_ms / 1000, exemplar)
         if not counted:

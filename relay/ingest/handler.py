@@ -170,14 +170,18 @@ class Ingest:
             )
             call = _Call(request, began, match, incoming)
             response = await self._serve(call, request)
-            duration, exemplar = self._clock.steady() - began, None
+            duration, exemplar, counters = self._clock.steady() - began, None, self.counters[mount.name]
             if id_ := response.event_id:
-                exemplar, noted = {"event_id": id_}, self.replies.recent
+                noted = self.replies.recent
                 sent = Sent(call.incoming.received_at, response.status, duration)
                 noted[id_] = (sent,) if id_ not in noted else (*noted[id_][: MOST_REPLIES - 1], sent)
                 if len(noted) >= MOST_REPLIED:
                     self.replies.drop_older()
-            self.counters[mount.name].seconds.observe(duration / SECOND, exemplar)
+                # The slowest events of each second: an exemplar costs as much as an observation.
+                if duration > counters.slowest or began >= counters.slowest_until:
+                    counters.slowest, counters.slowest_until = duration, began + SECOND
+                    exemplar = {"event_id": id_}
+            counters.seconds.observe(duration / SECOND, exemplar)
         except Refusal as refusal:
             if call is None:
                 owner = self._routes.owner(path)
@@ -516,6 +520,7 @@ class Counters:
         self.key_conflicts = metrics.key_conflicts.labels(source)
         self.heartbeats = metrics.heartbeats.labels(source)
         self.seconds = metrics.ingest.labels(source)
+        self.slowest = self.slowest_until = 0  # of the latest exemplar; microseconds, steady clock
         self.last_event: int | None = None  # time of the latest event since the start, wall clock
 
 

@@ -4,9 +4,11 @@ Due times and deadlines are stored, and any node may read them, so the steady cl
 So must the wall clocks: row ids contain the time, and order keys and lists follow row ids.
 """
 
+from collections.abc import Callable
+
 import msgspec
 
-from relay.base.clock import Clock
+from relay.base.clock import Clock, SystemClock
 
 SLEW = 20
 """The steady clock runs at most one part in `SLEW` faster or slower than time, until it has caught up."""
@@ -30,8 +32,12 @@ class ServerClock:
     """`relay.base.clock.Clock` that follows a server's clock. Microseconds.
 
     The first comparison sets the clock; do that before any time is used. Later ones only change its rate: it
-    never jumps, and never goes back. The comparison with the smallest possible error counts.
+    never jumps, and never goes back. The comparison with the smallest possible error counts. Afterwards, the
+    wall clock is the steady clock. Do not keep `wall` or `steady`: they are replaced when the rate changes.
     """
+
+    wall: Callable[[], int]
+    steady: Callable[[], int]
 
     def __init__(self, local: Clock) -> None:
         self._local = local
@@ -40,16 +46,14 @@ class ServerClock:
         self._offset = 0  # at `_since`
         self._target = 0  # offset that the clock approaches
         self._reached_at = 0  # local steady clock: when it has that offset
-        self._local_steady, self._wall = local.steady, local.wall
+        # Each event reads the time several times, so once the clock has caught up, a read is one call.
+        self.wall, self.steady = local.wall, local.steady
 
-    def wall(self) -> int:
-        """See `Clock.wall`; after the first comparison, this is the steady clock."""
-        return self._wall()
-
-    def steady(self) -> int:
-        """See `Clock.steady`."""
-        now: int = self._local_steady()
+    def _follow(self) -> int:
+        """Return the steady clock while it approaches the target."""
+        now = self._local.steady()
         if now >= self._reached_at:
+            self.wall = self.steady = _ahead(self._local, self._target)
             return now + self._target
         most, missing = (now - self._since) // SLEW, self._target - self._offset
         return now + self._offset + max(-most, min(most, missing))
@@ -73,8 +77,15 @@ class ServerClock:
         self._best = sample
         if best is None:
             self._since, self._offset, self._target = received, sample.offset, sample.offset
-            self._wall = self.steady
-            return
-        now = self._local.steady()
-        self._since, self._offset, self._target = now, self.steady() - now, sample.offset
-        self._reached_at = now + abs(self._target - self._offset) * SLEW
+        else:
+            now = self._local.steady()
+            self._since, self._offset, self._target = now, self.steady() - now, sample.offset
+            self._reached_at = now + abs(self._target - self._offset) * SLEW
+        self.wall = self.steady = self._follow
+
+
+def _ahead(clock: Clock, micros: int) -> Callable[[], int]:
+    """Return the steady clock of a machine, moved."""
+    if type(clock) is SystemClock:
+        return clock.shifted(micros).steady
+    return lambda: clock.steady() + micros
