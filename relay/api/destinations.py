@@ -3,7 +3,6 @@
 import asyncio
 import socket
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -112,7 +111,7 @@ class DestinationsApi:
         self._node = context.state.config.cluster.node or socket.gethostname()
         self._nodes = context.store.nodes
         self._nodes.handle(SHOW, self._show_here)
-        self._known: Mapping[str, Counts] = {}  # the ledger at the latest list
+        self._known: Mapping[str, Counts] | None = None  # the ledger at the latest list
         self._pings = Pings(context.clock, context.owner.close_circuit)
 
     @endpoint(
@@ -134,10 +133,19 @@ class DestinationsApi:
         return {"items": items, "next_cursor": None}
 
     async def _totals(self) -> Mapping[str, Counts]:
-        """Return the ledger; while the store cannot be read, its latest known state."""
-        with suppress(StorageUnavailableError):
+        """Return the ledger; while the store cannot be read, its latest known state.
+
+        Raises:
+            StorageUnavailableError: the store could not be read since the start.
+        """
+        try:
             self._known = await self._store.ledger.totals()
-        return self._known or self._ledger_check.counts
+        except StorageUnavailableError:
+            known = self._ledger_check.counts if self._known is None else self._known
+            if known is None:
+                raise
+            return known
+        return self._known
 
     @endpoint(
         "GET", "/api/destinations/{name}", "showDestination", "Show a destination with its backlog.",

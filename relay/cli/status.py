@@ -12,7 +12,7 @@ from relay.cli import screen
 from relay.cli.api_client import Daemon
 from relay.cli.destinations import STATE as DESTINATION_STATE
 from relay.cli.endpoint import daemon_options
-from relay.cli.main import FAILED
+from relay.cli.main import FAILED, CommandError
 from relay.cli.options import json_option
 from relay.cli.output import count, print_items, print_json, print_line
 from relay.cli.screen import Field, utc_option
@@ -55,11 +55,13 @@ def status(ctx: click.Context, daemon: Daemon, *, as_json: bool) -> None:
 
 
 def _gathered(daemon: Daemon) -> dict[str, Any]:
-    answer = {
-        **daemon.get("status"),
-        "sources": daemon.get("sources")["items"],
-        "destinations": daemon.get("destinations")["items"],
-    }
+    answer = {**daemon.get("status"), "sources": daemon.get("sources")["items"]}
+    try:
+        answer["destinations"] = daemon.get("destinations")["items"]
+    except CommandError:
+        if answer["ready"]:
+            raise
+        answer["destinations"] = None  # the store could not be read since the start
     states: dict[str, int] = {}
     cursor = None
     while True:
@@ -79,8 +81,8 @@ def _print(answer: dict[str, Any]) -> None:
     paused = [source["name"] for source in answer["sources"] if source["paused"]]
     click.echo(count(len(answer["sources"]), "source") + (f", paused: {', '.join(paused)}" if paused else ""))
     click.echo(f"workers: {screen.cell(answer['workers']) or '0'}")
-    click.echo(f"backlog: {count(_backlog(answer), 'delivery')}")
-    print_items(_DESTINATION, answer["destinations"], ())
+    click.echo(f"backlog: {_backlog(answer)}")
+    print_items(_DESTINATION, answer["destinations"] or (), ())
     for problem in answer["problems"]:
         click.echo(f"{_what(problem)}\n  {problem['next']}", err=True)
 
@@ -94,18 +96,18 @@ def _head(answer: dict[str, Any], separator: str) -> str:
     return separator.join([f"hookferry {answer['version']}", up, ready])
 
 
-def _backlog(answer: dict[str, Any]) -> int:
-    return sum(each["pending"] for each in answer["destinations"])
+def _backlog(answer: dict[str, Any]) -> str:
+    if answer["destinations"] is None:
+        return "unknown"
+    return count(sum(each["pending"] for each in answer["destinations"]), "delivery")
 
 
 def _lines(answer: dict[str, Any]) -> list[str]:
     """Return the lines for a terminal: problems with their next commands, figures, sources, destinations."""
     colour, width = wants_colour(sys.stdout), screen.terminal_width()
     states = answer["workers"]
-    dead = sum(each["dead"] for each in answer["destinations"])
-    backlog = f"{count(_backlog(answer), 'delivery')}" + (
-        f"; {screen.number_text(dead)} dead" if dead else ""
-    )
+    dead = sum(each["dead"] for each in answer["destinations"] or ())
+    backlog = _backlog(answer) + (f"; {screen.number_text(dead)} dead" if dead else "")
     fields = [
         Field("Backlog", backlog, "red" if dead else None),
         Field("Disk", *_disk(answer["disk"])),

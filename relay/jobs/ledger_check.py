@@ -25,7 +25,7 @@ class LedgerCheck:
         self._clock = clock
         self.unaccounted: dict[str, int] = {}  # by destination, those that are not 0, at the latest check
         self.backlog: dict[str, Backlog] = {}  # by destination, at the latest check
-        self.counts: dict[str, Counts] = {}  # the ledger at the latest check
+        self.counts: dict[str, Counts] | None = None  # the ledger at the latest check
         self._names: set[str] = set()  # destinations whose gauges this node exports
 
     async def check(self) -> None:

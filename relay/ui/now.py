@@ -46,10 +46,11 @@ async def show(visit: Visit) -> web.Response:
     status, span = await visit.ask("status"), span_of(visit)
     history = await visit.ask("history", query=span.query(periods=str(span.bars)))
     sources = (await visit.ask("listSources"))["items"]
-    destinations = (await visit.ask("listDestinations"))["items"]
     silent = await visit.ask("listWorkers", query={"status": "OFFLINE", "limit": str(MOST_WORKERS)})
+    destinations: Sequence[Item] = ()
     nodes: Sequence[Item] = ()
     with suppress(StorageError):  # the other data is in memory, and says why the store cannot be read
+        destinations = (await visit.ask("listDestinations"))["items"]
         nodes = (await visit.ask("listNodes"))["items"]
     past = {kind: {each["name"]: each for each in history[kind]} for kind in ("sources", "destinations")}
     sick = {each["name"] for each in status["problems"] if each["kind"] == "destination"}

@@ -11,6 +11,7 @@ from unittest.mock import patch
 
 import daemons
 import pytest
+from commands import Commands
 from daemons import SOURCES, Daemon, adorn, destination, write_config
 from machines import small_disk
 from stores import only_sqlite
@@ -85,6 +86,11 @@ async def test_a_first_start_on_a_full_disk_recovers(tmp_path, disk):
         assert await refused(daemon.url) == "Storage is unavailable"
         shown = await daemon.operator("GET", "/api/status")
         assert (shown["ready"], shown["reasons"]) == (False, [reason])
+        output = await Commands(tmp_path / "state" / "relay.sock")("status", code=1)
+        assert f"not ready: {reason}\n" in output.out
+        assert "backlog: unknown\n" in output.out
+        page = await exchange(tmp_path / "state" / "relay.sock", request("GET", "/ui/"))
+        assert (page.status, reason.encode() in page.body) == (200, True)
         listed = await exchange(tmp_path / "state" / "relay.sock", request("GET", "/api/destinations"))
         assert (listed.status, listed.json["error"]["code"]) == (503, "unavailable")
         disk.clear()
@@ -251,6 +257,8 @@ async def test_the_admin_api_responds_while_the_database_is_locked(tmp_path):
             answer = await exchange(tmp_path / "state" / "relay.sock", request("POST", "/api/reload"))
             assert answer.status == 503
             assert "the daemon is still waiting for its database: " in answer.json["error"]["message"]
+            answer = await exchange(tmp_path / "state" / "relay.sock", request("GET", "/api/events"))
+            assert "fuser" in answer.json["error"]["hint"]
             answer = await exchange(tmp_path / "state" / "relay.sock", request("GET", "/api/doctor"))
             checks = json.loads(answer.body.splitlines()[-1])["result"]["checks"]
             found = {check["name"]: check for check in checks}

@@ -271,6 +271,8 @@ async def test_an_empty_database_is_not_used_until_the_data_is_moved(file, url, 
     assert store.failure == refused.value.message
     with pytest.raises(StorageUnavailableError, match="relay db move"):
         await store.queries.find("events", limit=1)
+    with pytest.raises(StorageUnavailableError, match="relay db move"):
+        await store.events.append(accept(clock))
     await move(f"sqlite:{file}", url, file.parent)
     await store.open()
     assert await store.queries.find("events", limit=1)

@@ -184,6 +184,19 @@ async def test_an_error_names_every_host_and_a_refused_login_decides_the_hint(si
     assert error.hint == "create the database: createdb --encoding=UTF8 nowhere"
 
 
+async def test_a_store_that_cannot_be_opened_gives_its_hint_to_every_use(tmp_path, clock):
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        url = f"postgresql://{USER}@127.0.0.1:{closed.getsockname()[1]}/relay"
+        store = opening.make_store(url, tmp_path, clock)
+        with pytest.raises(StorageUnavailableError):
+            await store.open()
+    for use in (store.queries.find("events", limit=1), store.events.append(accept(clock))):
+        with pytest.raises(StorageUnavailableError, match=r"the store cannot be opened: ") as caught:
+            await use
+        assert caught.value.hint == "check that PostgreSQL runs and accepts connections from this machine"
+
+
 async def test_a_port_without_a_server_is_reported_in_words():
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))

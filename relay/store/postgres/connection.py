@@ -9,7 +9,7 @@ import asyncio
 import os
 import socket
 import ssl
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Never, cast
 from urllib.parse import unquote, urlencode, urlsplit, urlunsplit
@@ -341,11 +341,11 @@ async def connect_raw(address: Address, *, writes: bool = False) -> "asyncpg.Con
 class _Closed:
     """Replaces the writer of a closed database: any use raises the reason."""
 
-    def __init__(self, why: str) -> None:
-        self._why = why
+    def __init__(self, reason: Callable[[], StorageUnavailableError]) -> None:
+        self._reason = reason
 
     def __getattr__(self, _name: str) -> Never:
-        raise StorageUnavailableError(f"the store cannot be opened: {self._why}")
+        raise self._reason()
 
 
 class Database:
@@ -358,13 +358,15 @@ class Database:
         self._idle: list[Connection] = []
         self._slots = asyncio.Semaphore(READERS)
         self._is_open = False
-        self._why = "it is not open yet"
-        self.set_closed(self._why)
+        self.set_closed("it is not open yet")
 
-    def set_closed(self, why: str) -> None:
+    def set_closed(self, why: str, hint: str = "") -> None:
         """Let every use raise `StorageUnavailableError` with a reason."""
-        self._is_open, self._why = False, why
-        self.writer = cast("Writer[Connection]", _Closed(why))
+        self._is_open, self._why, self._hint = False, why, hint
+        self.writer = cast("Writer[Connection]", _Closed(self._reason))
+
+    def _reason(self) -> StorageUnavailableError:
+        return StorageUnavailableError(f"the store cannot be opened: {self._why}", hint=self._hint)
 
     def set_open(self) -> None:
         """Allow reads."""
@@ -397,7 +399,7 @@ class Database:
     async def reader(self) -> AsyncIterator[Connection]:
         """Lend a reader; raises as `fetch`."""
         if not self._is_open:
-            raise StorageUnavailableError(f"the store cannot be opened: {self._why}")
+            raise self._reason()
         async with self._slots:
             connection = None
             try:

@@ -220,7 +220,7 @@ class PostgresStore:
             found = refused(self._address, error)
             if isinstance(found, StorageUnavailableError):
                 self.failure = found.message
-                self.database.set_closed(found.message)
+                self.database.set_closed(found.message, found.hint)
             raise found from error
         self.opened, self.failure = True, None
 

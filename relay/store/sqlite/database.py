@@ -13,11 +13,12 @@ from relay.store.sqlite.writer import SqliteWriter
 class _Closed:
     """Replaces the connections and the writer of a closed database: any use raises the reason."""
 
-    def __init__(self, why: str) -> None:
+    def __init__(self, why: str, hint: str) -> None:
         self._why = why
+        self._hint = hint
 
     def __getattr__(self, _name: str) -> Never:
-        raise StorageUnavailableError(f"the store cannot be opened: {self._why}")
+        raise StorageUnavailableError(f"the store cannot be opened: {self._why}", hint=self._hint)
 
 
 class Database:
@@ -39,9 +40,9 @@ class Database:
         database.reader = database.counter = reader
         return database
 
-    def set_closed(self, why: str) -> None:
+    def set_closed(self, why: str, hint: str = "") -> None:
         """Let every use of a connection raise `StorageUnavailableError` with a reason."""
-        closed = _Closed(why)
+        closed = _Closed(why, hint)
         self.connection = cast("WriterConnection", closed)
         self.reader = self.counter = cast("aiosqlite.Connection", closed)
         self.writer = cast("SqliteWriter", closed)

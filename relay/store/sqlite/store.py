@@ -161,18 +161,18 @@ class SqliteStore:
         except sqlite3.Error as error:
             if _code(error) not in TRANSIENT:
                 raise damaged(self.path, str(error)) from error
-            self._set_closed(str(error))
+            self._set_closed(str(error), _hint(error))
             raise StorageUnavailableError(str(error), hint=_hint(error)) from error
         except StorageUnavailableError as error:
-            self._set_closed(error.message)
+            self._set_closed(error.message, error.hint)
             raise
 
     def _set_failure(self, why: str | None) -> None:
         self.failure = why
 
-    def _set_closed(self, why: str) -> None:
+    def _set_closed(self, why: str, hint: str) -> None:
         self.failure = why
-        self.database.set_closed(why)
+        self.database.set_closed(why, hint)
 
     async def _open(self) -> None:
         self.database.connection = await open_writer(self.path, full=self._full)
