@@ -258,7 +258,7 @@ MUTANTS = {
         [
             Change(
                 f"{POSTGRES}/nodes.py",
-                "await self._fetch(LEAVE_SQL, self.incarnation, FORGET_AFTER / 2)",
+                "await self._fetch(LEAVE_SQL, self.incarnation, LEFT)",
                 'await self._fetch("DELETE FROM nodes WHERE incarnation = $1::uuid", self.incarnation)',
             )
         ],
