@@ -268,9 +268,10 @@ MUTANTS = {
         [
             Change(
                 f"{POSTGRES}/clock.py",
-                "return self._wall()",
-                "return self._local.wall()",
-            )
+                "self.wall = self.steady = self._follow",
+                "self.steady = self._follow",
+            ),
+            Change(f"{POSTGRES}/clock.py", "self.wall = self.steady = _ahead(", "self.steady = _ahead("),
         ],
         [SHARED],
     ),
