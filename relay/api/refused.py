@@ -1,5 +1,6 @@
 """Refused requests: list, show and retry them."""
 
+import asyncio
 from typing import Annotated, Any
 
 import msgspec
@@ -93,6 +94,7 @@ class RefusedApi:
         self._store = context.store
         self._ingest = context.ingest
         self._clock = context.clock
+        self._retrying = asyncio.Lock()  # held from the look at an earlier retry until this one is noted
 
     @endpoint(
         "GET", "/api/refused", "listRefused", "List refused requests, newest first.",
@@ -127,7 +129,7 @@ class RefusedApi:
         "Handle a refused request again; an accepted one becomes an event.", returns=RefusedRetried,
     )  # fmt: skip
     async def _retry(self, request: web.Request) -> RefusedRetried:
-        return await self._handle_again(await self._store.refused.named(request.match_info["id"]))
+        return await self._handle_again(request.match_info["id"])
 
     @endpoint(
         "POST", "/api/refused/retry", "retryRefusedRequests",
@@ -135,14 +137,16 @@ class RefusedApi:
         body=RetryIdsBody, returns=CountView | RetriedRequests,
     )  # fmt: skip
     async def _retry_all(self, _request: web.Request, body: RetryIdsBody) -> CountView | RetriedRequests:
-        named = [await self._store.refused.named(each) for each in body.ids]
-        chosen = {each.id: each for each in named}
+        chosen: dict[str, bool] = {}  # without the bodies, which may be large
+        for each in body.ids:
+            found = await self._store.refused.named(each)
+            chosen[found.id] = found.body is not None and found.event_id is None
         if body.dry_run:
-            return CountView(sum(_can_retry(each) for each in chosen.values()))
+            return CountView(sum(chosen.values()))
         items = []
         for id_ in sorted(chosen):  # ids begin with their time
             try:
-                done = await self._handle_again(chosen[id_])
+                done = await self._handle_again(id_)
             except RelayError as error:
                 items.append(RetriedItem(id_, error=error.message))
             else:
@@ -150,12 +154,16 @@ class RefusedApi:
         refused = sum(each.error is not None for each in items)
         return RetriedRequests(len(items) - refused, refused, items)
 
-    async def _handle_again(self, found: RefusedRequest) -> RefusedRetried:
+    async def _handle_again(self, given: str) -> RefusedRetried:
         """Pass a kept request to its source again.
 
         Raises:
             RelayError: it is refused again, was stored by an earlier retry, or was kept without its body.
         """
+        async with self._retrying:
+            return await self._pass_on(await self._store.refused.named(given))
+
+    async def _pass_on(self, found: RefusedRequest) -> RefusedRetried:
         if found.event_id is not None:
             hint = f"relay events show {found.event_id}"
             raise RelayError(f"{found.id} was already retried and stored as an event", hint=hint)
@@ -171,10 +179,6 @@ class RefusedApi:
         event_id = response.event_id or None
         await self._store.refused.note_retry(found.id, self._clock.wall(), event_id)
         return RefusedRetried(id=found.id, status=response.status, event_id=event_id)
-
-
-def _can_retry(kept: RefusedRequest) -> bool:
-    return kept.body is not None and kept.event_id is None
 
 
 def _view(kept: RefusedRequest) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Refused requests: kept without tokens, listed, shown and retried."""
 
+import asyncio
 import hmac
 import json
 import threading
@@ -256,6 +257,18 @@ async def test_several_requests_are_retried_oldest_first_and_named(relay, comman
     again = (await commands("refused", "retry", *kept, "--json", code=1)).json
     assert (again["accepted"], again["refused"]) == (0, 3)
     assert all("was already retried" in each["error"] for each in again["items"])
+
+
+async def test_retries_at_the_same_time_create_one_event(relay, commands, config):
+    assert await send(relay) == 400
+    [item] = await listed(commands)
+    config.write_text(config.read_text().replace("{body:order}", "{body:id}"))
+    await commands("reload")
+    several = json.dumps({"ids": [item["id"], item["id"][:-1]]}).encode()
+    raw = request("POST", "/api/refused/retry", several), request("POST", f"/api/refused/{item['id']}/retry")
+    answers = await asyncio.gather(*(exchange(relay.addresses.socket, each) for each in raw * 2))
+    assert sum(b"was already retried" in each.body for each in answers) == 3
+    assert len((await relay.operator("GET", "/api/events"))["items"]) == 1
 
 
 async def test_a_path_that_is_gone_cannot_be_retried(relay, commands, config):
