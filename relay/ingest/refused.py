@@ -7,7 +7,9 @@ authenticated: otherwise strangers could fill the disk or plant data on it.
 import asyncio
 import logging
 import re
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from urllib.parse import parse_qsl, urlencode
 
 import msgspec
@@ -213,9 +215,13 @@ class RefusedRequests:
         cases = [case for _, case in waiting if case is not None]
         found: Sequence[tuple[Finding, ...]] = ()
         if self._explain is not None and cases:
+            done: asyncio.Future[Sequence[tuple[Finding, ...]]] = asyncio.get_running_loop().create_future()
+            work = (self._explain, cases, done)
             try:
+                # The process waits at its end for threads of a pool, but not for this one if a plugin hangs.
+                threading.Thread(target=_diagnose, args=work, name="diagnosis", daemon=True).start()
                 async with asyncio.timeout(PATIENCE):
-                    found = await asyncio.to_thread(self._explain, cases)
+                    found = await done
             except TimeoutError:
                 self._explain = None
                 log.error("the diagnosis of refused requests hangs; the daemon makes none until it restarts")  # noqa: TRY400 - the traceback is the timer's
@@ -255,6 +261,33 @@ class RefusedRequests:
             is_secret = not authenticated or _SENSITIVE.search(name) or self._is_token(value)
             fields.append((name, MASK if value and is_secret else value))
         return f"{path}?{urlencode(fields, safe='<>', errors='replace')}"[:LONGEST_TARGET]
+
+
+def _diagnose(
+    explain: Explain, cases: Sequence[Case], done: asyncio.Future[Sequence[tuple[Finding, ...]]]
+) -> None:
+    found: Sequence[tuple[Finding, ...]] = ()
+    failure: RuntimeError | None = None
+    try:
+        found = explain(cases)
+    except BaseException as error:  # noqa: BLE001 - a plugin may raise anything
+        failure = RuntimeError("a plugin failed")
+        failure.__cause__ = error
+    with suppress(RuntimeError):  # the loop is closed
+        done.get_loop().call_soon_threadsafe(_settle, done, found, failure)
+
+
+def _settle(
+    done: asyncio.Future[Sequence[tuple[Finding, ...]]],
+    found: Sequence[tuple[Finding, ...]],
+    failure: RuntimeError | None,
+) -> None:
+    if done.done():  # cancelled, because the time is over
+        return
+    if failure is None:
+        done.set_result(found)
+    else:
+        done.set_exception(failure)
 
 
 def _size(incoming: Incoming) -> int:

@@ -157,12 +157,18 @@ async def test_a_diagnosis_that_fails_or_hangs_loses_no_request(relay, commands,
     assert await send(relay, body=b"{") == 400
     assert [each["findings"] for each in await listed(commands)] == [[]]
     assert "the diagnosis of refused requests failed" in caplog.text
-    ended = threading.Event()
-    monkeypatch.setattr(kept, "_explain", lambda _cases: ended.wait(30))
+    ended, threads = threading.Event(), []
+
+    def hang(_cases):
+        threads.append(threading.current_thread())
+        ended.wait(30)
+
+    monkeypatch.setattr(kept, "_explain", hang)
     monkeypatch.setattr("relay.ingest.refused.PATIENCE", 0.1)
     assert await send(relay, body=b"{") == 400
     assert len(await listed(commands)) == 2
     ended.set()
+    assert threads[0].daemon  # the process ends without it
     assert "makes none until it restarts" in caplog.text
 
 
