@@ -21,7 +21,7 @@ from relay.base.rate import TokenBucket
 from relay.base.units import Rate
 from relay.config.schema import RefusedConfig
 from relay.config.secrets import Credential, Secret, Secrets, digest
-from relay.errors import TEMPORARY, Refusal, RelayError, Unauthenticated
+from relay.errors import RateLimited, Refusal, RelayError, Unauthenticated, Unavailable
 from relay.ingest.request import Request
 from relay.ingest.routes import Mount
 from relay.model import Finding, RefusedRequest
@@ -136,7 +136,7 @@ class RefusedRequests:
             verified: whether the source had verified the sender.
         """
         config, name = self._config, None if mount is None else mount.name
-        if refusal.reason in TEMPORARY or not config.max_size or self._is_full():
+        if isinstance(refusal, Unavailable | RateLimited) or not config.max_size or self._is_full():
             return
         if (mount is not None and not mount.config.keep_refused) or len(self._waiting) >= MOST_WAITING:
             return

@@ -4,13 +4,16 @@ import asyncio
 import hmac
 import json
 import threading
+from types import SimpleNamespace
 
 import pytest
 from commands import Commands
 from daemons import SOURCES, destination, running, write_config
+from multidict import CIMultiDict, CIMultiDictProxy
 from wire import exchange, request
 
 from relay.base.clock import SECOND
+from relay.errors import Unavailable
 from relay.ingest.refused import MASK, MOST_DIAGNOSED
 
 SHOP = """
@@ -197,6 +200,9 @@ async def test_a_path_without_a_source_is_kept(relay, commands):
 async def test_requests_that_senders_repeat_are_not_kept(relay, commands):
     await commands("sources", "pause", "shop")
     assert await send(relay, body=b'{"id": 7, "order": {}}') == 503
+    head = SimpleNamespace(method="POST", target="/x", headers=CIMultiDictProxy(CIMultiDict()))
+    head.content_length = 0
+    relay.app.ingest.refused.note(None, head, Unavailable("of a plugin"), 503, remote="192.0.2.1")
     assert await listed(commands) == []
     assert (await commands("refused", "list", "--reason", "auth")).err == ""
     assert "--grep refused`" in (await commands("refused", "list", "--reason", "paused")).err
