@@ -43,6 +43,9 @@ MOST_WAITING = 256
 MOST_WAITING_BYTES = 4 * 2**20
 """Bytes of the bodies of these requests."""
 
+DIAGNOSIS_SHARE = 2
+"""Share of these bytes up to which bodies wait that are only diagnosed, among them those of strangers."""
+
 RATE = Rate(count=10, seconds=1)
 """Kept requests of verified senders, for each source and reason: a faulty client repeats one mistake."""
 
@@ -154,7 +157,7 @@ class RefusedRequests:
             problem = f"{problem} ({refusal.problem})"
         wall = self._clock.wall()
         case = self._case(name, request, refusal, incoming)
-        self._bytes += len(body or b"") + (0 if case is None else _size(case.incoming))
+        self._bytes += max(len(body or b""), 0 if case is None else _size(case.incoming))
         kept = RefusedRequest(
             id=new_id(REFUSED, wall),
             at=wall,
@@ -182,7 +185,7 @@ class RefusedRequests:
         if incoming is None:
             incoming = Incoming(method=request.method, path=path, headers=request.headers)
         size = _size(incoming)
-        is_cut = size > MOST_DIAGNOSED or self._bytes + size > MOST_WAITING_BYTES
+        is_cut = size > MOST_DIAGNOSED or self._bytes + size > MOST_WAITING_BYTES // DIAGNOSIS_SHARE
         if is_cut:
             incoming = msgspec.structs.replace(incoming, body=b"", compressed=None)
         _forget_frames(refusal)

@@ -175,6 +175,14 @@ async def test_a_diagnosis_that_fails_or_hangs_loses_no_request(relay, commands,
     assert "makes none until it restarts" in caplog.text
 
 
+async def test_the_bodies_of_strangers_take_no_room_of_those_that_are_kept(relay, commands, monkeypatch):
+    monkeypatch.setattr("relay.ingest.refused.MOST_WAITING_BYTES", 605)
+    for _ in range(3):
+        assert await send(relay, "/hooks/signed", b"x" * 600, x_sig="0" * 64) == 401
+    assert await send(relay) == 400
+    assert (await shown(commands, (await listed(commands))[0]["id"]))["can_retry"]
+
+
 async def test_a_source_that_is_open_to_everyone_keeps_heads_only(relay, commands):
     assert (await relay.exchange(request("POST", "/v1/events", b"{"))).status == 400
     [item] = await listed(commands, "--source", "adorn")
