@@ -347,7 +347,7 @@ def frame(view: View, columns: int, rows: int | None) -> list[str]:
     errors = _errors(body, destinations, columns, colour=colour)
     body += errors if len(errors) <= rows - len(head) - len(body) - 1 else []
     blank = [""] * (rows - len(head) - len(body) - 1)
-    return [*head, *body, *blank, _keys(view, colour=colour)]
+    return [*head, *body, *blank, _keys(view, columns, colour=colour)]
 
 
 def _head(view: View, columns: int, *, colour: bool, graphs: bool) -> list[str]:
@@ -477,8 +477,8 @@ def _table(
     return ["", *screen.table(shape, shown, width=columns, colour=colour), *more]
 
 
-def _keys(view: View, *, colour: bool) -> str:
-    """Return the last line of the screen."""
+def _keys(view: View, columns: int, *, colour: bool) -> str:
+    """Return the last line of the screen; on a narrow screen, without the keys that do not fit."""
     if view.is_typing:
         return f"/{screen.one_line(view.filter)}█  Enter keeps the filter, Esc clears it"
     if not view.has_keys:
@@ -486,6 +486,8 @@ def _keys(view: View, *, colour: bool) -> str:
     notes = ["PAUSED"] if view.is_paused else []
     notes += [f"filter: {screen.one_line(view.filter)} (Esc clears it)"] if view.filter else []
     keys = ["q quit", "p continue" if view.is_paused else "p pause", "/ filter", "↑↓ scroll"]
+    while len(keys) > 1 and screen.width_of("   ".join([*notes, *keys])) > columns:
+        keys.pop()
     painted = [*(paint(note, "yellow" if colour else None) for note in notes)]
     return "   ".join([*painted, paint("   ".join(keys), "dim" if colour else None)])
 

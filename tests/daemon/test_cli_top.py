@@ -181,6 +181,16 @@ def test_a_pause_keeps_snapshots_for_the_history():
     assert view.history.bars("backlog", 3)[0] == " ▅█"
 
 
+def test_the_line_of_keys_leaves_out_keys_that_do_not_fit():
+    view = viewed(snapshot())
+    view.has_keys = True
+    for key in ("p", *"/billing", "\r"):
+        view.press(key)
+    notes = "PAUSED   filter: billing (Esc clears it)   q quit   p continue   / filter"
+    assert frame(view, 80, 24)[-1] == notes
+    assert frame(view, 120, 24)[-1] == f"{notes}   ↑↓ scroll"
+
+
 def test_the_history_of_the_daemon_precedes_the_first_snapshot():
     view = View()
     view.add_history(
