@@ -1,7 +1,6 @@
 """`relay deliveries`."""
 
 import base64
-import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +15,7 @@ from relay.cli.destinations import print_holds
 from relay.cli.endpoint import daemon_options, endpoint, reader_options
 from relay.cli.main import BATCH, CommandError, Group
 from relay.cli.options import filter_options, json_option, page_options, rate_option
-from relay.cli.output import count, print_fields, print_items, print_json, print_page
+from relay.cli.output import count, print_fields, print_items, print_json, print_page, time_text
 from relay.cli.screen import Field
 from relay.cli.selection import (
     confirm,
@@ -161,9 +160,7 @@ def _print_answers(attempts: Sequence[Mapping[str, Any]]) -> None:
             latest.setdefault(text, attempt)
     for text, attempt in list(latest.items())[:_MOST_ANSWERS]:
         is_cut = attempt["truncated"] or len(text) > _LONGEST_ANSWER
-        began = attempt["started_at"]
-        when = screen.full_time(began) if sys.stdout.isatty() else began
-        click.echo(f"\nresponse {attempt['status']} at {when}:")
+        click.echo(f"\nresponse {attempt['status']} at {time_text(attempt['started_at'])}:")
         lines = text[:_LONGEST_ANSWER].splitlines()
         click.echo("\n".join(f"  {printable(line)}".rstrip() for line in lines) + ("…" if is_cut else ""))
 

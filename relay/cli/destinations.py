@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from relay.api.words import circuit_text, hold_advice, order_text, shards_text
+from relay.api.words import circuit_text, held_text, hold_advice, order_text, shards_text
 from relay.base.units import parse_time_span
 from relay.cli import screen
 from relay.cli.api_client import Daemon
 from relay.cli.endpoint import endpoint
 from relay.cli.main import Group
 from relay.cli.options import checked, quiet_option
-from relay.cli.output import print_fields, print_items, print_note, print_page
+from relay.cli.output import print_fields, print_items, print_note, print_page, time_text
 from relay.cli.screen import Field
 
 if TYPE_CHECKING:
@@ -271,8 +271,9 @@ def _print_closed(answer: Any, name: str) -> None:
 
 
 def _print_state(answer: Any, name: str) -> None:
-    until = f" until {answer['paused_until']}" if answer["paused_until"] else ""
-    click.echo(f"{name}: {answer['held'] or 'delivering'}{until}")
+    until = f" until {time_text(answer['paused_until'])}" if answer["paused_until"] else ""
+    held = held_text(answer["held"]) if sys.stdout.isatty() else answer["held"] or "delivering"
+    click.echo(f"{name}: {held}{until}")
 
 
 def _print_advice(name: str, held: str | None) -> None:

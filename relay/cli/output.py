@@ -16,6 +16,7 @@ from relay.cli.screen import (
     cell,
     colour_of,
     field_lines,
+    full_time,
     set_digits,
     table,
     terminal_width,
@@ -148,6 +149,11 @@ def _plural() -> str:
     """Return the plural of the listed items: "events" for `relay events list`."""
     context = click.get_current_context()
     return (context.parent and context.info_name == "list" and context.parent.info_name) or "rows"
+
+
+def time_text(moment: str) -> str:
+    """Return a time of the API: on a terminal in the zone of the reader, with its distance from now."""
+    return full_time(moment) if sys.stdout.isatty() else moment
 
 
 def print_fields(item: Mapping[str, Any], shown: Sequence[Field] | None = None) -> None:

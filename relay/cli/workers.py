@@ -14,7 +14,7 @@ from relay.cli.completion import complete
 from relay.cli.endpoint import daemon_options, endpoint
 from relay.cli.main import Group, OneOf
 from relay.cli.options import checked, filter_options, json_option, page_options
-from relay.cli.output import count, print_fields, print_items, print_json, print_page
+from relay.cli.output import count, print_fields, print_items, print_json, print_page, time_text
 from relay.cli.screen import Field
 from relay.cli.selection import confirm, yes_option
 
@@ -199,7 +199,7 @@ def maintenance(
     if as_json:
         print_json(answer)
         return
-    until = f" until {answer['maintenance_until']}" if answer["maintenance_until"] else ""
+    until = f" until {time_text(answer['maintenance_until'])}" if answer["maintenance_until"] else ""
     if pattern is None:
         click.echo(f"{words[1]}: {answer['status']}{until}")
     else:

@@ -16,7 +16,7 @@ from relay.api.endpoints import endpoints_of
 from relay.api.tail import TailAttempt, TailEvent
 from relay.api.top import Top
 from relay.base.text import paint
-from relay.cli import screen, tail, top
+from relay.cli import destinations, screen, tail, top
 from relay.cli.screen import Column, cut, table, text, width_of, wrap
 from relay.ui import now
 from tests.golden import screens
@@ -63,6 +63,21 @@ def test_a_daemon_of_another_version_is_named_if_its_response_is_not_understood(
     monkeypatch.setitem(screens.ANSWERS["status"], "version", relay.__version__)
     with pytest.raises(KeyError):
         screens.draw("destinations list", 80)
+
+
+@pytest.mark.parametrize(
+    ("held", "until", "shown"),
+    [
+        ("paused", 3600, "crm: paused until 2026-01-31 14:00:00 CET (in 1h)\n"),
+        ("disabled: operator", None, "crm: disabled (by an operator)\n"),
+        (None, None, "crm: delivering\n"),
+    ],
+)
+def test_a_change_of_a_destination_is_confirmed_in_the_reader_s_words_and_zone(held, until, shown):
+    answer = {"held": held, "paused_until": until and screens.at(until)}
+    with screens.fixed(80) as terminal:
+        destinations._print_state(answer, "crm")
+    assert terminal.getvalue() == shown
 
 
 def declared(path):
