@@ -137,14 +137,14 @@ class RefusedApi:
         body=RetryIdsBody, returns=CountView | RetriedRequests,
     )  # fmt: skip
     async def _retry_all(self, _request: web.Request, body: RetryIdsBody) -> CountView | RetriedRequests:
-        chosen: dict[str, bool] = {}  # without the bodies, which may be large
+        chosen: dict[str, tuple[int, bool]] = {}  # without the bodies, which may be large
         for each in body.ids:
             found = await self._store.refused.named(each)
-            chosen[found.id] = found.body is not None and found.event_id is None
+            chosen[found.id] = found.at, found.body is not None and found.event_id is None
         if body.dry_run:
-            return CountView(sum(chosen.values()))
+            return CountView(sum(can_retry for _, can_retry in chosen.values()))
         items = []
-        for id_ in sorted(chosen):  # ids begin with their time
+        for id_ in sorted(chosen, key=lambda id_: chosen[id_]):
             try:
                 done = await self._handle_again(id_)
             except RelayError as error:

@@ -148,6 +148,9 @@ def test_the_files_of_the_dashboard_are_small_and_contain_no_foreign_address():
         assert not re.search(
             r"https?://|url\(|@import|innerHTML|insertAdjacentHTML|\beval\b|new Function", text
         )
+    # No payload stays in the browser.
+    [script] = [each.content.decode() for name, each in STATIC.items() if name.endswith(".js")]
+    assert set(re.findall(r"localStorage\W+\w+\W+(\w+)", script)) == {"zone"}
 
 
 async def test_an_old_name_of_a_static_file_gets_the_present_file(relay):
