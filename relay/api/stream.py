@@ -18,7 +18,7 @@ T = TypeVar("T")
 MOST = 32
 """Followers of one stream. Each one costs time for every item."""
 
-MOST_BYTES = 2**19
+MOST_BYTES = 2**21
 """Bytes that wait for one follower; a limit on items alone is not enough, because senders choose subjects."""
 
 HEARTBEAT = 15.0

@@ -41,8 +41,9 @@ from relay.routing.subscription import Patterns
 
 log = logging.getLogger("relay.api")
 
-ROOM = 1000
-"""Items that wait for a slow follower. Beyond that, the oldest are dropped and counted."""
+ROOM = 5000
+"""Items that wait for a slow follower: the events of the largest request. Beyond that, the oldest are dropped
+and counted."""
 
 KEEP = 5.0
 """Seconds after the end of a follower's history during which live items are compared with the history."""

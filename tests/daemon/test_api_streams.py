@@ -11,6 +11,7 @@ from wire import Wire, exchange, following, request
 from relay.api import stream, tail, top
 from relay.api.stream import MOST, MOST_BYTES, Followers, Seam
 from relay.base.clock import SECOND
+from relay.ingest.handler import MOST_EVENTS
 
 TYPE = "adorn.session.started"
 
@@ -275,6 +276,14 @@ async def test_the_buffer_of_a_follower_is_bounded_in_items_and_bytes():
     assert follower.take() == b'event: lost\ndata: {"count":1}\n\nb'
     follower.put(b"c" * (MOST_BYTES + 1))  # larger than the limit, and sent nevertheless
     assert len(follower.take()) == MOST_BYTES + 1
+
+
+async def test_the_events_of_the_largest_request_fit_into_a_buffer():
+    followers = Followers(tail.ROOM)
+    follower = followers.add(None, lambda: None)
+    for _ in range(MOST_EVENTS):
+        follower.put(b"x" * 400)
+    assert follower.take() == b"x" * 400 * MOST_EVENTS
 
 
 @pytest.mark.parametrize(
