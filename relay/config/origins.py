@@ -23,7 +23,10 @@ def origins_of(document: Document, environ: Mapping[str, str]) -> dict[str, str]
             continue
         file = Path(document.files.get(path, document.file))
         shown = file.relative_to(folder) if file.is_relative_to(folder) else file
-        places = dict.fromkeys(_places(_value(path, document.data)))
+        value = _value(path, document.data)
+        if path[-1] == "headers" and isinstance(value, dict):  # the keys are names of headers, such as "file"
+            value = list(value.values())
+        places = dict.fromkeys(_places(value))
         found[dotted(path)] = ", ".join((f"{shown}:{line}", *places))
     if "state_dir" not in found and environ.get("STATE_DIRECTORY"):
         found["state_dir"] = "environment variable STATE_DIRECTORY"

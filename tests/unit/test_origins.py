@@ -5,6 +5,7 @@ import pytest
 from relay.config.binding import Binder
 from relay.config.document import read
 from relay.config.effective import effective, with_origins
+from relay.config.origins import origins_of
 from relay.config.tables import bind_tables
 
 MAIN = """\
@@ -70,3 +71,12 @@ def test_other_keys_have_their_default(bound):
     assert lines['url = "<secret>"'].endswith("CRM_URL")
     assert {place for line, place in lines.items() if line.startswith("concurrency = ")} == {"default"}
     assert (lines["[server]"], lines[""]) == ("", "")
+
+
+@pytest.mark.parametrize("name", ["credential", "env", "file"])
+def test_the_value_of_a_header_is_not_the_place_of_a_secret(tmp_path, name):
+    path = tmp_path / "config.toml"
+    path.write_text(f"""[destinations.crm]\nheaders = {{ {name} = "hunter2" }}\n""")
+    assert origins_of(read(path), {}) == {"destinations.crm.headers": "config.toml:2"}
+    path.write_text(f"""[destinations.crm.headers]\n{name} = {{ file = "token" }}\n""")
+    assert origins_of(read(path), {}) == {"destinations.crm.headers": "config.toml:1, file token"}
