@@ -1,1 +1,1 @@
-"""`relay verify` and `relay explain`: why a source or a receiver refuses a request. Needs no daemon."""
+"""Why a source or a receiver refuses a request: for `relay verify`, `relay explain`, and refused requests."""
