@@ -130,6 +130,8 @@ async def test_a_node_that_was_frozen_in_a_pass_does_not_drop_what_the_pass_of_a
     await connection.close()
     clock.now += 36 * DAY
     await store.database.writer.call(store.make_partitions)
+    # A pass of the previous version was cut off.
+    await run(url, "CREATE TABLE events_20200101_kept (id bigint)", path="public")
     frozen, other = (PostgresRetention(store.database, clock) for _ in range(2))
     paced, reached, made, ended = prune.paced, asyncio.Event(), asyncio.Event(), asyncio.Event()
 
@@ -153,5 +155,6 @@ async def test_a_node_that_was_frozen_in_a_pass_does_not_drop_what_the_pass_of_a
     ended.set()
     assert (await second).events == 15
     assert len(await run(url, "SELECT id FROM events", path="public")) == 5
+    assert await run(url, "SELECT to_regclass('events_20200101_kept') IS NULL", path="public") == [(True,)]
     assert await run(url, FAULTS_SQL, path="public") == []
     assert await run(url, prune.LEFT_SQL, path="public") == []

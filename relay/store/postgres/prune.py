@@ -95,7 +95,7 @@ PARTITIONS_SQL = """
 LEFT_SQL = """
     SELECT relname FROM pg_class
      WHERE relkind = 'r' AND relnamespace = current_schema()::regnamespace
-       AND relname ~ '^(events|deliveries|ends|attempts)_[0-9]{8}_(old|[0-9a-z]+_kept)$' ORDER BY 1
+       AND relname ~ '^(events|deliveries|ends|attempts)_[0-9]{8}_(old|([0-9a-z]+_)?kept)$' ORDER BY 1
 """
 TYPES_SQL = """
     WITH RECURSIVE found (type, number) AS (
