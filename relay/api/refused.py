@@ -133,7 +133,7 @@ class RefusedApi:
 
     @endpoint(
         "POST", "/api/refused/retry", "retryRefusedRequests",
-        "Handle several refused requests again, the oldest first, or count those that can be.",
+        "Handle several refused requests again, oldest first, or count those that can be handled.",
         body=RetryIdsBody, returns=CountView | RetriedRequests,
     )  # fmt: skip
     async def _retry_all(self, _request: web.Request, body: RetryIdsBody) -> CountView | RetriedRequests:

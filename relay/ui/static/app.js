@@ -542,7 +542,7 @@ function press(...commands) {
 }
 
 const KEYS = [["/", "go to the search field"], ["j, k", "next and previous row; Enter opens it"],
-  ["x", "select the row, or leave it out"], ["r", "press the first button to retry"], ["p", "press the first button to pause or resume"],
+  ["x", "select or deselect the row"], ["r", "press the first button to retry"], ["p", "press the first button to pause or resume"],
   ...Object.entries(GO).map(([letter, page]) => [`g ${letter}`, page || "now"])];
 
 function help() {
