@@ -49,7 +49,7 @@ class Ledger(Protocol):
 
 
 class Paced(msgspec.Struct, frozen=True):
-    """One round at a steady rate: the lanes of other nodes, and those of the node that accepted the event."""
+    """One round at a steady rate: lanes on other nodes, and lanes on the node that accepted the event."""
 
     elsewhere: Round
     here: Round
@@ -80,7 +80,7 @@ class Side(msgspec.Struct, frozen=True):
         )
 
     async def paced(self) -> Paced:
-        """Send events at a rate that leaves the machine idle in between, and look up their latencies."""
+        """Send events at a rate below the machine's limit, and read their latencies from the database."""
         assert isinstance(self.ledger, _Table)
         latest, before = await self.ledger.latest(), await self.ledger.delivered()
         began, cpu = time.perf_counter(), self._daemon_cpu() + self._database_cpu()
@@ -104,7 +104,7 @@ class Side(msgspec.Struct, frozen=True):
         return Paced(*shares)
 
     async def _delivered(self, wanted: int) -> None:
-        """Wait until the ledger counts so many deliveries as delivered."""
+        """Wait until the ledger counts `wanted` delivered deliveries."""
         async with asyncio.timeout(_DEADLINE):
             while await self.ledger.delivered() < wanted:  # noqa: ASYNC110 - another process's progress
                 await asyncio.sleep(_LOOK)
@@ -117,9 +117,9 @@ class Side(msgspec.Struct, frozen=True):
 
 
 async def run(plan: Plan, nodes: Sequence[int] = NODES, url: str | None = None) -> list[Comparison]:
-    """Measure the stores alone, then whole daemons; SQLite is the other side of these comparisons.
+    """Measure the stores alone, then whole daemons; SQLite is the baseline.
 
-    Then measure the latency of lanes at other nodes beside that of lanes at the node that accepts an event.
+    Then compare the latency of lanes on other nodes with that of lanes on the node that accepts the event.
     `url` is an empty database for one number of nodes; without it, each number has a new server.
     """
     found = await engines.run(plan, url)
@@ -190,7 +190,7 @@ class _Table(msgspec.Struct, frozen=True):
         return int(await self.connection.fetchval("SELECT coalesce(max(created_at), 0) FROM deliveries"))
 
     async def latencies(self, since: int) -> tuple[list[float], list[float]]:
-        """Return those of later deliveries in ms: lanes at the node that accepted the event, and others."""
+        """Return the latencies of later deliveries in ms: lanes on the accepting node, and on others."""
         rows = await self.connection.fetch(_LATENCY_SQL, since)
         here, elsewhere = [[ms for ms, there in rows if there is one] for one in (True, False)]
         return here, elsewhere
@@ -208,7 +208,7 @@ async def _postgres(folder: Path, receiver: str, count: int, url: str | None) ->
     async with AsyncExitStack() as stack:
         url = stack.enter_context(server(url))
         starting = []
-        for number in range(count):  # all at once: each takes its share of the lanes at its start
+        for number in range(count):  # concurrently, so that each takes its share of the lanes at its start
             more = _destinations(receiver)
             if count > 1:
                 more += f'[cluster]\nnode = "{number}"\nlease = "{LEASE}s"\n'

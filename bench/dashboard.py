@@ -276,7 +276,7 @@ def _judge(met: bool) -> str:  # noqa: FBT001 - the only argument
 # --- tabs -------------------------------------------------------------------------------------------------
 
 _STREAMS = ("Now", "Events", "relay tail")
-"""The pages and the command whose streams are open; the targets are for the pages."""
+"""The pages and the command whose streams are measured; only the pages have targets."""
 
 
 async def _stream_of(socket: Path, name: str) -> str:

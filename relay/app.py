@@ -215,7 +215,7 @@ class App:
         self._deadline = 0.0  # loop time by which requests and attempts in flight must end
 
     def _explain(self, cases: Sequence[Case]) -> list[tuple[Finding, ...]]:
-        """Return why requests were refused, in a thread."""
+        """Diagnose refused requests; called in a thread."""
         from relay.diagnosis.refusal import explain  # noqa: PLC0415 - only refused requests need it
 
         return explain(cases, self.config)

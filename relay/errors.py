@@ -274,7 +274,7 @@ REASONS = (
 TEMPORARY = frozenset(
     each.reason for each in (RateLimited, Paused, Draining, DiskFull, StorageDown, Overloaded)
 )
-"""Reasons with status 429 or 503: the sender repeats the request, so that it is not kept."""
+"""Reasons with status 429 or 503. The sender repeats such a request, so it is not kept."""
 
 UNROUTABLE = ("path", "method", "malformed", "too_many")
 """Reasons why a request matched no route: the label values of `relay_requests_unroutable_total`."""

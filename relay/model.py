@@ -157,12 +157,12 @@ class Named(msgspec.Struct, frozen=True):
 
 
 Cause = Literal["secret", "encoding", "bytes", "clock", "scope", "headers", "route", "body", "plugin"]
-"""Area of a problem. `secret`: another secret; `encoding`: another form of the right one; `bytes`: a changed
-body; `scope`: a token without the permission."""
+"""Area of a problem. `secret`: a different secret; `encoding`: another form of the right secret; `bytes`: a
+changed body; `scope`: a token without the permission."""
 
 
 class Finding(msgspec.Struct, frozen=True, kw_only=True):
-    """One reason why a request is not accepted. Its texts never contain a secret."""
+    """One reason for the refusal of a request. Its texts never contain a secret."""
 
     cause: Cause
     where: str  # a header, the body, or a key of config.toml
@@ -186,7 +186,7 @@ class RefusedRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     remote: str
     size: int = 0  # bytes of the body that arrived
     body: bytes | None = None  # None: the sender was not authenticated, or the body is too large to keep
-    findings: tuple[Finding, ...] = ()  # the diagnosis, made while the whole request was known
+    findings: tuple[Finding, ...] = ()  # the diagnosis
     retried_at: int | None = None
     event_id: str | None = None  # public id of the event that a retry stored
 
@@ -522,10 +522,10 @@ class Counts(msgspec.Struct, kw_only=True, frozen=True):
 class Outlook(msgspec.Struct, frozen=True):
     """Limits of a destination's pending deliveries: their time to live, and their order."""
 
-    expires_at: int | None  # when the first of them expires (steady); None: never
+    expires_at: int | None  # when the first delivery expires, steady clock; None: never
     keys: int  # order keys with pending deliveries
-    longest: int  # pending deliveries of the key that has most
-    is_whole: bool  # False: there may be more keys, and longer ones
+    longest: int  # pending deliveries of the key with the most
+    is_whole: bool  # False: not all were counted, so `keys` and `longest` may be higher
 
 
 class Backlog(msgspec.Struct, frozen=True):

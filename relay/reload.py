@@ -38,7 +38,7 @@ class ChangedKey(msgspec.Struct, frozen=True):
     key: str
     before: Any
     after: Any
-    place: str = ""  # of the new value, such as "conf.d/crm.toml:4"; empty: it is the default
+    place: str = ""  # of the new value, such as "conf.d/crm.toml:4"; empty for a default
 
 
 class Reloaded(msgspec.Struct, frozen=True, kw_only=True):

@@ -520,7 +520,7 @@ class Source(msgspec.Struct, metaclass=_SourceMeta):
     def diagnose(self, incoming: Incoming) -> tuple[str, ...]:
         """Return reasons why `verify` refuses a request, apart from its bearer token.
 
-        Called only for refused requests: by `relay verify`, and by the daemon in a thread. A source that
+        `relay verify` and the daemon, in a thread, call it only for refused requests. A source that
         checks signatures names the secret, encoding or bytes that would match; it never returns a secret.
         """
         _ = incoming

@@ -1,4 +1,4 @@
-"""Samples: that of a source without configured ones, and new idempotency keys for each one that is sent."""
+"""Samples: the default sample of a source, and new idempotency keys for each sample that is sent."""
 
 import json
 import re
@@ -9,7 +9,7 @@ import msgspec
 from relay.source import Incoming, parse_path, parse_template
 
 EXAMPLE = "example"
-"""The value of each placeholder of an event's type in the sample of a source without configured ones."""
+"""The value of each placeholder of an event's type in the default sample."""
 
 
 def example_of(type_: str, events: str) -> tuple[str, dict[str, str]]:
@@ -17,7 +17,7 @@ def example_of(type_: str, events: str) -> tuple[str, dict[str, str]]:
 
     Args:
         type_: the source's template of the type.
-        events: its template of the events of a batch, `""` without one.
+        events: the source's template of the events of a batch; `""` without one.
     """
     values: dict[str, Any] = {"body": {}, "item": {}}
     headers = {"Content-Type": "application/json"}
@@ -37,7 +37,7 @@ def example_of(type_: str, events: str) -> tuple[str, dict[str, str]]:
 
 
 def _put(value: dict[str, Any], path: str, new: object) -> None:
-    """Set the value at a path, unless an outer or an inner value is there already."""
+    """Set the value at a path, unless the path or a part of it already has one."""
     *outer, (last, _) = parse_path(path)
     for name, _ in outer:
         value = value.setdefault(name, {})

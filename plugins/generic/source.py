@@ -109,7 +109,7 @@ class Generic(Keys, kind="generic", dict=True):
         return tuple(self.compiled.scheme.explain(incoming))
 
     def samples(self) -> tuple[Incoming, ...]:
-        """Return the configured samples, else a request that has a type; `relay send --data` can fill it."""
+        """Return the configured samples, or a default one; `relay send --data` replaces its body."""
         method = self.methods[0]
         body, headers = example_of(self.type, self.events)
         if method in WITHOUT_BODY:

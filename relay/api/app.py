@@ -63,7 +63,9 @@ class ConfigView(msgspec.Struct):
     config: dict[str, Any]
     origins: Annotated[
         Mapping[str, str],
-        about("File and line of each key that is set, and the place of its secrets; no entry: the default."),
+        about(
+            "File and line of each key that is set, and the place of its secret. Other keys have defaults."
+        ),
     ]
     warnings: tuple[str, ...]
 

@@ -111,7 +111,7 @@ class DestinationsApi:
         self._node = context.state.config.cluster.node or socket.gethostname()
         self._nodes = context.store.nodes
         self._nodes.handle(SHOW, self._show_here)
-        self._known: Mapping[str, Counts] | None = None  # the ledger at the latest list
+        self._known: Mapping[str, Counts] | None = None  # the ledger as last listed
         self._pings = Pings(context.clock, context.owner.close_circuit)
 
     @endpoint(
@@ -133,10 +133,10 @@ class DestinationsApi:
         return {"items": items, "next_cursor": None}
 
     async def _totals(self) -> Mapping[str, Counts]:
-        """Return the ledger; while the store cannot be read, its latest known state.
+        """Return the ledger, or its latest known state while the store cannot be read.
 
         Raises:
-            StorageUnavailableError: the store could not be read since the start.
+            StorageUnavailableError: the store has been unreadable since the start.
         """
         try:
             self._known = await self._store.ledger.totals()

@@ -44,9 +44,9 @@ LONGEST_LINE = 64 * 2**20
 CHUNK = 64 * 1024
 
 REPLIES = "show the replies"
-"""Request of another node."""
+"""The request to another node."""
 
-PATIENCE = 1.0  # seconds within which the other nodes must answer
+PATIENCE = 1.0  # seconds to wait for the other nodes
 
 
 class MatchView(msgspec.Struct):
@@ -148,7 +148,7 @@ class EventsApi:
         return {**shown, "replies": await self._replies_to(shown["id"], 1 + shown["repetitions"])}
 
     async def _replies_to(self, event_id: str, count: int) -> list[ReplyView]:
-        """Return the known replies about an event; other nodes are asked for them if there are more."""
+        """Return the known replies about an event; ask the other nodes if some are missing here."""
         found = await self._replies_here("", event_id)
         if len(found) < min(count, MOST_REPLIES) and not self._store.nodes.alone:
             answers = await self._store.nodes.ask_others(REPLIES, event_id, PATIENCE)

@@ -48,12 +48,7 @@ class HistoryView(msgspec.Struct):
     """Figures in periods of equal length."""
 
     until: Annotated[str, _about("End of the last period.")]
-    step_seconds: Annotated[
-        float,
-        _about(
-            "Length of a period; with `running`, the last one is up to ten seconds shorter, or five minutes."
-        ),
-    ]
+    step_seconds: Annotated[float, _about("Length of a period. With `running`, the last one may be shorter.")]
     sources: list[SourceHistory]
     destinations: list[DestinationHistory]
     silent: Annotated[list[str], _about("Nodes that did not answer in time, so their figures are missing.")]
@@ -80,7 +75,7 @@ class HistoryApi:
         mine = await self._show_here("", asked)
         found, unable = others.read(Past)
         parts = [part for _, part in found if part.step == mine.step]
-        unable += tuple(name for name, part in found if part.step != mine.step)  # keeps no days
+        unable += tuple(name for name, part in found if part.step != mine.step)  # keeps no last day
         past = await merged([mine, *parts])
         return {
             "until": rfc3339(past.until),

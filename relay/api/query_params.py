@@ -52,7 +52,7 @@ def _flag(text: str) -> bool:
 
 
 def _status(text: str, _now: int) -> int:
-    """Return an HTTP status, 0 for no response."""
+    """Return an HTTP status; 0 if there was no response."""
     if text == "none":
         return 0
     if not (text.isascii() and text.isdigit() and len(text) == _STATUS_DIGITS):
@@ -106,7 +106,7 @@ class HistoryQuery(msgspec.Struct, kw_only=True):
 
     minutes: Annotated[
         int,
-        _about("Minutes until now; more than 60 in slots of five minutes.", parse=partial(_whole, most=1440)),
+        _about("Minutes until now; above 60, in steps of five minutes.", parse=partial(_whole, most=1440)),
         msgspec.Meta(ge=1, le=1440),
     ] = 60
     periods: Annotated[
@@ -221,7 +221,7 @@ class AttemptsQuery(msgspec.Struct, kw_only=True):
     status: (
         Annotated[
             str,
-            _about("HTTP status of the response; none: there was no response.", read=_status),
+            _about("HTTP status of the response; none: no response.", read=_status),
         ]
         | None
     ) = None
@@ -351,7 +351,7 @@ class TailQuery(msgspec.Struct, kw_only=True):
     ] = "0"
     count: Annotated[
         Literal["0", "1"],
-        _about("1: numbers of live items, at most once a second, instead of the items.", option=None),
+        _about("1: the number of new items, at most once a second, instead of the items.", option=None),
     ] = "0"
 
 

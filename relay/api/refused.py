@@ -40,7 +40,7 @@ class RefusedView(msgspec.Struct):
     remote: Annotated[str, about("Address of the sender.")]
     size: Annotated[int, about("Bytes of the body.")]
     findings: Annotated[
-        list[FindingView], about("The diagnosis, made when the request was refused; they contain no secret.")
+        list[FindingView], about("The diagnosis, made when the request was refused. It contains no secret.")
     ]
     retried_at: Time | None
     event_id: Annotated[str | None, about("The event that a retry stored.")]
@@ -63,12 +63,12 @@ class RefusedRetried(msgspec.Struct):
 
 
 class RetryIdsBody(msgspec.Struct, forbid_unknown_fields=True):
-    """The requests to handle again, or to count."""
+    """The requests to handle again or to count."""
 
     ids: Annotated[
-        list[str], about("Any unique prefixes work."), msgspec.Meta(min_length=1, max_length=MOST_ROWS)
+        list[str], about("Ids or unique prefixes of ids."), msgspec.Meta(min_length=1, max_length=MOST_ROWS)
     ]
-    dry_run: Annotated[bool, about("Count those that can be handled again.")] = False
+    dry_run: Annotated[bool, about("Only count the requests that can be handled again.")] = False
 
 
 class RetriedItem(msgspec.Struct):
@@ -76,7 +76,7 @@ class RetriedItem(msgspec.Struct):
 
     id: str
     event_id: Annotated[str | None, about("The stored event; null if there is none.")] = None
-    error: Annotated[str | None, about("Why it was not accepted.")] = None
+    error: Annotated[str | None, about("Why the request was not accepted.")] = None
 
 
 class RetriedRequests(msgspec.Struct):

@@ -18,9 +18,9 @@ from relay.process.logs import fields
 log = logging.getLogger("relay.ingest")
 
 SHOW_TOKENS = "show the use of tokens"
-"""The request of another node."""
+"""The request to another node."""
 
-PATIENCE = 2.0  # seconds within which the other nodes must answer
+PATIENCE = 2.0  # seconds to wait for the other nodes
 
 
 class SourceView(msgspec.Struct):
@@ -41,10 +41,11 @@ class TokenView(msgspec.Struct):
         str, about("From config.toml, else the name of its variable, file or credential, else `key`.")
     ]
     key: Annotated[str, about("Its place in the settings, such as `tokens[0]`.")]
-    uses: Annotated[int, about("Requests that it authenticated since `since`; of all nodes.")]
+    uses: Annotated[int, about("Requests that it authenticated since `since`, at all nodes.")]
     last_used: Annotated[Time | None, about("Time of the last of these requests, within 15 seconds.")]
     since: Annotated[
-        Time, about("When the daemon started, or a reload added the name; of several nodes, the latest time.")
+        Time,
+        about("When the daemon started, or a reload added the name; in a cluster, the latest time."),
     ]
 
 
@@ -57,7 +58,7 @@ class SourceShown(SourceView):
     ]
     tokens: tuple[TokenView, ...]
     missing: Annotated[
-        tuple[str, ...], about("Nodes that did not answer, so that `tokens` lacks the uses at these nodes.")
+        tuple[str, ...], about("Nodes that did not answer; `tokens` does not include their uses.")
     ]
     latest: EventView | None
 

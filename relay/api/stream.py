@@ -30,10 +30,10 @@ GATHER = 0.05
 """Seconds between two writes to a follower. The first item after a quiet time is sent at once."""
 
 COUNT_EVERY = 1.0
-"""Seconds between two numbers of items."""
+"""Seconds between two messages with the number of new items."""
 
 MOST_KEYS = 20_000
-"""Stored items of a follower that are compared with live ones; beyond that, an item may be sent twice."""
+"""Keys of a follower's items that are compared. Beyond that, an item may be sent twice."""
 
 _HEADERS = {
     "Content-Type": "text/event-stream; charset=utf-8",
@@ -70,17 +70,17 @@ def frame(event: str, data: Any, id_: str | None = None) -> bytes:
 
 
 class Seam:
-    """Separates the stored from the live items of a follower, by a key of each item."""
+    """Prevents that a follower gets an item twice, stored and live; compares the keys of the items."""
 
     def __init__(self) -> None:
         """Begin with the history; live items are not collected yet."""
         self.done = False
         """Whether keys are no longer compared."""
         self._is_open = False  # whether live items are collected
-        self._live: set[str] | None = (
-            set()
-        )  # keys of live items during the last part; None: the history ended
-        self._sent: set[str] = set()  # keys of stored items that may be live too, or stored in the next part
+        self._live: set[str] | None = set()
+        """Keys of live items during the last part of the history; None: the history has ended."""
+        self._sent: set[str] = set()
+        """Keys of stored items that may come again: live, or in the next part of the history."""
 
     def open(self) -> None:
         """Collect live items from now on."""
@@ -96,7 +96,7 @@ class Seam:
         self._sent.clear()
 
     def takes_stored(self, key: str, *, keep: bool) -> bool:
-        """Return whether a stored item was not sent yet; `keep` it if it may come again."""
+        """Return whether a stored item is to be sent; `keep` its key if the item may come again."""
         if key in self._sent or key in (self._live or ()):
             return False
         if keep and len(self._sent) < MOST_KEYS:
@@ -104,7 +104,7 @@ class Seam:
         return True
 
     def takes_live(self, key: str) -> bool:
-        """Return whether a live item counts and was not sent from the store."""
+        """Return whether a live item is to be sent: it was not sent from the store."""
         if not self._is_open or key in self._sent:
             return False
         if self._live is not None and len(self._live) < MOST_KEYS:
@@ -116,13 +116,13 @@ class Group(Generic[T]):
     """The followers that want the same items, so a filter is applied once for all of them."""
 
     def __init__(self, wanted: T) -> None:
-        """Take the items that these followers want."""
+        """Create an empty group; `wanted` are the items of its members."""
         self.wanted = wanted
         self.members: list[Follower[T]] = []
         self.totals: Counter[str] = Counter()
-        """Live items by kind, for the followers that get numbers."""
+        """The numbers of live items by kind, for members that get numbers."""
         self.counted = asyncio.Event()
-        """A number has changed."""
+        """Set when a number changes."""
 
     @property
     def compares(self) -> bool:
@@ -147,7 +147,7 @@ class Group(Generic[T]):
         if key is not None:
             for member in self.members:
                 if member.seam is not None and not member.seam.takes_live(key):
-                    member.counted[kind] += number  # it has this item already
+                    member.counted[kind] += number  # this member already has the item
 
 
 class Follower(Generic[T]):
@@ -159,10 +159,10 @@ class Follower(Generic[T]):
         """Create an empty buffer.
 
         Args:
-            group: the followers that want the same.
+            group: the followers that want the same items.
             room: maximum number of frames.
             cut: closes the connection at once, without writing the waiting frames.
-            seam: of a follower whose stored items come first.
+            seam: keeps stored items from being sent again; None without stored items.
             pause: seconds between two writes, during which frames are gathered.
         """
         self.group = group
@@ -226,16 +226,16 @@ class Follower(Generic[T]):
 
 
 class CountingFollower(Follower[T]):
-    """A client that gets numbers of live items. They need no buffer, so none is lost."""
+    """A client that gets the number of live items. Numbers need no buffer, so none are lost."""
 
     def take(self) -> bytes:
-        """Return the waiting frames, and one with the items since the last call if there are any."""
+        """Return the waiting frames, and a frame with the numbers of items since the last call, if any."""
         frames, totals = super().take(), self.group.totals
         gained = {kind: number - self.counted[kind] for kind, number in totals.items()}
         self.counted.update(gained)
         if any(gained.values()):
             return frames + frame("count", {"events": 0, "attempts": 0, **gained})
-        self.group.counted.clear()  # members that still have to take wait for nothing
+        self.group.counted.clear()  # no member with new numbers waits for it
         return frames
 
     async def wait(self, seconds: float) -> None:
@@ -262,7 +262,7 @@ async def _first(event: asyncio.Event, seconds: float) -> None:
 
 
 class Followers(Generic[T]):
-    """All followers of one stream, in groups that want the same."""
+    """All followers of one stream, grouped by the items that they want."""
 
     def __init__(self, room: int) -> None:
         """Take `room`, the number of items that may wait for each follower."""
@@ -279,7 +279,7 @@ class Followers(Generic[T]):
 
     @property
     def groups(self) -> Collection[Group[T]]:
-        """The groups, none of which is empty."""
+        """The groups; each has at least one member."""
         return self._groups.values()
 
     @property
@@ -332,7 +332,8 @@ async def stream(
     """Send the items that a client wants until it disconnects or the daemon stops.
 
     `past` yields frames that are sent first; `b""` means that the search for them continues. Its `seam`
-    separates them from live items. With `counts`, the client gets numbers of live items instead of items.
+    keeps them from being sent again as live items. With `counts`, the client gets numbers of live items
+    instead of the items.
     """
     if followers.ended:
         return error_response(503, "draining", "the relay is stopping", "try again after its restart")

@@ -49,7 +49,7 @@ KEEP = 5.0
 """Seconds after the end of a follower's history during which live items are compared with the history."""
 
 KEEP_IN_CLUSTER = 30.0
-"""The same with several nodes, because their items arrive later."""
+"""`KEEP` in a cluster, because the items of other nodes arrive later."""
 
 OVERLAP = 60 * SECOND
 """Time between the start of an item and its commit, in addition to the timeout of an attempt."""
@@ -120,12 +120,12 @@ class Wanted(msgspec.Struct, frozen=True, kw_only=True):
     source: str | None = None
     destination: str | None = None  # attempts to it; no events
     type: str | None = None  # pattern of the full type
-    matches: Callable[[str], bool] | None = None  # the same
+    matches: Callable[[str], bool] | None = None  # tests a full type against this pattern
     failed: bool = False  # only failed attempts
     attempts: bool = True  # otherwise only events
     payload: bool = False  # events with the start of their bodies
-    count: bool = False  # only numbers of live items
-    brief: bool = False  # items without content, for the numbers of another node
+    count: bool = False  # only the numbers of live items
+    brief: bool = False  # only the keys of items, for another node that counts them
 
     @property
     def events(self) -> bool:
@@ -133,11 +133,11 @@ class Wanted(msgspec.Struct, frozen=True, kw_only=True):
         return not self.failed and self.destination is None
 
     def event(self, event: StoredEvent) -> bool:
-        """Return whether a follower that wants events wants this one."""
+        """Return whether an event passes the filter, if the follower wants events."""
         return self._fits(event.source, event.type)
 
     def attempt(self, outcome: Outcome) -> bool:
-        """Return whether a follower that wants attempts wants this one."""
+        """Return whether an attempt passes the filter, if the follower wants attempts."""
         attempt, event = outcome.attempt, outcome.delivery.event
         if attempt is None or (self.failed and attempt.result == "ok"):
             return False
@@ -157,14 +157,14 @@ class Wanted(msgspec.Struct, frozen=True, kw_only=True):
         return self.matches is None or self.matches(type_)
 
     def query(self) -> dict[str, Any]:
-        """Return the same wishes as a query, for another node."""
+        """Return the filter as a query, for another node."""
         flags = ("failed", "attempts", "payload", "count")
         given = {name: getattr(self, name) for name in ("source", "destination", "type")}
         return given | {name: "1" if getattr(self, name) else "0" for name in flags}
 
 
 class _Frames:
-    """The frames of the items of one commit; each is made once for all followers."""
+    """The frames of one commit's items. Each is made once for all followers."""
 
     def __init__(self) -> None:
         self._made: dict[tuple[int, bool, bool], bytes] = {}
@@ -189,7 +189,7 @@ class _Frames:
 
 
 def _send_attempts(outcomes: Iterable[Outcome], group: Group[Wanted], frames: _Frames) -> None:
-    """Send the attempts that a group wants to its members."""
+    """Send the attempts of a commit to the members of a group that wants them."""
     wanted, compares = group.wanted, group.compares
     for outcome in outcomes:
         if wanted.attempt(outcome):
@@ -201,7 +201,7 @@ def _send_attempts(outcomes: Iterable[Outcome], group: Group[Wanted], frames: _F
 
 
 def _send_events(events: Iterable[StoredEvent], group: Group[Wanted], frames: _Frames) -> None:
-    """Send the events that a group wants to its members."""
+    """Send the events of a commit to the members of a group that wants them."""
     wanted, compares = group.wanted, group.compares
     for event in events:
         if wanted.event(event):
@@ -237,7 +237,7 @@ class _Remote:
 
 
 class _Wish(msgspec.Struct):
-    """Items that the other nodes collect."""
+    """A request to the other nodes to collect items."""
 
     number: str
     followers: int = 0
@@ -258,7 +258,7 @@ class TailApi:
         self._nodes.handle(COLLECT, self._collect_here)
         self._numbers = itertools.count(1)
         self._asked: dict[Wanted, _Wish] = {}  # the items that the other nodes collect
-        self._silent: dict[Follower[Wanted], tuple[str, ...]] = {}  # nodes that did not answer, as it knows
+        self._silent: dict[Follower[Wanted], tuple[str, ...]] = {}  # silent nodes, as last sent to it
         self._collecting: asyncio.Task[None] | None = None
         self._lock = asyncio.Lock()  # held while the other nodes are asked
         self._remote: dict[str, _Remote] = {}  # followers on other nodes, by incarnation
@@ -512,7 +512,7 @@ def _frames_of(text: str) -> list[bytes]:
 
 
 def _pass_on(item: bytes, group: Group[Wanted]) -> None:
-    """Give an item of another node to the followers that want it."""
+    """Pass an item of another node to the followers that want it."""
     kind = next((kind for head, kind in _KINDS.items() if item.startswith(head)), None)
     key = _key_in(item, kind) if kind is not None and group.compares else None
     if kind is not None and group.wanted.count:

@@ -39,7 +39,7 @@ PAYLOAD = 16 * 1024
 """Bytes of a body that are shown with an event by default."""
 
 LARGE = 256 * 1024
-"""Bytes of a body whose digest is computed in a thread, because that takes longer than the event loop may."""
+"""Bytes above which a body's digest is computed in a thread, so that it does not delay the event loop."""
 
 MOST_COUNTS = 50_000
 """Counts per hour, source and type that are read to list the types, the latest first."""
@@ -123,9 +123,9 @@ class AttemptView(msgspec.Struct):
 class ReplyView(msgspec.Struct):
     """A reply about an event."""
 
-    received_at: Annotated[Time, about("Of the request; of the first request, it is the event's.")]
+    received_at: Annotated[Time, about("Receipt of the request; equals the event's for the first request.")]
     status: int
-    duration_ms: Annotated[float, about("From the head of the request until the reply was ready.")]
+    duration_ms: Annotated[float, about("Time from the request's head until the reply was ready.")]
     heard: Annotated[bool, about("Whether the sender was connected when the reply was sent.")]
 
 
@@ -135,15 +135,15 @@ class EventShown(EventView):
     replies: Annotated[
         tuple[ReplyView, ...],
         about(
-            "Replies to its first request and to repetitions, oldest first. Each daemon keeps those about "
-            "its latest 4,096 events or more in memory; nodes of a cluster ask one another."
+            "Replies to the first request and to repetitions, oldest first. Each daemon keeps those for at "
+            "least its latest 4,096 events in memory. Nodes of a cluster ask each other."
         ),
     ]
     owed: tuple[DeliveryView, ...]
     id_digits: Annotated[int, about("Hex digits by which the ids of these deliveries can be looked up.")]
     content_type: str
-    sha256: Annotated[str, about("Stored digest of the body, hexadecimal.")]
-    intact: Annotated[bool, about("Whether the body has this digest; a damaged body is not sent.")]
+    sha256: Annotated[str, about("SHA-256 of the body as received, in hexadecimal digits.")]
+    intact: Annotated[bool, about("Whether the body still has this digest. A damaged body is not sent.")]
     payload: Annotated[str, about("The start of the body; invalid UTF-8 is replaced.")]
     payload_truncated: bool
 
@@ -239,8 +239,8 @@ class OrderView(msgspec.Struct):
     """The order keys of a destination with `order_by`: deliveries of one key are sent one after another."""
 
     keys: Annotated[int, about("Keys with pending deliveries.")]
-    longest: Annotated[int, about("Pending deliveries of the key that has most.")]
-    is_whole: Annotated[bool, about("false: there are too many to count; both figures may be higher.")]
+    longest: Annotated[int, about("Pending deliveries of the key with the most.")]
+    is_whole: Annotated[bool, about("false: there are too many to count, so both figures may be too low.")]
 
 
 class DestinationShown(DestinationView, kw_only=True):
@@ -249,7 +249,7 @@ class DestinationShown(DestinationView, kw_only=True):
     events: tuple[str, ...] | msgspec.UnsetType = msgspec.UNSET
     due: Annotated[int, about("Pending deliveries that are due.")]
     oldest: Annotated[DeliveryView | None, about("The oldest pending delivery.")]
-    expires_next: Annotated[Time | None, about("When the first of them reaches its `ttl`.")]
+    expires_next: Annotated[Time | None, about("When the first pending delivery reaches its `ttl`.")]
     order: Annotated[OrderView | None, about("null: no pending delivery has an order key.")]
     latest: Annotated[DeliveryView | None, about("The latest delivery.")]
 
@@ -272,8 +272,8 @@ async def check_names(
 ) -> None:
     """Check the names in a filter; `sources` and `destinations` are those in config.toml.
 
-    An unknown name is probably misspelt, so an empty result would mislead. Of a type, or a pattern of types,
-    the source is checked.
+    An unknown name is probably misspelt, so an empty result would mislead. For a type or a pattern of types,
+    only the source is checked.
 
     Raises:
         UnknownError: a name is neither in config.toml nor in the store.
@@ -438,9 +438,7 @@ async def _row(stored: StoredData, noun: str | None, given: str) -> int:
 async def show_event(stored: StoredData, given: str, most: int = PAYLOAD) -> dict[str, Any]:
     """Return an event by its id or a unique prefix of it, with its deliveries and the start of its body.
 
-    `most` is the number of bytes of the body.
-
-    The daemon adds the replies, which are not stored.
+    `most` is the maximum number of bytes of the body. `replies` is empty here; the daemon has them in memory.
 
     Raises:
         RelayError: no event has this id, or several have this prefix.
@@ -457,7 +455,7 @@ async def show_event(stored: StoredData, given: str, most: int = PAYLOAD) -> dic
 
 
 async def _payload(stored: StoredData, event_id: int, most: int) -> dict[str, Any]:
-    """Return the start of an event's body, and whether the whole body has its digest."""
+    """Return the start of an event's body, and whether the whole body matches its digest."""
     event = (await stored.queries.load([event_id])).get(event_id)
     if event is None:
         raise UnknownError("the event has just been deleted")

@@ -115,7 +115,7 @@ def heard_bars(minutes: str) -> tuple[str, str]:
 
 
 def repeated_text(requests: int) -> str:
-    """Return by how many requests an event was repeated.
+    """Return how often an event was repeated.
 
     >>> repeated_text(0), repeated_text(1), repeated_text(1200)
     ('', 'once by its sender', '1,200 times by its sender')

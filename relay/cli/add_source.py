@@ -204,7 +204,7 @@ def _ask_kind(known: Known) -> str:
 
 
 def print_kinds(known: Known) -> None:
-    """Print a line for each kind of source, or only the names if the screen has too few lines."""
+    """Print a line for each kind of source, or only the names if the lines do not fit the screen."""
     if sys.stdout.isatty() and len(known) >= shutil.get_terminal_size().lines:
         names = ", ".join(known)
         click.echo("\n".join(screen.wrap(f"Kinds of sender: {names}", screen.terminal_width())))

@@ -133,7 +133,7 @@ def show(config: Path | None, *, env_files: tuple[Path, ...], as_json: bool, wit
     Example: relay config show -c /etc/relay/config.toml
 
     Secrets appear as <secret>, so the command works even if you may not read them. Paths are absolute. With
-    --origins, a comment names the file and line that set each key, or says that it has its default.
+    --origins, a comment on each line has the file and line that set the key, or says "default".
     """
     setup, _ = load_without_secrets(find_config(config), env_files)
     tables = effective(setup.config)

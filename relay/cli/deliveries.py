@@ -85,8 +85,8 @@ def show(answer: Any, *, daemon: "Daemon | Offline", **_: str) -> None:
     Example: relay deliveries show 01a201eb
 
     DELIVERY is an id, with or without dlv_; any unique prefix works. Shows the three latest distinct
-    responses, up to 1000 characters each; --json has the response of every attempt, up to 16 KiB each. For a
-    pending delivery whose destination is held, stderr has the reason and the next command.
+    responses, up to 1000 characters each; --json has the response of every attempt, up to 16 KiB each. If the
+    destination of a pending delivery is held, stderr has the reason and the next command.
     """
     print_fields(answer, delivery_fields(answer))
     if answer["tries"]:

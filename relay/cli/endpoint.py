@@ -68,8 +68,8 @@ def daemon_options(command: Callable[..., Any]) -> Callable[..., Any]:
                 raise
             raise CommandError(
                 f"the daemon is hookferry {version}, this command is {relay.__version__}:"
-                " it does not understand the response",
-                hint="restart the daemon after an upgrade, or use the command of its version;"
+                " the command does not understand the daemon's response",
+                hint="restart the daemon after an upgrade, or use the command of the daemon's version;"
                 " --json prints the response unchanged",
             ) from error
 
@@ -77,7 +77,7 @@ def daemon_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _other_version(daemon: Daemon) -> str | None:
-    """Return the version of a daemon if it is not that of this command."""
+    """Return the version of a daemon if it differs from that of this command."""
     version: str | None = None
     with suppress(RelayError, LookupError, TypeError):
         version = daemon.get("status")["version"]

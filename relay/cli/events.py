@@ -56,7 +56,7 @@ MOST_LINES = 60  # of a payload
 CHUNK = 256 * 1024  # bytes that an import sends at once
 NOTHING_MATCHES = "no event matches"
 INTACT = "matches its SHA-256"
-DAMAGED = "damaged: it does not match its SHA-256, so it is not sent"
+DAMAGED = "damaged: does not match its SHA-256; the relay does not send it"
 
 
 @click.group(cls=Group)
@@ -136,7 +136,7 @@ def _answered(event: Mapping[str, Any]) -> str:
     """Return the reply to the first request; "" if the daemon does not know it."""
     for reply in event["replies"]:
         if reply["received_at"] == event["received_at"]:
-            heard = "" if reply["heard"] else "; the sender disconnected before"
+            heard = "" if reply["heard"] else "; the sender had disconnected"
             return f"{reply['status']} after {reply['duration_ms']:,} ms{heard}"
     return ""
 

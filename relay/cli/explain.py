@@ -89,7 +89,7 @@ def explain(
         print_json(answer)
         return
     print_items(("name", "why"), list(_lines(answer["destinations"])), _SHAPE)
-    if not sys.stdout.isatty():  # the table on a terminal contains them
+    if not sys.stdout.isatty():  # on a terminal, the table contains them
         for each in answer["destinations"]:
             for line in _notes(each):
                 click.echo(f"{each['name']}: {line}", err=True)
@@ -98,7 +98,7 @@ def explain(
 
 
 def _lines(destinations: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, str]]:
-    """Yield the rows of the table: on a terminal, a destination's name is only in its first row."""
+    """Yield the rows of the table; on a terminal, only the first row of a destination has its name."""
     is_terminal = sys.stdout.isatty()
     for each in destinations:
         lines = [*each["lines"], *(_notes(each) if is_terminal else [])]
@@ -109,7 +109,7 @@ def _lines(destinations: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, str]
 def _notes(destination: Mapping[str, Any]) -> Iterator[str]:
     """Yield how a destination that gets the event handles its delivery."""
     if (held := destination["held"]) is not None:
-        yield f"held now ({held}); sent after the hold has ended"
+        yield f"held now ({held}); sent when the hold ends"
     yield from destination["options"]
     if destination["retries"] is not None:
         yield destination["retries"]

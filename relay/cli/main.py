@@ -143,7 +143,7 @@ class OneOf(click.Choice[str]):
 
 
 class Number(click.IntRange):
-    """A whole number in a range."""
+    """The type of an option that takes a whole number in a range."""
 
     name = "number"
 

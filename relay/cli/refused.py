@@ -49,7 +49,7 @@ def list_(daemon: Daemon, *, as_json: bool, quiet: bool, **query: Any) -> None:
     print_page(page, COLUMNS, SHAPE, as_json=as_json, quiet=quiet)
     if query["reason"] in TEMPORARY:
         print_note(
-            "Requests that are refused for this reason are not kept, because their senders repeat them."
+            "The relay does not keep requests that it refuses for this reason: their senders repeat them."
             " The log names the senders: `journalctl --unit relay.service --grep refused`"
         )
 
@@ -62,7 +62,7 @@ def show(answer: Any, **_: str) -> None:
     Example: relay refused show 01a201eb
 
     REQUEST is an id, with or without ref_; any unique prefix works. Tokens are masked. The body is kept only
-    if the sender was authenticated. The diagnosis is that of `relay verify`, made when the request arrived.
+    if the sender was authenticated. The relay made the diagnosis when the request arrived.
     """
     source, findings = answer["source"], answer.pop("findings")
     retried = screen.full_time(answer["retried_at"])
@@ -105,7 +105,7 @@ def _diagnosis(findings: Iterable[Mapping[str, str]]) -> Iterator[Field]:
 @json_option
 @daemon_options
 def retry(daemon: Daemon, requests: tuple[str, ...], *, as_json: bool) -> None:
-    """Handle refused requests again, the oldest first.
+    """Handle refused requests again, oldest first.
 
     Example: relay refused retry 01a201eb
 
@@ -131,5 +131,5 @@ def retry(daemon: Daemon, requests: tuple[str, ...], *, as_json: bool) -> None:
 def _outcome(each: Mapping[str, Any]) -> str:
     if each.get("error"):
         return f"{each['id']}: {printable(each['error'])}"
-    stored = "it creates no event" if each["event_id"] is None else f"event {each['event_id']}"
+    stored = "no event" if each["event_id"] is None else f"event {each['event_id']}"
     return f"{each['id']}: accepted, {stored}"

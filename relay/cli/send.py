@@ -99,9 +99,9 @@ def send(
     url = to or _listener(path, setup.server.listen)
     status = _exchange(url, signed, as_json=as_json, service=None if to else service_of(path))
     if not HTTPStatus.OK <= status < HTTPStatus.MULTIPLE_CHOICES:
-        hint = "the line above has the relay's reason; `relay refused list` shows refused requests"
+        hint = "the response above names the reason; `relay refused list` shows refused requests"
         if status in (HTTPStatus.NOT_FOUND, HTTPStatus.METHOD_NOT_ALLOWED):
-            hint = "name the public listener with --to URL; the daemon must have loaded this config.toml"
+            hint = "name the public listener with --to URL; check that the daemon runs with this config.toml"
         if status == HTTPStatus.UNAUTHORIZED and signed.headers == request.headers:
             hint = f"only the sender of {source} can sign requests: let it send a test event"
         raise CommandError(f"{signed.method} {signed.target} returned {status}", hint=hint, code=FAILED)

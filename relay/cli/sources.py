@@ -91,7 +91,7 @@ def show(answer: Any, *, name: str) -> None:
         since = screen.full_time(since) if sys.stdout.isatty() else since
         print_note(f"uses are counted since {since}, the start of the daemon or a later reload")
     if missing:
-        print_note(f"no answer from {', '.join(missing)}: the uses at these nodes are missing")
+        print_note(f"no answer from {', '.join(missing)}: the counts do not include their uses")
 
 
 def _flattened(table: Mapping[str, Any], *above: str) -> Iterator[tuple[str, Any]]:

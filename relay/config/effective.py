@@ -35,7 +35,7 @@ def effective(config: Config) -> dict[str, Any]:
 
 
 def fill(tables: dict[str, Any], config: Config) -> Iterator[None]:
-    """Add the tables of `effective`, one source or destination or other table per step."""
+    """Add the tables of `effective`; each step adds one source, one destination or one other table."""
     for key, name, unit in _keys(Config):
         value = getattr(config, name)
         if key in _NAMED:
@@ -126,16 +126,16 @@ def as_toml(tables: Mapping[str, Any]) -> Iterator[str]:
 
 
 def with_origins(tables: Mapping[str, Any], origins: Mapping[str, str]) -> Iterator[tuple[str, str]]:
-    """Yield the lines of a config.toml with the same settings, each with its place or "default".
+    """Yield the lines of a config.toml with the same settings, each with its origin or "default".
 
-    `origins` are those of `Config`. Lines without a key have no place.
+    `origins` are those of `Config`. A line without a key has the origin "".
     """
     for line, key in _keyed(tables):
         yield line, origins.get(key, "default") if key else ""
 
 
 def _keyed(tables: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield the lines of a config.toml, each with its key, "" for other lines."""
+    """Yield the lines of a config.toml, each with its dotted key; "" for a line without a key."""
     yield from _lines({name: value for name, value in tables.items() if not isinstance(value, dict)})
     for name, table in tables.items():
         if name in _NAMED:
@@ -218,7 +218,7 @@ def _unit(type_: Any) -> str | None:
 
 
 def _lines(table: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield a line for each key of a table, with the key as it is written."""
+    """Yield a line for each key of a table, with the key as written in TOML."""
     for name, value in table.items():
         key = dotted((name,))
         yield f"{key} = {_written(value)}", key

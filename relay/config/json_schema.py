@@ -81,15 +81,8 @@ _SHORT: Mapping[Any, dict[str, Any]] = {
 }
 """Short forms of records that have one."""
 
-_HIDDEN = {
-    "path",
-    "included",
-    "origins",
-    "warnings",
-    "name",
-    "settings",
-    "compiled",
-}  # fields that are not keys
+_HIDDEN = {"path", "included", "origins", "warnings", "name", "settings", "compiled"}
+"""Fields that are not keys of config.toml."""
 
 
 Kinds = Mapping[str, tuple[type[msgspec.Struct], frozenset[str]]]

@@ -1,4 +1,4 @@
-"""The place of each setting: the file and line that set it, and the variable or file of a secret."""
+"""The origin of each setting: the file and line that set it, and the variable or file of its secret."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -12,9 +12,10 @@ _PLACES = {"env": "environment variable", "file": "file", "credential": "credent
 
 
 def origins_of(document: Document, environ: Mapping[str, str]) -> dict[str, str]:
-    """Return the place of each key that is set, such as "conf.d/crm.toml:4"; all others have their default.
+    """Return the file and line of each key that is set, such as "conf.d/crm.toml:4".
 
-    A secret also names its place: "config.toml:7, environment variable CRM_SECRET".
+    The text for a secret also names its variable, file or credential:
+    "config.toml:7, environment variable CRM_SECRET".
     """
     folder = Path(document.file).parent
     found = {}
@@ -34,7 +35,7 @@ def origins_of(document: Document, environ: Mapping[str, str]) -> dict[str, str]
 
 
 def _is_loose(path: KeyPath, data: Mapping[str, Any]) -> bool:
-    """Return whether a key stands outside of all tables."""
+    """Return whether a key is outside of all tables."""
     return len(path) == 1 and not isinstance(data.get(str(path[0])), dict)
 
 

@@ -83,11 +83,11 @@ def dotted(path: KeyPath) -> str:
 
 
 MOST_MATCHES = 5
-"""Ids that the error for an ambiguous one lists."""
+"""Maximum number of ids that the error for an ambiguous id lists."""
 
 
 def ambiguous(noun: str, given: str, matches: Iterable[str]) -> RelayError:
-    """Return the error for a shortened id of several objects; it lists the first ones."""
+    """Return the error for a prefix that several ids have; it lists the first ids."""
     found = list(matches)
     listed = [*found[:MOST_MATCHES], *(["…"] if len(found) > MOST_MATCHES else [])]
     return RelayError(

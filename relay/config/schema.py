@@ -652,7 +652,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
 
     path: Path  # the file that was read
     included: tuple[Path, ...] = ()  # further files
-    origins: dict[str, str] = {}  # place of each key that is set, see `relay.config.origins`
+    origins: dict[str, str] = {}  # of each key that is set; see `relay.config.origins`
     include: Annotated[
         tuple[str, ...],
         _help(

@@ -1,4 +1,4 @@
-"""Why the relay refused a request, found while it still has the whole request."""
+"""Diagnosis of refused requests, made while the relay still has the whole request."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -29,11 +29,11 @@ from relay.ingest.routes import Routes, mounts_of
 from relay.model import Finding
 
 LONGEST = 500
-"""Characters of each text of a finding; a plugin may put a payload into it."""
+"""Maximum number of characters of each text of a finding; a plugin may put a payload into it."""
 
 
 def explain(cases: Sequence[Case], config: Config) -> list[tuple[Finding, ...]]:
-    """Return the findings about each refused request; none where the reason of the refusal says it all."""
+    """Return the findings about each refused request; empty if the reason of the refusal needs no more."""
     tokens: tuple[Token, ...] | None = None
     found = []
     for case in cases:
@@ -44,17 +44,11 @@ def explain(cases: Sequence[Case], config: Config) -> list[tuple[Finding, ...]]:
 
 
 def _tokens(config: Config) -> tuple[Token, ...]:
-    """Return the configured tokens, which the daemon does not keep in clear text; () if it cannot."""
+    """Read the configured tokens again, because the daemon keeps only digests; () if that fails."""
     try:
         return all_tokens(Binder(read(config.path), os.environ, lenient=True), config)
-    except (
-        RelayError,
-        OSError,
-        LookupError,
-        TypeError,
-        ValueError,
-    ):  # config.toml has changed since the start
-        return ()
+    except (RelayError, OSError, LookupError, TypeError, ValueError):
+        return ()  # config.toml has changed since the start
 
 
 def _findings(case: Case, config: Config, tokens: Sequence[Token]) -> Iterator[Finding]:
@@ -82,7 +76,7 @@ def _findings(case: Case, config: Config, tokens: Sequence[Token]) -> Iterator[F
 
 
 def _of_body(case: Case, source: SourceConfig) -> Iterator[Finding]:
-    """Yield the findings about the body; none if the reason of the refusal names the fault."""
+    """Yield the findings about the body; none if the reason of the refusal already names the problem."""
     refusal, body = case.refusal, case.incoming.body
     if isinstance(refusal, TooLarge):
         do = f"raise `max_body` in [sources.{source.name}], or have the sender post less"
@@ -97,7 +91,7 @@ def _of_body(case: Case, source: SourceConfig) -> Iterator[Finding]:
 
 
 def _unowned(case: Case, config: Config) -> Finding:
-    """Return the most similar path that a source owns."""
+    """Return the finding about a path that no source owns; it names the most similar path."""
     near = Routes(mounts_of(config.sources)).nearest(case.path)
     if near is None or near == "/health":
         return Finding(

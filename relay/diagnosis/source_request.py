@@ -366,6 +366,6 @@ def _refused(source: SourceConfig, refusal: Refusal) -> Finding:
 
 
 def failed(source: SourceConfig, error: BaseException) -> Finding:
-    """Return the finding about an exception of a plugin."""
+    """Return the finding about an exception that a plugin raised."""
     what = f"failed: {type(error).__name__}: {error}"
     return Finding(cause="plugin", where=f'plugin "{source.plugin}"', what=what, do="correct the plugin")

@@ -55,7 +55,7 @@ def explain_token(
 
 
 def explain_scope(refusal: Forbidden, token: Token | None) -> Finding:
-    """Return why a token does not permit a request; None: the token is not known."""
+    """Return why a token does not permit a request; `token` is None if it is unknown."""
     if token is None:
         return Finding(
             cause="scope", where=AUTHORIZATION, what=refusal.detail, do="give the sender another token"

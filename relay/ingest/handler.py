@@ -72,7 +72,7 @@ MOST_BYTES = 32 * 2**20
 LONGEST_QUIET = 600.0  # longest pause in seconds between two log lines with the same key
 LONGEST_KEY = 256  # characters of an idempotency key; a longer key is stored as its digest
 MOST_EVENTS = 5000  # of one request; its transaction delays the commits of others
-MOST_SHARED = 100  # events of one request whose reply is remembered
+MOST_SHARED = 100  # events of one request for which the reply is remembered
 MOST_COPIES = 4  # all data and contexts of such a request, as a multiple of `max_body`
 TURN = 0.001  # seconds of one turn of the event loop that such a request may use before it is stored
 

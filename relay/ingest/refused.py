@@ -59,9 +59,9 @@ BODY_SHARE = 8
 """A body larger than this share of `max_size` is not kept."""
 
 MOST_DIAGNOSED = 64 * 1024
-"""Bytes of the largest body that is diagnosed: the diagnosis tries variants of the whole body."""
+"""Maximum number of bytes of a body that is diagnosed, because the diagnosis tries variants of the body."""
 
-PATIENCE = 10.0  # seconds for the diagnosis of the requests of a second
+PATIENCE = 10.0  # seconds to wait for one diagnosis of all waiting requests
 
 _SENSITIVE = re.compile(r"auth|cookie|token|secret|passw|api-?_?key|credential", re.IGNORECASE)
 _DROPPED = {"content-length", "transfer-encoding", "connection", "expect", "content-encoding"}
@@ -69,13 +69,13 @@ _DROPPED = {"content-length", "transfer-encoding", "connection", "expect", "cont
 
 
 class Case(msgspec.Struct, frozen=True, kw_only=True):
-    """A refused request with its tokens and its body, for a diagnosis before both are forgotten."""
+    """A refused request with its tokens and its body, which only the diagnosis gets."""
 
     source: str | None  # None: no source owns the path
     path: str  # with the source's prefix
     refusal: Refusal
     incoming: Incoming
-    is_cut: bool  # whether the body was too large for a diagnosis, and is left out
+    is_cut: bool  # whether the body is left out because it is too large
 
 
 Explain = Callable[[Sequence[Case]], Sequence[tuple[Finding, ...]]]
@@ -96,7 +96,7 @@ class RefusedRequests:
             store: keeps the requests.
             clock: of the daemon.
             is_full: returns whether the disk has no room for senders.
-            explain: makes the diagnoses; None: there are none.
+            explain: makes the diagnoses; None: no diagnoses.
         """
         self._store = store
         self._clock = clock
@@ -178,7 +178,7 @@ class RefusedRequests:
     def _case(
         self, source: str | None, request: Request, refusal: Refusal, incoming: Incoming | None
     ) -> Case | None:
-        """Return a request for the diagnosis; None if there is no diagnosis."""
+        """Return a request for the diagnosis; None if the daemon makes no diagnoses."""
         if self._explain is None:
             return None
         path = request.target.partition("?")[0]
@@ -208,13 +208,13 @@ class RefusedRequests:
             log.warning("refused requests could not be kept: %s", error)
 
     async def _write(self) -> None:
-        async with self._writing:  # a list that is read meanwhile waits for the requests that are diagnosed
+        async with self._writing:  # a list that is read meanwhile waits for this diagnosis
             waiting, self._waiting, self._bytes = self._waiting, [], 0
             if waiting and not self._is_full():
                 await self._store.add(await self._diagnosed(waiting))
 
     async def _diagnosed(self, waiting: Sequence[tuple[RefusedRequest, Case | None]]) -> list[RefusedRequest]:
-        """Return the requests with their findings, without them if the diagnosis fails."""
+        """Return the requests with their findings, or without findings if the diagnosis fails."""
         cases = [case for _, case in waiting if case is not None]
         found: Sequence[tuple[Finding, ...]] = ()
         if self._explain is not None and cases:
@@ -227,7 +227,7 @@ class RefusedRequests:
                     found = await done
             except TimeoutError:
                 self._explain = None
-                log.error("the diagnosis of refused requests hangs; the daemon makes none until it restarts")  # noqa: TRY400 - the traceback is the timer's
+                log.error("the diagnosis of refused requests hangs; restart the daemon to enable it again")  # noqa: TRY400 - the traceback is the timer's
             except Exception:
                 log.exception("the diagnosis of refused requests failed")
         findings = iter(found)

@@ -43,10 +43,10 @@ _OURS = ("connection", "content-length", "transfer-encoding")  # they frame the 
 
 
 MOST_REPLIED = 4096
-"""Events of each of the two parts of `RecentReplies`."""
+"""Maximum number of events in each of the two parts of `RecentReplies`."""
 
 MOST_REPLIES = 10
-"""Replies about one event in a part: the first ones, and the latest."""
+"""Maximum number of replies about one event in a part: the first ones and the latest one."""
 
 OnHeard = Callable[[bool], None]
 """A function that the connection calls once, with whether the sender has received the answer."""
@@ -108,7 +108,7 @@ class Response:
 class Sent(msgspec.Struct, frozen=True, gc=False):
     """A reply about an event."""
 
-    received_at: int  # of the request, wall clock; of the first request, it is the event's
+    received_at: int  # receipt of the request, wall clock; equals the event's for the first request
     status: int
     duration: int  # microseconds from the head of the request until the reply was ready
     heard: bool = True  # False: the sender disconnected before the reply
@@ -117,7 +117,7 @@ class Sent(msgspec.Struct, frozen=True, gc=False):
 class RecentReplies:
     """The replies to the senders of the latest events since the start, in memory.
 
-    Full, `recent` becomes the older part, and the former older part is dropped.
+    When `recent` is full, it becomes the older part, and the former older part is dropped.
     """
 
     def __init__(self) -> None:
@@ -125,14 +125,14 @@ class RecentReplies:
         self._older: dict[str, tuple[Sent, ...]] = {}
 
     def note(self, event_ids: Iterable[str], sent: Sent) -> None:
-        """Note a reply about several events; for one event, `Ingest.handle` does the same without a call."""
+        """Note a reply about several events. For a single event, `Ingest.handle` does this inline."""
         for id_ in event_ids:
             self.recent[id_] = (*self.recent.get(id_, ())[: MOST_REPLIES - 1], sent)
         if len(self.recent) >= MOST_REPLIED:
             self.drop_older()
 
     def drop_older(self) -> None:
-        """Begin a new part."""
+        """Begin a new part, and drop the older one."""
         self.recent, self._older = {}, self.recent
 
     def lose(self, event_ids: Iterable[str]) -> None:

@@ -25,13 +25,13 @@ ADMIN = ""
 class Use(msgspec.Struct, frozen=True):
     """How often a token was used. Times are wall clock."""
 
-    since: int  # uses are counted from then on
+    since: int  # the count begins here
     count: int
     last: int | None
 
 
 def merged(uses: Sequence[Use]) -> Use:
-    """Return the use of a token at all nodes. Before `since`, some of them did not count."""
+    """Return the use of a token at all nodes. From `since` on, all nodes have counted."""
     return Use(
         since=max(use.since for use in uses),
         count=sum(use.count for use in uses),
@@ -52,7 +52,7 @@ class TokenUse(msgspec.Struct):
 
     @property
     def use(self) -> Use:
-        """The use so far."""
+        """The use since `since`."""
         return Use(self.since, self.uses, self.last_used)
 
 

@@ -101,7 +101,7 @@ class Backups:
         self._config = config
         self._metrics = metrics
         self._failed: str | None = None  # error of the latest backup
-        self._applied: BackupConfig | None = None  # settings with which the job has run
+        self._applied: BackupConfig | None = None  # settings of the latest run
 
     @property
     def folder(self) -> Path:
@@ -137,7 +137,7 @@ class Backups:
 
     @property
     def _applied_interval(self) -> float | None:
-        """The interval of backups in seconds, if the job has run with it."""
+        """The interval of backups in seconds; None until the job has run with the current settings."""
         settings = self._config().backup
         return settings.every if settings == self._applied else None
 

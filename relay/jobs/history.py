@@ -1,7 +1,7 @@
 """The last hour and the last day of each source and destination, in memory, from the metrics.
 
-Prometheus keeps metrics for longer, but not every relay has one, and a page or a command can show this day
-without it. Every ten seconds, this job records how much the counters have grown since its last run.
+Prometheus keeps metrics for longer, but not every relay has a Prometheus server.
+Every ten seconds, this job records how much the counters have grown since its last run.
 """
 
 import asyncio
@@ -22,7 +22,7 @@ SLOTS = 360
 """Slots that are kept: one hour."""
 
 LONG = 30
-"""Slots of one long slot, which is five minutes."""
+"""Slots in a long slot of five minutes."""
 
 LONG_SLOTS = 288
 """Long slots that are kept: 24 hours."""
@@ -47,12 +47,12 @@ _NOTHING = array("d", [_UNKNOWN])
 
 
 class Ring:
-    """The values of the latest slots, and of the running one."""
+    """The values of the latest complete slots and of the running slot."""
 
     __slots__ = ("_slots", "_values")
 
     def __init__(self, slots: int) -> None:
-        """Take the number of complete slots that are kept."""
+        """Create a ring of unknown values; `slots` is the number of complete slots to keep."""
         self._slots = slots
         self._values = array("d", [_UNKNOWN] * (slots + 1))
 
@@ -65,19 +65,19 @@ class Ring:
         return self._values[slot % len(self._values)]
 
     def forget(self, after: int, until: int) -> None:
-        """Make the values of the slots after `after` up to `until` unknown."""
+        """Make the values of the slots after `after`, up to and including `until`, unknown."""
         for slot in range(after + 1, min(until, after + len(self._values)) + 1):
             self.set(slot, _UNKNOWN)
 
     def until(self, slot: int, count: int) -> "array[float]":
-        """Return the values of the last `count` slots until `slot`, oldest first."""
+        """Return the values of the `count` slots that end with `slot`, oldest first."""
         start, kept = (slot + 1) % len(self._values), min(count, self._slots)
         ordered = self._values[start:] + self._values[:start]
         return _NOTHING * (count - kept) + ordered[len(ordered) - kept :]
 
 
 class Figure:
-    """The values of one figure: short slots of the last hour, long slots of the last day."""
+    """The values of one figure, in short slots for the last hour and in long slots for the last day."""
 
     __slots__ = ("long", "short")
 
@@ -87,14 +87,14 @@ class Figure:
 
 
 class View(msgspec.Struct, frozen=True):
-    """The slots that an answer has, and how they are joined to periods."""
+    """The slots of a response, and how they are joined to periods."""
 
     is_long: bool
     each: int  # slots of a period
     count: int  # periods
     last: int  # the last slot
-    running: int | None  # short slot, with which the last long slot is incomplete
-    begins: bool  # the last long slot has no other short slot yet
+    running: int | None  # the running short slot, which the last long slot does not include yet
+    begins: bool  # whether the running short slot is the first of its long slot
 
     def values(self, name: str, figure: Figure | None) -> list[float | None]:
         """Return the values of a figure by period, oldest first."""
@@ -109,7 +109,7 @@ class View(msgspec.Struct, frozen=True):
             )
             joined = _joined(name, _known(array("d", known)))
             slots[-1] = _UNKNOWN if joined is None else joined
-        if slots.tobytes() == slots[:1].tobytes() * len(slots):  # of a destination without traffic
+        if slots.tobytes() == slots[:1].tobytes() * len(slots):  # fast path for destinations without traffic
             return [_joined(name, _known(slots[: self.each]))] * self.count
         return [_joined(name, _known(slots[at : at + self.each])) for at in range(0, len(slots), self.each)]
 
@@ -155,7 +155,7 @@ class History:
         self._ran_at = 0  # its end, steady clock
         self._until = 0  # the same, wall clock
         self._read_at = 0  # latest reading of the running slot, steady clock
-        self._noting = asyncio.Lock()  # held while figures are noted, and while an answer is made of them
+        self._noting = asyncio.Lock()  # held while figures are noted or read
 
     async def run(self) -> None:
         """Note the figures of the slot that ends now."""
@@ -226,8 +226,8 @@ class History:
     ) -> Past:
         """Return the last `minutes`, divided into at most `periods` periods.
 
-        More than an hour is made of slots of five minutes. With a name, return only this source or
-        destination, or both. With `running`, the last period ends now and is up to a slot shorter.
+        More than an hour consists of slots of five minutes. With names, return only this source, this
+        destination, or both. With `running`, the last period ends now and is up to one slot shorter.
         """
         async with self._noting:
             if running:
@@ -292,7 +292,7 @@ class History:
 
 
 def _long(slot: int) -> int:
-    """Return the long slot that has a short one."""
+    """Return the long slot that contains a short slot."""
     return -(-slot // LONG)
 
 

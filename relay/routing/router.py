@@ -161,7 +161,7 @@ def retries(destination: DestinationConfig) -> str:
     within = f"about {seconds / _HOUR:.0f} hours" if seconds > 2 * _HOUR else render_duration(seconds)
     parts = ["no retries: the retry schedule is empty"]
     if schedule:
-        parts = [f"any response but a 2xx is retried: {len(schedule) + 1} attempts in {within}"]
+        parts = [f"any response other than 2xx is retried: {len(schedule) + 1} attempts in {within}"]
     if final:
         parts.append(f"{' and '.join(map(str, final))} {'end' if final[1:] else 'ends'} the delivery at once")
     enable = f"`relay destinations enable {destination.name}`"

@@ -420,7 +420,7 @@ class Queries(Protocol):
         ...
 
     async def load(self, event_ids: Sequence[int]) -> dict[int, StoredEvent]:
-        """Read events by row id, with their bodies, which are not checked; deleted events are missing."""
+        """Read events by row id, without a check of their bodies; deleted events are missing."""
         ...
 
     async def destination_states(self) -> dict[str, DestinationState]:
@@ -459,7 +459,7 @@ class LedgerReads(Protocol):
         """Return the limits of a destination's pending deliveries.
 
         It reads at most `relay.store.ledger.MOST_EXPIRING` and `MOST_KEYS` rows. `row` is that of the oldest
-        pending delivery: if no delivery of the destination is among the next to expire, its time counts.
+        pending delivery: its expiry counts if the rows that were read contain no delivery of the destination.
         """
         ...
 
@@ -716,7 +716,7 @@ class Answers(msgspec.Struct, frozen=True):
     def read(self, kind: type[T]) -> tuple[list[tuple[str, T]], tuple[str, ...]]:
         """Return the answers as objects of a type, and the names of nodes of another version.
 
-        An answer that is not of this type comes from another version, too.
+        An answer of another type counts as an answer of another version.
         """
         found, unable = [], list(self.unable)
         for name, answer in self.given:

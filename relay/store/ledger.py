@@ -14,10 +14,10 @@ MOST_LATER = 10_000
 """Deliveries that are not due yet and are counted instead of the due ones; with more, the due ones are."""
 
 MOST_EXPIRING = 1_000
-"""Deliveries that are the next to expire, in which that of one destination is looked for."""
+"""Maximum number of rows, in order of expiry, that are searched for a delivery of one destination."""
 
 MOST_KEYS = 10_000
-"""Order keys that are counted; in SQLite, pending deliveries whose keys are counted."""
+"""Maximum number of order keys to count; in SQLite, of pending deliveries whose keys are counted."""
 
 
 def counts_of(rows: Iterable[Any]) -> dict[str, Counts]:

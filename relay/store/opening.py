@@ -149,7 +149,7 @@ def make_store(
 
 
 async def _former(folder: Path) -> str | None:
-    """Describe the SQLite database that a daemon has by default; None: there is none, or it has no events."""
+    """Describe the default SQLite database of a daemon; None if it does not exist or has no events."""
     path = folder / FILE
     if not path.is_file():
         return None

@@ -49,7 +49,7 @@ def position_of(cursor: str | None) -> int:
 
 
 MOST_NAMED = MOST_MATCHES + 1
-"""Rows that are read by a shortened id."""
+"""Maximum number of rows that are read for a prefix of an id."""
 
 
 def range_of(given: str) -> tuple[str, str]:

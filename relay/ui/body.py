@@ -1,4 +1,4 @@
-"""Bodies: as their sender sent them, and as a destination gets them; JSON as a tree or as text."""
+"""Bodies of events, as received and as a destination gets them. JSON is a tree or text."""
 
 import json
 import re
@@ -14,19 +14,19 @@ from relay.ui.page import Visit
 from relay.ui.parts import command, copy, size, when
 
 MOST_TEXT = 16 * 1024
-"""Characters of a text that are shown at once."""
+"""Maximum number of characters of a text on one page."""
 
 MOST_TABS = 10
-"""Destinations with a tab; the pages of their deliveries show the same for the others."""
+"""Maximum number of destinations with a tab. For others, the page of the delivery shows the request."""
 
 MOST_CURL = 8 * 1024
-"""Characters of a curl command that is shown."""
+"""Maximum number of characters of a curl command on a page."""
 
 OPEN_LEVELS = 2
-"""Levels of a tree that are open at first."""
+"""Levels of a large tree that are open at first."""
 
 OPEN_VALUES = 40
-"""Values of a tree up to which it is open on all levels at first."""
+"""A tree with at most this number of values is fully open at first."""
 
 _PLACE = ("view", "at", "skip", "find")  # parameters of a page that choose a part of a body
 _BRACKETS = {"{": "{}", "[": "[]"}
@@ -84,7 +84,11 @@ async def request_of(visit: Visit, delivery: Mapping[str, Any]) -> Content:
     head = "\n".join((f"{made['method']} {made['url']}", *(f"{k}: {v}" for k, v in made["headers"].items())))
     body = made["body"]
     return [
-        tag("p", "As an attempt would send it now; secrets and signatures are masked.", class_="note"),
+        tag(
+            "p",
+            "The request that an attempt would send now; secrets and signatures are masked.",
+            class_="note",
+        ),
         tag("h3", "Headers sent"),
         tag("pre", "\n", head, tabindex=0, aria_label="Headers sent"),
         tag("h3", "Body sent"),
@@ -96,7 +100,7 @@ async def request_of(visit: Visit, delivery: Mapping[str, Any]) -> Content:
 
 
 def _curl(id_: str, made: Mapping[str, Any]) -> Content:
-    """Return a curl command to copy, or the command that prints it if it is long."""
+    """Return a curl command to copy; if it is long, the `relay` command that prints it."""
     line = command("deliveries", "request", id_, "--curl")
     text = curl_of(made)
     if len(text) > MOST_CURL:
@@ -109,7 +113,7 @@ def _curl(id_: str, made: Mapping[str, Any]) -> Content:
 
 
 def answers(visit: Visit, attempts: Sequence[Mapping[str, Any]]) -> Iterator[Content]:
-    """Yield the bodies of the latest different responses, as text; `attempts` are the latest first."""
+    """Yield the three latest distinct response bodies as text; `attempts` begin with the latest."""
     latest: dict[str, Mapping[str, Any]] = {}
     for each in attempts:
         if each["answer"].strip():
@@ -154,7 +158,7 @@ async def body_of(visit: Visit, text: str, label: str) -> Content:
 
 
 def as_text(visit: Visit, text: str, label: str) -> Content:
-    """Return a text, from the place that the page's query names."""
+    """Return a part of a text, from the position that the page's query names."""
     at = min(_number(visit.query.get("skip"), 0), max(0, len(text) - 1)) if "view" in visit.query else 0
     pre = tag("pre", "\n", text[at : at + MOST_TEXT], tabindex=0, aria_label=label)
     if len(text) <= MOST_TEXT:
@@ -182,7 +186,7 @@ def _switch(visit: Visit, view: str) -> Content:
 
 
 def _search(visit: Visit, find: str) -> Content:
-    """Return the form of the search, which the script turns into an address."""
+    """Return the search form; the script turns its fields into an address."""
     words = "Find in the body"
     field = tag("input", type="search", name="find", value=find, aria_label=words, placeholder=words)
     chosen = visit.query.get("as")
@@ -215,7 +219,7 @@ def _marked(text: str, find: str) -> Content:
 
 
 def _item(visit: Visit, value: Value, index: int | None, opened: int) -> Content:
-    """Return a value as a line, and an object or array with lines below it; `opened` levels are open."""
+    """Return the line of a value, and below it the lines of its children; `opened` levels are open."""
     name = None
     if value.key is not None:
         name = [tag("b", _cut(plain(value.key))), ": "]
@@ -249,7 +253,7 @@ def _count(value: Value) -> int:
 
 
 def _short(written: str) -> str:
-    """Return a value for the tree: escapes of a string become characters, numbers stay as sent."""
+    """Return a value for the tree: decode the escapes of strings, keep the digits of numbers."""
     if written in _BRACKETS:
         return _BRACKETS[written]
     if not written.startswith('"'):
@@ -266,7 +270,7 @@ def _cut(text: str) -> str:
 
 
 def _number(text: str | None, otherwise: int) -> int:
-    """Return a number of a query; it may be anything."""
+    """Return a number from the page's query; `otherwise` if the text is not a number."""
     if text is None or not (text.isascii() and text.isdigit() and len(text) <= _MOST_DIGITS):
         return otherwise
     return int(text)

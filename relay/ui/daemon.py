@@ -113,7 +113,7 @@ def _changes(visit: Visit, database: Mapping[str, Any]) -> Iterator[Content]:
 
 
 _set = maker("b")
-"""A setting that is not a default."""
+"""Makes the element of a setting that config.toml sets."""
 
 
 async def config(visit: Visit) -> web.Response:
@@ -127,7 +127,7 @@ async def config(visit: Visit) -> web.Response:
         visit, "Compare with the file", "reload", "--dry-run", call="POST reload", body={"dry_run": True},
         scope="admin",
     )  # fmt: skip
-    lines: list[Content] = []  # escaped here, between turns of other tasks
+    lines: list[Content] = []  # escaped here, so that other tasks run between the lines
     for line, place in with_origins(shown["config"], shown["origins"]):
         is_set = place not in ("", "default")
         lines.append(_set(f"{line}  # {place}\n") if is_set else escape(f"{line}\n"))
@@ -137,7 +137,7 @@ async def config(visit: Visit) -> web.Response:
         tag(
             "p",
             "Effective settings; secrets are masked. Comments name the file and line of each setting; "
-            "lines without a comment are defaults. File: ",
+            "settings without a comment have their defaults. File: ",
             tag("code", shown["path"]),
         ),
         tag(

@@ -37,7 +37,7 @@ from relay.ui.timeline import changes_of, created, steps_of
 SECTION = "deliveries"
 
 MOST_STEPS = 50
-"""Attempts on the page of a delivery, the latest."""
+"""Maximum number of attempts on the page of a delivery; the latest ones are shown."""
 
 
 async def list_(visit: Visit) -> web.Response:
@@ -94,7 +94,7 @@ def _row(visit: Visit, each: Mapping[str, Any]) -> tuple[Content, ...]:
 
 
 def _changes_of_selected(visit: Visit) -> Content:
-    """Return the changes of the rows that are selected on the page."""
+    """Return the buttons that change the selected rows."""
     can_cancel = visit.query.get("state") in (None, "", "pending")
     return of_selected(
         visit,
@@ -224,7 +224,7 @@ async def show(visit: Visit) -> web.Response:
 
 
 def _earlier(visit: Visit, delivery: Mapping[str, Any]) -> Content:
-    """Return a link to all attempts if not all are shown."""
+    """Return a link to all attempts, unless the page shows all."""
     count = len(delivery["tries"]) - MOST_STEPS
     link = visit.link("attempts", delivery_id=delivery["id"])
     return tag("li", tag("a", f"{count:,} earlier attempts", href=link)) if count > 0 else None

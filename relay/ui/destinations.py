@@ -56,7 +56,7 @@ _ORDERS: Mapping[str, Callable[[Mapping[str, Any]], Any]] = {
     "delivered": lambda each: -each["delivered"],
     "last success": lambda each: each["last_success"] or "",
 }
-"""Orders of the list, see `relay.ui.parts.in_order`."""
+"""The columns that sort the list; see `relay.ui.parts.in_order`."""
 
 _DEFAULTS = effective_table(DestinationConfig(name="", url=Url("http://localhost")))
 
@@ -212,7 +212,7 @@ def _limits(visit: Visit, shown: Mapping[str, Any]) -> Iterator[tuple[str, Conte
 def steering(visit: Visit, shown: Mapping[str, Any], takes: str | None = None) -> Iterator[Content]:
     """Yield the buttons that apply to the state of a destination in config.toml.
 
-    `takes` is the time that its pending deliveries take, if it is known.
+    `takes` is the estimated duration of its backlog, if known.
     """
     name, reason = shown["name"], shown["held"]
     base, waiting = f"POST destinations/{name}", _waiting(shown)
@@ -272,7 +272,7 @@ def _actions(
 
 
 async def _past(visit: Visit, name: str, span: Span) -> Mapping[str, Any]:
-    """Return the history of a destination; empty if it has none."""
+    """Return the history of a destination, or an empty mapping."""
     found: Sequence[Mapping[str, Any]]
     found = (await visit.ask("history", query=span.query(destination=name)))["destinations"]
     return found[0] if found else {}
@@ -283,7 +283,7 @@ def _history(visit: Visit, span: Span, name: str, past: Mapping[str, Any]) -> Ma
     for key, label, unit, address in (
         ("succeeded", "Successful attempts", "", f"{attempts}&failed=0"),
         ("failed", "Failed attempts", "", f"{attempts}&failed=1"),
-        ("p95_ms", "95 % of attempts took", " ms", attempts),
+        ("p95_ms", "p95 duration", " ms", attempts),
         ("pending", "Pending", "", visit.link("deliveries", destination=name, state="pending")),
     ):
         values = [value for value in past.get(key, ()) if value is not None]
@@ -336,9 +336,9 @@ def _forecast(shown: Mapping[str, Any], config: Mapping[str, Any] | None, past: 
 
 
 def _takes(shown: Mapping[str, Any], config: Mapping[str, Any] | None, past: Mapping[str, Any]) -> str | None:
-    """Return the time that pending deliveries take; None if the last hour has no attempt to tell from.
+    """Return how long the pending deliveries take; None without recent attempts to estimate it from.
 
-    The slots for attempts, the rate limit and the deliveries of one order key are three lower limits.
+    `concurrency`, `rate_limit` and the longest order key each give a lower bound; the highest one counts.
     """
     if config is None or not (quick := _quick(past)):
         return None

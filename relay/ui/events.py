@@ -73,9 +73,9 @@ async def list_(visit: Visit) -> web.Response:
 def _new(visit: Visit, items: Sequence[Mapping[str, Any]], *, is_last: bool) -> Content:
     """Return where the script counts events that arrive after the page; None if the tail lacks a filter.
 
-    The tail begins with the events that are stored, a little before the newest row, because events are
-    stored a little later than they arrive. The script leaves out those that the page has already. Of later
-    events, the tail only sends the number.
+    The tail begins with stored events from a little before the newest row, because an event is stored a
+    little after it arrives. The script skips events that the page already shows. For later events, the tail
+    sends only their number.
     """
     filters = {name: value for name, value in visit.query.items() if value and name != "limit"}
     if filters.keys() - {"source", "type"}:
@@ -107,7 +107,7 @@ def _states(counts: Mapping[str, int]) -> list[Content]:
 
 
 async def show(visit: Visit) -> web.Response:
-    """Show an event: its way from the sender to every destination, and its body."""
+    """Show an event: its timeline from the sender to every destination, and its body."""
     given = {"id": visit.path["id"]}
     event = await visit.ask("showEvent", given, {"payload": str(MOST_PAYLOAD)})
     explanation = await visit.ask("explainEvent", given)
@@ -134,17 +134,19 @@ async def show(visit: Visit) -> web.Response:
         await event_body(visit, event),
         tag("p", command("events", "show", event["id"])),
         section=SECTION,
-        heading=[event["type"], ": ", _states(counts) or "sent nowhere"],
+        heading=[event["type"], ": ", _states(counts) or "no deliveries"],
     )  # fmt: skip
 
 
 def _facts(visit: Visit, event: Mapping[str, Any]) -> Content:
-    """Return the identity of an event, what its sender heard, and whether its body is intact."""
+    """Return the main facts: subject, receipt, body and whether it is intact, reply to the sender."""
     digest = tag("span", state("delivered", "as received"), title=f"SHA-256 {event['sha256']}")
     if not event["intact"]:
-        digest = tag("span", state("dead", "damaged: its SHA-256 differs, so it is not sent"), role="alert")
+        digest = tag(
+            "span", state("dead", "damaged: its SHA-256 differs; the relay does not send it"), role="alert"
+        )
     first = [each for each in event["replies"] if each["received_at"] == event["received_at"]]
-    known: list[tuple[str, Content]] = [("Sender heard", reply(first[0]))] if first else []
+    known: list[tuple[str, Content]] = [("Reply", reply(first[0]))] if first else []
     return tag(
         "div",
         fields(

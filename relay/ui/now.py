@@ -42,14 +42,14 @@ Item = Mapping[str, Any]
 
 
 async def show(visit: Visit) -> web.Response:
-    """Show the problems, then sources and destinations with their last hour or day."""
+    """Show the problems, then the figures of sources and destinations for the last hour or day."""
     status, span = await visit.ask("status"), span_of(visit)
     history = await visit.ask("history", query=span.query(periods=str(span.bars)))
     sources = (await visit.ask("listSources"))["items"]
     silent = await visit.ask("listWorkers", query={"status": "OFFLINE", "limit": str(MOST_WORKERS)})
     destinations: Sequence[Item] = ()
     nodes: Sequence[Item] = ()
-    with suppress(StorageError):  # the other data is in memory, and says why the store cannot be read
+    with suppress(StorageError):  # the other data is in memory and shows why the store cannot be read
         destinations = (await visit.ask("listDestinations"))["items"]
         nodes = (await visit.ask("listNodes"))["items"]
     past = {kind: {each["name"]: each for each in history[kind]} for kind in ("sources", "destinations")}
@@ -73,7 +73,7 @@ async def show(visit: Visit) -> web.Response:
         tag("h2", "Sources"),
         await table(
             visit,
-            f"Sources with their last {span.name}",
+            f"Sources, last {span.name}",
             ("Source", "State", "Events/s", "Events", "Refused", span.heading),
             (_source(visit, span, each, past["sources"].get(each["name"], {})) for each in sources),
             numbers=("Events/s", "Events", "Refused"),
@@ -83,7 +83,7 @@ async def show(visit: Visit) -> web.Response:
         tag("h2", "Destinations"),
         await table(
             visit,
-            f"Destinations with their last {span.name}",
+            f"Destinations, last {span.name}",
             ("Destination", "State", "Pending", "Attempts/s", "Attempts", "Failed", "p95", span.heading),
             (
                 _destination(visit, span, each, past["destinations"].get(each["name"], {}))
@@ -103,7 +103,7 @@ async def show(visit: Visit) -> web.Response:
 def _changed(problems: Sequence[Item], silent: Item) -> Markup:
     """Return the hidden link that the script shows when the state changes while the page is in use.
 
-    Its digest tells the script whether a newer page has other problems; their words and times do not count.
+    By its digest, the script detects whether a newer page has different problems, apart from texts and times.
     """
     shown = [[each["kind"], each["name"], each.get("node"), each["next"]] for each in problems]
     workers = [[each["source"], each["id"]] for each in silent["items"]]
@@ -139,7 +139,9 @@ def _missing(history: Item) -> Content:
     return [
         tag(
             "p",
-            state("offline", f"{why.format(', '.join(history[key]))}: the figures below lack these nodes."),
+            state(
+                "offline", f"{why.format(', '.join(history[key]))}: the figures do not include these nodes."
+            ),
         )
         for key, why in reasons
         if history[key]

@@ -1,7 +1,7 @@
-"""JSON as a tree that opens and closes, with the sender's order and digits, bounded for bodies of any shape.
+"""The tree of a JSON body, with the sender's order of keys and the sender's digits.
 
-One pass reads the text token by token and keeps only what a page shows, so that neither a large body nor a
-deep one takes much memory. Other tasks run meanwhile.
+One pass reads the text token by token and keeps only the values that a page shows, so large and deep bodies
+take little memory. Other tasks run between the tokens.
 """
 
 import json
@@ -12,37 +12,37 @@ from dataclasses import dataclass, field
 from relay.base.turns import Turns
 
 MOST_TEXT = 2**20
-"""Characters of a text that is read."""
+"""Maximum number of characters of a text."""
 
 MOST_DEPTH = 1000
-"""Levels of nesting of a text that is read."""
+"""Maximum depth of nesting of a text."""
 
 MOST_LEVELS = 12
-"""Levels that are shown at once."""
+"""Maximum number of levels on a page."""
 
 MOST_CHILDREN = 100
-"""Children of one object or array that are shown at once."""
+"""Maximum number of children of one object or array on a page."""
 
 MOST_VALUES = 200
-"""Values below the first level that are shown at once."""
+"""Maximum number of values below the first level on a page."""
 
 MOST_SHOWN = 8_000
-"""Characters of these values and their keys."""
+"""Maximum number of characters of these values and their keys."""
 
 LONGEST = 160
-"""Characters of a key or value that are shown."""
+"""Characters of a key or value after which it is cut off."""
 
 LONGEST_FOUND = 64 * 1024
-"""Characters of a string with escapes that a search decodes."""
+"""Maximum length of a string whose escapes a search decodes."""
 
 MOST_FOUND = 50
-"""Matches of a search that are shown."""
+"""Maximum number of matches of a search on a page."""
 
 MOST_STEPS = 8
-"""Keys at the end of a path that are shown."""
+"""Maximum number of keys of a path; the last ones are shown."""
 
-_TURN = 64  # tokens between two turns of other tasks
-_PART = 2048  # parts of a string, or of what is not shown, that one match of a pattern reads
+_TURN = 64  # tokens after which other tasks run
+_PART = 2048  # parts of a string or of hidden text that one match of a pattern reads
 _RUN = 512  # values of an array that are counted at once
 
 _CHARACTERS = rf'(?:[^"\\\x00-\x1f]++|\\.){{0,{_PART}}}+'
@@ -59,7 +59,9 @@ _BEGUN, _TEXT, _OPEN, _CLOSE, _COLON, _COMMA, _SCALAR, _END = range(1, 9)  # gro
 _REST_OF_STRING = re.compile(f'{_CHARACTERS}(")?')
 _NO_BRACKETS = re.compile(rf'(?:[^"{{}}\[\]]++|"{_CHARACTERS}"){{0,{_PART}}}+')
 _SCALARS = re.compile(rf'(?:{_SPACE}(?:"{_CHARACTERS}"|[^ \t\n\r"{{}}\[\],:]++){_SPACE},){{{_RUN}}}')
-_VALUE, _FIRST_VALUE, _KEY, _FIRST_KEY, _BEFORE_COLON, _AFTER_VALUE = range(6)  # states: what follows
+_VALUE, _FIRST_VALUE, _KEY, _FIRST_KEY, _BEFORE_COLON, _AFTER_VALUE = range(
+    6
+)  # states, by the token that may follow
 _CLOSING = {"{": "}", "[": "]"}
 _BRACKETS = "{}[]"
 
@@ -69,19 +71,19 @@ class NotReadableError(ValueError):
 
     @classmethod
     def at(cls, place: int) -> "NotReadableError":
-        """Return the error for text that is not JSON from a place on."""
+        """Return the error for text that stops being JSON at a position."""
         return cls(f"not valid JSON from character {place + 1:,} on")
 
 
 @dataclass(slots=True)
 class Value:
-    """A value. An object or array has a place, and those of its children that are shown."""
+    """A value of the tree. Only an object or array has a place and children: those on the page."""
 
-    key: str | None  # as written; None: it has no key
+    key: str | None  # as written; None: an item of an array, or the root
     text: str  # as written; of an object or array, its first character
     place: int = -1  # where an object or array begins
-    first: int = 0  # position of the first child that is shown
-    count: int = 0  # all children
+    first: int = 0  # index of the first child on the page
+    count: int = 0  # of all children
     children: "list[Value]" = field(default_factory=list)
 
 
@@ -99,9 +101,9 @@ class Outline:
     """The part of a text that a page shows."""
 
     root: Value
-    path: str  # of the root; empty: it is the whole text
+    path: str  # of the root; empty for the whole text
     found: list[Found]
-    matches: int  # of a search, also those that are not in `found`
+    matches: int  # of a search; more than `found` if not all are shown
 
 
 @dataclass(slots=True)
@@ -110,11 +112,11 @@ class _Frame:
 
     kind: str
     place: int
-    value: Value | None  # None: it is not shown
+    value: Value | None  # None: hidden
     level: int  # below the shown root
     key: str | None = None  # the latest
     count: int = 0
-    next_run: int = 1  # count from which a run of values may follow
+    next_run: int = 1  # count at which `count_run` is tried again
 
 
 class _Reading:
@@ -169,7 +171,7 @@ class _Reading:
         self.state = _AFTER_VALUE
 
     def add(self, text: str, place: int) -> Value | None:
-        """Note a value, and return it if it is shown; `place` is -1 unless it is an object or array."""
+        """Note a value, and return it if the page shows it; `place` is -1 unless it is an object or array."""
         above = self.frames[-1] if self.frames else None
         value = Value(None, text, place) if self._is_root(above, place) else None
         if value is not None:
@@ -188,11 +190,11 @@ class _Reading:
 
     @property
     def is_hidden(self) -> bool:
-        """Whether nothing of the innermost object or array is needed."""
+        """Whether the innermost object or array can be skipped."""
         return bool(self.frames and self.frames[-1].value is None and self.root and not self._find)
 
     def count_run(self, text: str, place: int) -> int:
-        """Count a run of values in an array that are not shown; return where it ends."""
+        """Count a run of hidden values in an array; return the position after it."""
         frame = self.frames[-1] if self.frames else None
         if frame is None or self.state != _VALUE or frame.count < frame.next_run or self._find:
             return place
@@ -221,10 +223,10 @@ class _Reading:
         return True
 
     def _path(self) -> str:
-        """Return the path of the value that follows."""
+        """Return the path of the next value."""
         steps = []
         for frame in self.frames[-MOST_STEPS:]:
-            index = frame.count - (frame is not self.frames[-1])  # the others count the one that they contain
+            index = frame.count - (frame is not self.frames[-1])  # outer frames have counted the open child
             steps.append(f"[{index}]" if frame.key is None else f".{plain(frame.key)[:LONGEST]}")
         path = "".join(steps).removeprefix(".")
         return path if len(self.frames) <= MOST_STEPS else f"…{path}"
@@ -274,10 +276,10 @@ async def outline(text: str, turns: Turns, *, at: int = -1, skip: int = 0, find:
 
     Args:
         text: the JSON.
-        turns: for other tasks.
-        at: where the object or array begins that is shown; the whole text if none begins there.
-        skip: children of it that are left out.
-        find: a part of keys and values to search for, in upper or lower case.
+        turns: lets other tasks run.
+        at: the position at which the object or array to show begins; the whole text if none begins there.
+        skip: the number of its first children to leave out.
+        find: a text to search for in keys and values; case does not matter.
 
     Raises:
         NotReadableError: the text is not JSON, too large or too deep.
@@ -312,7 +314,7 @@ async def outline(text: str, turns: Turns, *, at: int = -1, skip: int = 0, find:
 
 
 async def _end_of_string(text: str, place: int, turns: Turns) -> int:
-    """Return the place behind a long string, of which a part has been read."""
+    """Return the position after a long string whose beginning has been read."""
     while True:
         part = _REST_OF_STRING.match(text, place)
         if part is None or part.end() == place:
@@ -324,7 +326,7 @@ async def _end_of_string(text: str, place: int, turns: Turns) -> int:
 
 
 async def _skip_hidden(reading: _Reading, text: str, place: int, turns: Turns) -> int:
-    """Return the place behind an object or array that is not shown; only strings and brackets are read."""
+    """Return the position after a hidden object or array; read only its strings and brackets."""
     depth = 1
     while depth:
         part = _NO_BRACKETS.match(text, place)

@@ -69,13 +69,13 @@ _UNSEEN: Mapping[str, re.Pattern[bytes]] = {
     "js": re.compile(rb"^ *//.*\n", re.MULTILINE),
     "css": re.compile(rb"^ *(/\*.*\*/\n)?", re.MULTILINE),
 }
-"""Comments, and the indentation of styles, by the ending of a file. They are not served."""
+"""Comments, and the indentation of styles, by the extension of a file. The relay does not serve them."""
 
 
 def _load(stem: str, ending: str, content_type: str) -> StaticFile:
     content = (resources.files("relay.ui") / "static" / f"{stem}.{ending}").read_bytes()
     if (unseen := _UNSEEN.get(ending)) is not None:
-        content = unseen.sub(b"", content)  # an eighth of the script
+        content = unseen.sub(b"", content)  # saves an eighth of the script
     digest = hashlib.sha256(content).hexdigest()[:12]
     return StaticFile(f"{stem}.{digest}.{ending}", content, content_type)
 

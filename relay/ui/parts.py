@@ -117,14 +117,14 @@ def size(count: int | None) -> str:
 
 
 class Span(msgspec.Struct, frozen=True):
-    """The time before now that the figures and charts of a page cover."""
+    """The period until now that the figures and charts of a page cover."""
 
     name: str
-    since: str  # as a filter of lists
+    since: str  # value of the filter `since` of lists
     minutes: int
-    heading: str  # of a column of `spark`
-    bars: int  # of such a column
-    bar: str  # the time of one of them
+    heading: str  # of a column with charts
+    bars: int  # number of bars of a chart
+    bar: str  # time that a bar covers
     start: str
 
     def query(self, **more: str) -> dict[str, str]:
@@ -137,30 +137,30 @@ DAY = Span("day", "24h", 1440, "Last 24 h", 24, "1 h", "24 h ago")
 
 
 def span_of(visit: Visit) -> Span:
-    """Return the time that the address of a page selects."""
+    """Return the period that the address of a page selects."""
     return DAY if visit.query.get("last") == DAY.name else HOUR
 
 
 def spans(visit: Visit) -> Markup:
-    """Return the links that select the time of a page."""
+    """Return the links that select the period of a page."""
     now, items = span_of(visit), list[Markup]()
     for each in (HOUR, DAY):
         address = query_link(visit.query, {"last": None if each is HOUR else each.name})
         link = tag("a", f"Last {each.name}", href=address, aria_current="true" if each is now else None)
         items.append(tag("li", link))
-    return tag("nav", tag("ul", items), class_="tabs", aria_label="Time of the figures")
+    return tag("nav", tag("ul", items), class_="tabs", aria_label="Period of the figures")
 
 
 class Narrow(msgspec.Struct, frozen=True):
-    """The places of a table's columns on a narrow screen, where a row with `lead` has two lines."""
+    """The layout of a table's rows on a narrow screen; with `lead`, a row has two lines."""
 
-    lead: str = ""  # beside the name of the row, in the first line
-    bare: tuple[str, ...] = ()  # in the second line without their headings, cut off if there is no room
+    lead: str = ""  # heading of the column beside the row's name, in the first line
+    bare: tuple[str, ...] = ()  # columns of the second line without their headings, cut off if too long
     minor: tuple[str, ...] = ()  # not shown
 
 
 BLOCKS = Narrow()
-"""Each row is a block of lines."""
+"""On a narrow screen, each value has its own line."""
 
 
 async def table(
@@ -187,7 +187,7 @@ async def table(
         rows: cells in the order of the columns.
         numbers: columns that are aligned to the right.
         sorts: headings that sort the list, see `in_order`.
-        narrow: the place of the columns on a narrow screen.
+        narrow: the layout on a narrow screen.
         empty: shown if there are no rows.
     """
     kinds = ["n" if head in numbers else None for head in heads]
@@ -338,11 +338,11 @@ def action(
         body: of the request.
         count: what the change is about, such as "1 delivery".
         counts: whether a dry run with the same body returns the count.
-        nouns: singular and plural of what it counts, such as "request requests"; None: deliveries.
+        nouns: singular and plural for the count, such as "request requests"; by default, deliveries.
         rate: at which the relay works through them, per second.
         danger: whether it cannot be undone.
         selected: whether it changes the rows that are selected on the page; the script adds their ids.
-        of: what a screen reader adds to the label, if several buttons of the page have the same.
+        of: addition to the label for screen readers, if several buttons on the page have the same label.
         scope: that the endpoint needs.
     """
     if not visit.may(scope):
@@ -366,7 +366,7 @@ def action(
 
 
 def checkbox(visit: Visit, id_: str, name: str) -> Content:
-    """Return the checkbox of a row, for `of_selected`; `name` is the row's."""
+    """Return the checkbox that selects a row for `of_selected`; `name` is that of the row."""
     if not visit.may("operate"):
         return None
     label = f"Select {name}"
@@ -374,7 +374,7 @@ def checkbox(visit: Visit, id_: str, name: str) -> Content:
 
 
 def of_selected(visit: Visit, *actions: Content) -> Content:
-    """Return the changes of the rows that are selected on the page; the script adds their ids."""
+    """Return the buttons that change the selected rows; the script adds the ids."""
     if not visit.may("operate"):
         return None
     everything = tag("button", "Select all on this page", type="button", data_select=True)
@@ -406,27 +406,26 @@ _LABELS: Mapping[str, str] = {
     "id": "id", "event_id": "event id", "delivery_id": "delivery id", "replayed": "sent again",
     "since": "since", "until": "before", "where": "condition on the event", "failed": "failed",
 }  # fmt: skip
-"""Names of filters in words, unless the name is the word."""
+"""Labels of filters whose name is not a good label."""
 
 _CHOICES: Mapping[str, Sequence[str]] = {"since": ("15m", "1h", "24h", "7d"), "failed": ("1", "0")}
-"""Values that are suggested for filters of lists; others come from the list itself."""
+"""Suggested values of filters. Other filters suggest the values on the page."""
 
 _WORDS = {("failed", "1"): "yes", ("failed", "0"): "no"}
 _IDS = ("id", "event_id", "delivery_id")
 """Filters without suggestions: each row links to its own."""
 
 MOST_SUGGESTED = 8
-"""Values of a filter that are suggested."""
+"""Maximum number of suggested values of a filter."""
 
 LONGEST_SUGGESTED = 60
-"""Characters of a suggested value."""
+"""Maximum number of characters of a suggested value."""
 
 
 def filter_form(visit: Visit, kind: str, items: Iterable[Mapping[str, Any]] = ()) -> Markup:
-    """Return the filters of a list: those in effect, with a link that removes each, and ways to add others.
+    """Return the active filters of a list, each with a link that removes it, and ways to add filters.
 
-    A filter is added by a link, which works without script, or by a form, which the script turns into an
-    address.
+    The links work without JavaScript; the script turns the fields of the form into an address.
 
     Args:
         visit: the request for the page.
@@ -463,7 +462,7 @@ def _label(name: str) -> str:
 
 
 def _suggested(each: ListFilter, items: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
-    """Return values for a filter, and their texts: all valid ones, or those of the entries on the page."""
+    """Return suggested values for a filter and their texts: all valid values, or those on the page."""
     values = each.choices or _CHOICES.get(each.name, ())
     if not values and each.name not in _IDS:
         seen = (item.get(each.name) for item in items)
@@ -486,9 +485,9 @@ def _field(each: ListFilter, value: str) -> Markup:
 def in_order(
     visit: Visit, items: Sequence[Mapping[str, Any]], orders: Mapping[str, Callable[[Mapping[str, Any]], Any]]
 ) -> Sequence[Mapping[str, Any]]:
-    """Return the entries of a whole list in the order of `sort` in the address; a minus reverses it.
+    """Sort all entries of a list by the column that `sort` in the address names; a minus reverses the order.
 
-    `orders` has a key for each column, by its heading in lower case.
+    `orders` has a sort key for each column, by its heading in lower case.
     """
     name = visit.query.get("sort", "")
     order = orders.get(name.removeprefix("-"))
@@ -498,7 +497,7 @@ def in_order(
 def sorting(visit: Visit, heads: Iterable[str]) -> Markup:
     """Return links that sort a list on narrow screens, where its headings are not shown."""
     links = [[" · ", _sort_link(visit, head)] for head in heads]
-    first = tag("a", "usual", href=query_link(visit.query, {"sort": None}))
+    first = tag("a", "default", href=query_link(visit.query, {"sort": None}))
     return tag("p", "Sort by: ", first, links, class_="note narrow")
 
 
@@ -592,7 +591,7 @@ def _bars(values: Iterable[float | None], most: float) -> str:
 
 
 def charts(span: Span, *parts: tuple[str, Content, Content]) -> Markup:
-    """Return figures of a time: each with its name, its value, and its `spark`."""
+    """Return figures of a period, each with its name, value and chart."""
     boxes = [
         tag("div", tag("dt", name), tag("dd", value), tag("dd", bars, class_="chart") if bars else None)
         for name, value, bars in parts

@@ -45,8 +45,8 @@ async def list_(visit: Visit) -> web.Response:
         "Refused requests",
         await table(
             visit,
-            "Sources with refused requests: all of the last hour, and those that are kept",
-            ("Source", "Refused", "Kept, on this page", "Last stored event"),
+            "Sources with refused requests in the last hour",
+            ("Source", "Refused", "Kept (this page)", "Last stored event"),
             _sources(visit, history["sources"], page["items"], last),
             numbers=("Refused",),
             empty="No request to a source was refused in the last hour.",
@@ -115,7 +115,7 @@ def _sources(
 
 
 def _reasons(visit: Visit, name: str, reasons: Sequence[tuple[str, int]]) -> list[Content]:
-    """Return the reasons of kept requests with their numbers, as links to them."""
+    """Return the reasons of kept requests, each with the number of requests as a link to them."""
     return [
         [", " if at else None, f"{reason} ",
          tag("a", number(times), href=visit.link(SECTION, source=name, reason=reason))]
@@ -124,7 +124,7 @@ def _reasons(visit: Visit, name: str, reasons: Sequence[tuple[str, int]]) -> lis
 
 
 def _last(visit: Visit, name: str, time: str | None) -> Content:
-    """Return when the source stored an event, as a link to its events."""
+    """Return when the source last stored an event, as a link to its events."""
     return "never" if time is None else tag("a", when(visit, time), href=visit.link("events", source=name))
 
 
@@ -148,7 +148,7 @@ def _row(visit: Visit, each: Mapping[str, Any]) -> tuple[Content, ...]:
 
 
 def _may_be_kept(each: Mapping[str, Any]) -> bool:
-    """Return whether a request may have been kept with its body; a dry run counts those that were."""
+    """Return whether a request may have been kept with its body. The dry run of a retry counts exactly."""
     return each["source"] is not None and each["reason"] != "auth" and each["event_id"] is None
 
 
@@ -208,7 +208,7 @@ def _source(visit: Visit, name: str | None) -> Content:
 
 
 def _diagnosis(findings: Sequence[Mapping[str, str]]) -> Content:
-    """Return the reasons that the relay found while it had the whole request."""
+    """Return the diagnosis that the relay made when the request arrived."""
     if not findings:
         return None
     items = [
@@ -233,7 +233,7 @@ def _advice(shown: Mapping[str, Any]) -> Iterator[Content]:
         yield "Compare the sender's secret with the one in config.toml. To diagnose a captured request: "
         yield command("verify", "--source", source, "--request", "captured.http")
     elif shown["can_retry"]:
-        yield "Correct the configuration or the plugin, and handle the request again: "
+        yield "Correct the configuration or the plugin, then handle the request again: "
         yield command("refused", "retry", shown["id"])
     else:
         yield "Correct the sender, or the source's settings: "

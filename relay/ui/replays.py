@@ -35,7 +35,7 @@ _ORDERS: Mapping[str, Callable[[Mapping[str, Any]], Any]] = {
     "to": lambda each: each["to"] or "",
     "began": lambda each: each["began_at"],
 }
-"""Orders of the list, see `relay.ui.parts.in_order`."""
+"""The columns that sort the list; see `relay.ui.parts.in_order`."""
 
 
 async def list_(visit: Visit) -> web.Response:

@@ -39,7 +39,7 @@ _ORDERS: Mapping[str, Callable[[Mapping[str, Any]], Any]] = {
     "plugin": lambda each: each["plugin"],
     "path": lambda each: each["prefix"],
 }
-"""Orders of the list, see `relay.ui.parts.in_order`."""
+"""The columns that sort the list; see `relay.ui.parts.in_order`."""
 
 
 async def list_(visit: Visit) -> web.Response:
@@ -142,7 +142,10 @@ async def show(visit: Visit) -> web.Response:
         ),
         tag(
             "p",
-            state("offline", f"No answer from {', '.join(shown['missing'])}: the uses there are missing."),
+            state(
+                "offline",
+                f"No answer from {', '.join(shown['missing'])}: the counts do not include their uses.",
+            ),
         )
         if shown["missing"]
         else None,

@@ -1,4 +1,4 @@
-"""The timeline of an event: from its sender to every destination, also to those that do not get it."""
+"""The timeline of an event, from its sender to every destination, including those that do not get it."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
@@ -10,22 +10,22 @@ from relay.ui.page import Visit
 from relay.ui.parts import action, attempt_result, clock, duration, state, took, when
 
 MOST_ATTEMPTS = 60
-"""Attempts of all deliveries that are shown; the page of a delivery has all of them."""
+"""Maximum number of attempts in a timeline; the page of a delivery has more."""
 
 MOST_WAYS = 50
-"""Destinations with deliveries that are shown, those without success first."""
+"""Maximum number of destinations with deliveries; those without success come first."""
 
 MOST_REPEATS = 5
-"""Deliveries of one destination that are shown, the latest."""
+"""Maximum number of deliveries per destination; the latest ones are shown."""
 
 OPEN_STEPS = 5
-"""Steps of a destination up to which they are visible without a click, if it has not got the event."""
+"""At most this number of steps is open at first, if the destination has not received the event."""
 
 MOST_NAMED = 3
-"""Destinations without a matching pattern that have a line each; more of them share a line."""
+"""Up to this number, destinations without a matching pattern have a line each; more share one line."""
 
 MINUTE = 60
-"""Seconds up to which a time between two steps is shown with its milliseconds."""
+"""Seconds below which a duration is shown with milliseconds."""
 
 NOT_SENT = "not sent"
 
@@ -41,8 +41,8 @@ async def line_of(
     Args:
         visit: the request for the page.
         event: as `GET /api/events/{id}` returns it.
-        matches: whether each destination of config.toml gets it: `destinations` of the explanation.
-        attempts: of all its deliveries, the latest first.
+        matches: `destinations` of the explanation: whether and why each destination gets it.
+        attempts: of all its deliveries, latest first.
     """
     ways: list[Markup] = []
     for each in _ways(visit, event, matches, attempts):
@@ -90,7 +90,7 @@ def _ways(
     matches: Sequence[Mapping[str, Any]],
     attempts: Sequence[Mapping[str, Any]],
 ) -> Iterator[Markup]:
-    """Yield a line for each destination: those with a delivery first."""
+    """Yield a line for each destination, first for those with a delivery."""
     deliveries: dict[str, list[Mapping[str, Any]]] = {}
     for each in reversed(event["owed"]):  # oldest first
         deliveries.setdefault(each["destination"], []).append(each)
@@ -161,7 +161,7 @@ def _sent(
 
 
 def changes_of(visit: Visit, delivery: Mapping[str, Any], *, of: str | None = None) -> Iterator[Content]:
-    """Yield the changes of one delivery; `of` is that of `action`."""
+    """Yield the buttons that change one delivery; `of` as for `action`."""
     id_, pending = delivery["id"], delivery["state"] == "pending"
     yield action(
         visit, "Send now" if pending else "Send again", "deliveries", "retry", id_,
@@ -239,14 +239,14 @@ def steps_of(
     *,
     is_held: bool = False,
 ) -> Iterator[Markup]:
-    """Yield the steps of a delivery in order: its attempts, and its end if no attempt was the end.
+    """Yield the steps of a delivery in order: its attempts, and its end unless an attempt ended it.
 
     Args:
         visit: the request for the page.
         delivery: as in a list.
         attempts: of the delivery, oldest first.
         since: times of the same day are shown without the date.
-        is_held: whether the destination is held, so the time of the next attempt is unknown.
+        is_held: whether the destination is held; then the time of the next attempt is unknown.
     """
     for each in attempts:
         yield tag(
@@ -273,7 +273,7 @@ def _not_sent(visit: Visit, event: str, match: Mapping[str, Any]) -> Markup:
     lines: Content = [tag("div", each.removeprefix("no: ")) for each in match["lines"]]
     again: Content = None
     if match["matches"]:
-        lines = "it matches the event now, but did not when the event arrived"
+        lines = "matches the event now, but did not when the event arrived"
         again = action(
             visit, "Send", "events", "replay", event, "--to", name,
             call="POST replays", body={"events": [event], "to": name}, count="1 event",

@@ -77,7 +77,7 @@ async def list_(visit: Visit) -> web.Response:
 
 
 def _spread(visit: Visit, workers: Sequence[Mapping[str, Any]]) -> Content:
-    """Return the numbers of workers on this page by status and by version, as links to them."""
+    """Return the numbers of workers on this page by status and by version, as links."""
     statuses = Counter(each["status"] for each in workers)
     versions = Counter(each["version"] for each in workers)
     counted = [
@@ -92,7 +92,7 @@ def _spread(visit: Visit, workers: Sequence[Mapping[str, Any]]) -> Content:
 
 
 def _counted(visit: Visit, count: int, **filters: str | None) -> Content:
-    """Return a number of workers, as a link to them unless the value of the filter is missing."""
+    """Return a number of workers, as a link to them if the filter has a value."""
     [value] = filters.values()
     link = query_link(visit.query, {**filters, "cursor": None})
     return tag("a", number(count), href=link) if value else number(count)

@@ -31,8 +31,8 @@ def config(tmp_path):
 
 
 USUAL = (
-    "any response but a 2xx is retried: 11 attempts in about 76 hours; 410 disables the destination, and its"
-    " deliveries wait until `relay destinations enable {}`"
+    "any response other than 2xx is retried: 11 attempts in about 76 hours; 410 disables the destination, and"
+    " its deliveries wait until `relay destinations enable {}`"
 )
 
 
@@ -83,7 +83,7 @@ final_statuses = [503]
     usual, strict, strictest = (line for line in result.err.splitlines() if "retried" in line)
     assert usual == f"all: {USUAL.format('all')}"
     assert strict == (
-        "strict: any response but a 2xx is retried: 3 attempts in 1h1m;"
+        "strict: any response other than 2xx is retried: 3 attempts in 1h1m;"
         " 400 and 413 end the delivery at once; 410 disables the destination, and its deliveries wait until"
         " `relay destinations enable strict`"
     )
@@ -115,7 +115,7 @@ def test_the_explanation_has_the_options_of_the_destination(config):
     lines = [line for line in result.err.splitlines() if "retried" not in line and "unsigned" not in line]
     grouped, most = "grouped: waits up to 30s for other events", "one message reports up to 100 of them"
     assert lines == [
-        "chat: held now (paused in config.toml); sent after the hold has ended",
+        "chat: held now (paused in config.toml); sent when the hold ends",
         f'chat: {grouped} with the same subject, data.none (["s-1",""]); {most}',
         "chat: expires if it is not delivered within 1h",
         "chat: if the delivery is dead, all gets the event",

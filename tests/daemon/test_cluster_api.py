@@ -196,7 +196,7 @@ async def check_another_version(first, second, patches):
     assert problems[0]["what"] == "node two runs another version, so its problems are unknown"
     assert (await first.operator("GET", "/api/sources/moddy"))["missing"] == ["two"]
     page = await exchange(first.addresses.socket, request("GET", "/ui/"))
-    assert b"Another version runs on two: the figures below lack these nodes." in page.body
+    assert b"Another version runs on two: the figures do not include these nodes." in page.body
 
 
 async def test_any_node_shows_the_use_of_tokens_at_all(nodes, monkeypatch):
@@ -220,8 +220,8 @@ async def test_any_node_shows_the_use_of_tokens_at_all(nodes, monkeypatch):
         result = await Commands(first.addresses.socket)("sources", "show", "moddy")
         page = await exchange(first.addresses.socket, request("GET", "/ui/sources/moddy"))
     assert (shown["tokens"][0]["uses"], shown["missing"]) == (1, ["two"])
-    assert "no answer from two: the uses at these nodes are missing" in result.err
-    assert b"No answer from two: the uses there are missing." in page.body
+    assert "no answer from two: the counts do not include their uses" in result.err
+    assert b"No answer from two: the counts do not include their uses." in page.body
 
 
 async def check_problems(first, second):

@@ -172,7 +172,7 @@ async def test_a_diagnosis_that_fails_or_hangs_loses_no_request(relay, commands,
     assert len(await listed(commands)) == 2
     ended.set()
     assert threads[0].daemon  # the process ends without it
-    assert "makes none until it restarts" in caplog.text
+    assert "restart the daemon to enable it again" in caplog.text
 
 
 async def test_the_bodies_of_strangers_take_no_room_of_those_that_are_kept(relay, commands, monkeypatch):

@@ -55,7 +55,7 @@ async def test_an_event_shows_its_way_from_its_sender_to_every_destination(relay
     status, found = await page(relay, f"/ui/events/{event}")
     assert status == 200
     check_order(
-        found.text, "as received", "Sender heard", "✔ HTTP 200 in ", "From the sender", "Received", "Stored",
+        found.text, "as received", "Reply", "✔ HTTP 200 in ", "From the sender", "Received", "Stored",
         "Answered", "✔ HTTP 200", "Repeated", "once by its sender, answered with this id", "✔ HTTP 200 in ",
         "Goes to 3 of 3 destinations", "crm", "delivered", "1st attempt: HTTP 201 in ", "after receipt",
         "shop", "dead", "1st attempt: HTTP 404 Not Found", "all attempts failed", "1 attempt",
@@ -79,7 +79,7 @@ async def test_an_event_shows_its_way_from_its_sender_to_every_destination(relay
 
     monkeypatch.setattr(queries, "load", damaged)
     _, found = await page(relay, f"/ui/events/{event}")
-    assert "✖ damaged: its SHA-256 differs, so it is not sent" in found.text
+    assert "✖ damaged: its SHA-256 differs; the relay does not send it" in found.text
 
 
 async def test_an_event_shows_who_does_not_get_it_and_why(tmp_path):
@@ -108,7 +108,7 @@ async def test_an_event_shows_who_does_not_get_it_and_why(tmp_path):
         config.write_text(config.read_text().replace("gte = 100", "exists = false"))
         await relay.operator("POST", "/api/reload")
         _, found = await page(relay, f"/ui/events/{event}")
-        assert "it matches the event now, but did not when the event arrived" in found.text
+        assert "matches the event now, but did not when the event arrived" in found.text
         button = buttons(found)[f"relay events replay {event} --to vip"]
         await post(relay, "replays", json.loads(button["data-body"]))
         shown = await settled(relay, event, vip="pending")

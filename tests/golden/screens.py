@@ -173,7 +173,7 @@ def retries(name):
     """Return the sentence about retries of a destination."""
     enable = f"`relay destinations enable {name}`"
     return (
-        "any response but a 2xx is retried: 11 attempts in about 76 hours;"
+        "any response other than 2xx is retried: 11 attempts in about 76 hours;"
         f" 410 disables the destination, and its deliveries wait until {enable}"
     )
 

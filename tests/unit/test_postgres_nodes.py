@@ -859,11 +859,11 @@ async def test_a_node_says_why_a_destination_has_fewer_shards_than_in_its_config
     a, b = await cluster.join("a", lanes=("crm",)), await cluster.join("b", lanes=("crm",))
     await settle({a: 4, b: 2}, steps=2)
     texts = [[caution.what for caution in node.cautions()] for node in (a, b)]
-    why = "crm has 2 shards instead of 4, because a node has a smaller number in its configuration: b"
+    why = "crm has 2 shards instead of 4; b has a smaller number in config.toml"
     assert texts == [[why], []]
     a._peers = [*a._peers, Peer("old", "old", 60.0, frozenset({"crm"}), shards=None)]
     [caution] = a.cautions()
-    assert caution.what == "crm has 1 shard instead of 4, because a node runs a version without shards: old"
+    assert caution.what == "crm has 1 shard instead of 4; old runs a version without shards"
 
 
 @needs_postgres

@@ -136,8 +136,8 @@ def test_tail_names_nodes_whose_items_are_missing(capsys, nodes, line):
 def test_the_page_now_names_nodes_whose_figures_are_missing():
     assert now._missing({"silent": [], "unable": []}) == []
     [silent, unable] = now._missing({"silent": ["eu-2", "<x>"], "unable": ["eu-3"]})
-    assert "No answer from eu-2, &lt;x&gt;: the figures below" in silent
-    assert "Another version runs on eu-3: the figures below" in unable
+    assert "No answer from eu-2, &lt;x&gt;: the figures do not include" in silent
+    assert "Another version runs on eu-3: the figures do not include" in unable
 
 
 @pytest.mark.parametrize(

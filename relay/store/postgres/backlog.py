@@ -125,7 +125,9 @@ class SharedLimits:
         names = sorted(wanted.keys() - rooms.keys())
         if not names:
             return rooms
-        await transitions.lock_new_keys(batch, transaction)  # always before rows of `ledger`
+        await transitions.lock_new_keys(
+            batch, transaction
+        )  # before rows of `ledger`, so that nodes do not deadlock
         await transaction.fetch(LOCK_SQL)
         sums = await self._sums(transaction, names)
         rooms |= {name: limits[name] - sum(sums[name]) for name in names}

@@ -201,7 +201,7 @@ def text_of(error: BaseException) -> str:
     if isinstance(error, socket.gaierror):
         return str(error.strerror)
     if isinstance(error, OSError) and not isinstance(error, ssl.SSLError) and error.errno:
-        return os.strerror(error.errno)  # asyncio's own text has the number and the address as a tuple
+        return os.strerror(error.errno)  # asyncio's message contains the errno and the address as a tuple
     return " ".join(str(error).split()) or type(error).__name__
 
 

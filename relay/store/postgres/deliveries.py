@@ -19,10 +19,11 @@ OVERLAP = 5 * SECOND
 or of the outcome before a retry."""
 
 OVERLAP_EVERY = SECOND
-"""Microseconds between two such claims of first attempts: they walk over all that ended in that time.
+"""Microseconds between two claims of first attempts that read `OVERLAP`: they read past all deliveries that
+ended in that time.
 
-Claims between them find late commits that other nodes have announced. A claim that finds no more deliveries
-asks for the next such claim, in case an announcement was lost.
+Claims between them find late commits by the announcements of other nodes. A claim that finds no more
+deliveries asks for another claim with `OVERLAP`, in case an announcement was lost.
 """
 
 CANCEL = "cancel deliveries"
@@ -70,7 +71,9 @@ class PostgresDeliveries(StoredDeliveries):
             nodes.on_due = self._read_since
         # By destination and whether retries: due time, when the beginning was read.
         self._cursors: dict[tuple[str, bool], tuple[int, int]] = {}
-        self._floors: dict[tuple[str, bool], int] = {}  # due times at which the next claims begin, if earlier
+        self._floors: dict[
+            tuple[str, bool], int
+        ] = {}  # due times from which the next claims read, if before the cursor
         self._looked_back: dict[str, int] = {}  # when a claim of first attempts began before the cursor
         self._shards: dict[str, Shards | None] = {}  # of the latest claims
         self._passed: dict[tuple[str, bool], dict[int, int]] = {}  # due times of claimed ones that claims saw
@@ -108,8 +111,8 @@ class PostgresDeliveries(StoredDeliveries):
     def release(self, delivery_ids: Iterable[int]) -> None:
         """See `Deliveries.release`; the next claim finds them again.
 
-        The next claim begins before the released ones that a claim has passed. None has passed a new
-        delivery that a lane without room releases at once.
+        It begins before those that a claim has passed. No claim has passed a new delivery that a lane without
+        room releases at once.
         """
         ids = tuple(delivery_ids)
         for id_ in ids:
@@ -142,7 +145,7 @@ class PostgresDeliveries(StoredDeliveries):
                 self._read_from((name, True), since)
 
     def _read_from(self, key: tuple[str, bool], due: int) -> None:
-        """Let the next claim read deliveries from a due time on, even if a claim is under way now."""
+        """Let the next claim read from a due time on, even if another claim is in progress."""
         self._floors[key] = min(due, self._floors.get(key, due))
 
     async def set_destination(self, state: DestinationState, event: GeneratedEvent | None = None) -> None:
@@ -232,7 +235,7 @@ class PostgresDeliveries(StoredDeliveries):
             passed = next((row["next_attempt_at"] - 1 for row in rows if row["id"] == last), begin)
             self._cursors[key] = (passed, began)  # others may have the same due time
             return Claim(tuple(claimed), now)
-        self._cursors[key] = (now - 1, began)  # others may become due in this moment
+        self._cursors[key] = (now - 1, began)  # others may become due at this moment
         sql = NEXT_SQL.format(share=share) if shards is None else next_sql(share, shards)
         due = await connection.value(sql, destination, now, *slots)
         if not retries and (latest := self._looked_back.get(destination, now)) < now:

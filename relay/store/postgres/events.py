@@ -17,7 +17,7 @@ EXPUNGE_EVENTS = 500
 PENDING_SQL = "SELECT id FROM owed WHERE event_id = ANY($1::bigint[])"
 
 LOCK_SQL = "SELECT id FROM events WHERE id = ANY($1::bigint[]) ORDER BY id FOR UPDATE"
-"""Waits for replays of other nodes. The next statement sees their deliveries, this one would not."""
+"""Waits for replays on other nodes. Only the next statement sees their deliveries."""
 
 # An event with a pending delivery stays: an attempt is under way.
 DELETE_SQL = """

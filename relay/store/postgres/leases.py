@@ -27,7 +27,7 @@ NEGLECTED = 5.0
 """Seconds after which any node takes a free lease, even if another live node should take it."""
 
 ABSENT = 30.0
-"""Seconds after which any node with other settings takes a free lease; see `bar`."""
+"""Seconds after which a node with other settings may take a free lease; see `bar`."""
 
 SLOTS = 256
 """Maximum number of live nodes; a row id contains the slot of the node that created it."""
@@ -68,7 +68,7 @@ class Peer(msgspec.Struct, frozen=True):
     shards: Mapping[str, int] | None = {}  # numbers in its config; None: its version has no shards
     definitions: Mapping[str, str] | None = None  # digests by destination, "": jobs; None: older version
     place: str | None = None  # its state folder
-    former: Mapping[str, Sequence[str]] = {}  # definitions before reloads of its config, by the same names
+    former: Mapping[str, Sequence[str]] = {}  # its definitions before reloads, by the same names
     barred: frozenset[str] = frozenset()  # jobs that it must leave to other nodes
 
     def may_hold(self, name: str) -> bool:
@@ -135,10 +135,10 @@ def bar(peers: Sequence[Peer], leases: Iterable[Lease]) -> list[Peer]:
 
 
 def _heirs(lease: Lease, able: Sequence[Peer]) -> list[Peer]:
-    """Return the nodes that may put another definition into force at once: an operator has changed it.
+    """Return the nodes that may put another definition into force at once, because an operator changed it.
 
-    Those with the best evidence: they have had the definition in force themselves; at least two agree on one,
-    and no others agree on another; they were started after the node that held the lease was gone.
+    The best evidence decides: the node had the definition in force itself; or at least two nodes agree on one
+    definition, and no others agree on another; or the node started after the holder of the lease was gone.
     """
     if found := [peer for peer in able if peer.has_held(lease)]:
         return found

@@ -56,13 +56,13 @@ FORGET_AFTER = 3600.0
 """Seconds without a renewal after which a node's row is deleted and its slot is used again."""
 
 LEFT = FORGET_AFTER / 2
-"""Seconds by which the row of a node that leaves is outdated at once, so that others plan without it."""
+"""Seconds by which a node that leaves backdates its row, so that others plan without it at once."""
 
 CROWDED = 60.0
 """The same while all slots are in use, for example after a loop of crashes."""
 
 FORMER = 4
-"""Definitions of a lane before reloads that the others know."""
+"""Maximum number of former definitions of a lane that a node publishes."""
 
 COMPARISONS = 5
 """Comparisons of the clocks at the start; the one with the shortest round trip counts."""
@@ -168,7 +168,7 @@ GIVE_SQL = """
      WHERE l.name = h.name AND l.epoch = h.epoch AND l.incarnation = $1::uuid AND l.until > clock_timestamp()
 """
 
-# A node that has left, or was replaced, is `seen` much earlier than its leases end.
+# A node that has left or was replaced has a `seen` long before the end of its leases.
 LEASES_SQL = """
     SELECT name, incarnation::text, epoch, until > clock_timestamp() AS is_held,
            CASE WHEN until <= clock_timestamp() AND until > '-infinity'
@@ -255,8 +255,8 @@ class PostgresNodes:
         self._live = min(LIVE, lease)
         self._schema = schema
         self._digests = digests
-        self._definitions: Mapping[str, str] = {}  # by destination, "": jobs; of the latest renewal
-        self._former: dict[str, list[str]] = {}  # earlier ones, the oldest first
+        self._definitions: Mapping[str, str] = {}  # of the latest renewal, by destination; "": jobs
+        self._former: dict[str, list[str]] = {}  # earlier definitions, oldest first
         self._place = place
         self._lanes: Mapping[str, float] = {}  # with timeouts in seconds
         self._wanted: Mapping[str, int] = {}  # numbers of shards in the config
@@ -509,9 +509,12 @@ class PostgresNodes:
             lowest = [peer for peer in peers if peer.wants(name) == count]
             older = [peer.name for peer in lowest if peer.shards is None]
             names = ", ".join(older or (peer.name for peer in lowest))
-            why = "runs a version without shards" if older else "has a smaller number in its configuration"
+            one = len(older or lowest) == 1
+            why = f"{'has' if one else 'have'} a smaller number in config.toml"
+            if older:
+                why = f"{'runs' if one else 'run'} a version without shards"
             shards = "shard" if count == 1 else "shards"
-            yield f"{name} has {count} {shards} instead of {wanted}, because a node {why}: {names}"
+            yield f"{name} has {count} {shards} instead of {wanted}; {names} {why}"
 
     def _note_unanswered(self, leases: Iterable[Lease]) -> None:
         """Note the lanes whose node does not answer: no node runs them until their leases end."""
@@ -566,7 +569,7 @@ class PostgresNodes:
     async def close(self) -> None:
         """Give everything that is still held, and close the connection; after the last attempt has ended."""
         self._is_closing = True
-        if self._answering is not None:  # later, it would connect again
+        if self._answering is not None:  # afterwards, it would connect again
             await asyncio.wait([self._answering], timeout=LIVE)
             self._answering.cancel()
         await self._requests.stop()
@@ -680,7 +683,7 @@ class PostgresNodes:
                 return
 
     def _define(self, digests: Digests) -> tuple[str | None, str]:
-        """Return this node's definitions and its former ones, in JSON; see `Peer`."""
+        """Return this node's current and former definitions as JSON; see `Peer`."""
         found = {**digests.destinations, "": digests.jobs} if digests.whole else {}
         for name, before in self._definitions.items():
             if found.get(name, before) != before:  # reloaded

@@ -144,10 +144,10 @@ class Day(msgspec.Struct, frozen=True):
 
     name: str  # YYYYMMDD
     bytes: int  # of its events, or of its attempts
-    run: str = "0"  # of the pass, unique: a node that was frozen may still be in a former pass
+    run: str = "0"  # unique id of the pass, because a node that was suspended may still be in a former pass
 
     def kept(self, table: str) -> str:
-        """Return the name of the table for the rows that stay."""
+        """Return the name of the table for the rows to keep."""
         return f"{table}_{self.name}_{self.run}_kept"
 
     @property

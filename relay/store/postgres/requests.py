@@ -65,7 +65,7 @@ Answer = Callable[[str, str, Any], Awaitable[Any]]
 
 
 UNSUPPORTED = "this node does not support"
-"""How the error of a node begins whose version does not know a verb."""
+"""The beginning of a node's error about a verb that its version does not know."""
 
 
 async def _refuse(_destination: str, verb: str, _argument: Any) -> Any:
@@ -82,7 +82,7 @@ class Outcome(msgspec.Struct, frozen=True):
 
     @property
     def is_unsupported(self) -> bool:
-        """Whether the version of the node does not know the verb."""
+        """Whether the node's version does not know the verb."""
         return self.error is not None and self.error.startswith(UNSUPPORTED)
 
 

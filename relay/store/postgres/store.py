@@ -131,7 +131,7 @@ class PostgresStore:
         """Take `cluster` and `find_former`.
 
         `cluster` is the length of a lease in seconds; None: this daemon uses the database alone.
-        `find_former` describes the database that was used before, if that has events.
+        `find_former` describes the former database; None without events in it.
         """
         self.location = address.location
         self.files: Mapping[str, Path] = {}
@@ -278,9 +278,9 @@ class PostgresStore:
             )
 
     async def _refuse_loss(self, connection: Connection) -> None:
-        """Do not begin with an empty database while the pending deliveries are in a former one.
+        """Do not use an empty database while the former database has events.
 
-        Senders are refused until the data is moved: deliveries that nobody sees would be lost.
+        Senders are refused until the data is moved; otherwise the pending deliveries would be lost unnoticed.
         """
         if await connection.value(USED_SQL) or (former := await self._find_former()) is None:
             return

@@ -46,7 +46,7 @@ class Transaction:
         self.returned: frozenset[int] = frozenset()  # row ids that the last statement returned
         self.batch: Batch | None = None  # set when it is written
         self.locked: set[tuple[str, str | None]] = set()  # destinations and order keys
-        self.reserved: set[tuple[str, str | None]] = set()  # those of them that no delivery has used yet
+        self.reserved: set[tuple[str, str | None]] = set()  # locked keys that no delivery has used yet
 
     async def begin(self) -> None:
         """Begin the transaction if it has not begun yet."""

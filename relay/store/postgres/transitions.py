@@ -135,7 +135,7 @@ REPEAT_SQL = """
        FOR KEY SHARE OF e  -- so that retention does not drop the event meanwhile
 """
 IMPORT_LOCK_SQL = "SELECT pg_advisory_xact_lock(hashtext('hookferry import'))"
-"""Taken by imports, so that two nodes that import the same event do not store it twice."""
+"""Serializes imports, so that two nodes which import the same event do not store it twice."""
 
 STORED_SQL = "SELECT public_id FROM events WHERE public_id = ANY($1::uuid[])"
 
@@ -164,7 +164,7 @@ SHARES = ("=", ">")  # first attempts and retries, as the partial indexes have t
 
 
 class Requested(NamedTuple):
-    """The pending deliveries (id, destination, order key, slot) that a batch may end on request."""
+    """The pending deliveries that a batch may end on request: id, destination, order key and slot."""
 
     overdue: Sequence[Any] = ()  # past their time to live
     superseded: Sequence[Any] = ()
@@ -224,7 +224,7 @@ async def after_outcomes(batch: Batch, transaction: Transaction) -> None:
 
 
 async def find_requested(batch: Batch, transaction: Transaction) -> Requested:
-    """Read the deliveries that operators and periodic jobs request to end; call it before `lock_keys`."""
+    """Read the deliveries that operators or periodic jobs want to end; call it before `lock_keys`."""
     overdue: Sequence[Any] = ()
     superseded: Sequence[Any] = ()
     to_cancel: Sequence[Any] = ()
@@ -235,7 +235,7 @@ async def find_requested(batch: Batch, transaction: Transaction) -> Requested:
             EXPIRED_SQL, batch.steady, EXPIRE_AT_ONCE, batch.scope is None, mine, scope.has_orphans,
             sorted(scope.known), *scope.slots,
         )  # fmt: skip
-        if mine:  # a single daemon ends them when the newer event is stored
+        if mine:  # a single daemon ends them when it stores the newer event
             names = sorted(set(map(destination_of, mine)))
             superseded = await transaction.fetch(SUPERSEDED_SQL, names, EXPIRE_AT_ONCE, *scope.slots)
     if batch.to_cancel:
@@ -330,8 +330,8 @@ async def lock_keys(
 ) -> None:
     """Lock all order keys of a batch at once if its steps would lock them one after another.
 
-    With `is_near`, the lock for `max_pending` follows, and its holder must not wait for keys. Deliveries that
-    a later step adds, for example of an event about a dead delivery, are not known yet.
+    `is_near`: the lock for `max_pending` follows, and its holder must not wait for keys. The keys of
+    deliveries that a later step adds, for example for an event about a dead delivery, are not known yet.
     """
     new = [d for d in batch.deliveries if d.order_key is not None]
     ended = [o.delivery for o in batch.outcomes if o.state != "pending" and o.delivery.order_key is not None]
@@ -347,7 +347,7 @@ async def lock_keys(
 
 
 async def lock_new_keys(batch: Batch, transaction: Transaction) -> None:
-    """Lock the order keys of new deliveries that are not locked yet."""
+    """Lock the order keys of new deliveries, unless they are already locked."""
     await _reserve(
         transaction, {(d.destination, text(d.order_key)) for d in batch.deliveries if d.order_key is not None}
     )
@@ -360,7 +360,7 @@ async def _reserve(transaction: Transaction, keys: set[Key]) -> None:
 
 
 async def forget_reserved(transaction: Transaction) -> None:
-    """Delete the rows of order keys that were locked, but got no delivery; call it before the commit."""
+    """Delete the rows of locked order keys without a delivery; call it before the commit."""
     if transaction.reserved:
         keys = sorted(transaction.reserved)
         await transaction.fetch(FORGET_SQL, [name for name, _ in keys], [key for _, key in keys])
@@ -404,8 +404,8 @@ async def _supersede(
 ) -> None:
     new = [d for d in deliveries if d.id not in batch.ended_early]
     pending = await transaction.fetch(LATEST_SQL, *_latest_places(new))
-    # The owner of a lane ends the other older deliveries within a second: they may be in flight, or another
-    # node has added them since this transaction has locked its keys.
+    # The owner of the lane ends all other older deliveries within a second: they may be in flight, or another
+    # node may have added them since this transaction locked its keys.
     older = [
         each
         for each in supersede(batch, new, pending)

@@ -32,7 +32,7 @@ class WakeUp(msgspec.Struct, frozen=True, omit_defaults=True):
 
     sender: str  # incarnation
     lanes: tuple[str, ...] = ()  # destinations with deliveries that are due now
-    since: int = 0  # the earliest due time of these deliveries; claims may have passed it before the commit
+    since: int = 0  # their earliest due time; claims may have passed it before the commit
     retries: bool = False  # these are retries, too
     leases: bool = False  # a lease may be free
     requests: bool = False  # a request of an operator waits for the owner of a lane
