@@ -55,6 +55,7 @@ listen_addr = 127.0.0.1
 listen_port = {port}
 unix_socket_dir =
 auth_type = any
+admin_users = {user}
 pool_mode = transaction
 max_client_conn = 1000
 logfile = {folder}/log
@@ -200,6 +201,11 @@ class Pooler:
         """Return the DSN of a database of the server, through the pooler."""
         return f"postgresql://{USER}@127.0.0.1:{self.port}/{database}?pooler=true"
 
+    def renew_sessions(self):
+        """Give the next transactions new sessions of the server."""
+        place = ["-h", "127.0.0.1", "-p", str(self.port), "-U", USER, "-d", "pgbouncer"]
+        subprocess.run([f"{BINARIES}/psql", "-qX", *place, "-c", "RECONNECT"], check=True)
+
     def stop(self):
         """End the process, even if it was suspended."""
         self.process.kill()
@@ -260,6 +266,12 @@ def maybe_pooled(url):
         _pooler = Pooler(server())
         atexit.register(_pooler.stop)
     return _pooler.url(name_of(url))
+
+
+def renew_sessions():
+    """End the sessions of the pooler of this process, after a test has changed their settings."""
+    if _pooler is not None:
+        _pooler.renew_sessions()
 
 
 def _as_user(folder):

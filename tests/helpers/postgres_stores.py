@@ -12,7 +12,7 @@ from decimal import Decimal
 from uuid import UUID
 
 import asyncpg
-from postgres import THROUGH_POOLER, database_of, maybe_pooled, name_of, server
+from postgres import THROUGH_POOLER, database_of, maybe_pooled, name_of, renew_sessions, server
 
 from relay.base.clock import SystemClock
 from relay.store.postgres import partitions
@@ -83,6 +83,7 @@ CLOCK = SystemClock()
 _free = []  # DSNs of empty databases
 _used = {}  # DSN by path
 _made = []
+_changed = []  # not empty: sessions of a pooler must end
 
 
 def url_of(path, clock=CLOCK):
@@ -111,6 +112,14 @@ def emptied():
         url = _used.pop(path)
         server().run(EMPTY_SQL, name_of(url))
         _free.append(url)
+    if _changed:
+        renew_sessions()
+        _changed.clear()
+
+
+def note_changed_session():
+    """Note that a session has settings that later tests must not get from a pooler."""
+    _changed.append(True)
 
 
 async def run(url, sql, values=(), *, path="seen,public"):

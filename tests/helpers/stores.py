@@ -176,6 +176,9 @@ async def refuse_writes(store, *, now):
     if not is_postgres(store):
         await set_pragma(store, f"max_page_count = {1 if now else 1_000_000}")
         return
+    from postgres_stores import note_changed_session  # noqa: PLC0415 - needs asyncpg
+
+    note_changed_session()
     setting = f"SET default_transaction_read_only = {'on' if now else 'off'}"
     for _ in range(1000):  # a probe may be under way
         try:
