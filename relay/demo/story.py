@@ -2,6 +2,7 @@
 
 import asyncio
 import io
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -28,7 +29,8 @@ PATIENCE = 10.0
 """Seconds that an event may take to arrive."""
 
 _BOLD, _DIM, _GREEN, _RED = "1", "2", "32", "31"
-_WIDTH = 96  # characters of a detail; the rest is cut off
+_WIDTH = 96  # characters of a detail in a pipe; the rest is cut off
+_BESIDE = 21  # columns beside a detail
 
 
 class _Envelope(msgspec.Struct):
@@ -114,6 +116,7 @@ class Narrator:
         self._stream = stream
         plain = "NO_COLOR" in environ or environ.get("TERM") == "dumb" or not stream.isatty()
         self._colour = "FORCE_COLOR" in environ or not plain
+        self._is_terminal = stream.isatty()
 
     def open(self, *, relay: str, admin: str, receiver: str, folder: Path) -> None:
         """Print the addresses and the folder of the demo."""
@@ -127,16 +130,18 @@ class Narrator:
 
     def step(self, source: str, what: str, detail: str) -> None:
         """Print one step; `source` is empty except in a source's first step."""
-        self._print(source, what, detail if len(detail) <= _WIDTH else f"{detail[: _WIDTH - 3]}...")
+        self._print(source, what, _cut(detail, self._room))
 
     def arrived(self, arrival: Arrival) -> None:
         """Print a delivery and whether its signature is valid."""
         about = f"{arrival.type} ({arrival.subject})" if arrival.subject else arrival.type
         if arrival.problem:
             self._print("", "refused", f"{about}, {self._paint(_RED, arrival.problem)}")
-        else:
-            valid = self._paint(_GREEN, "signature valid")
-            self._print("", "delivered", f"{about}, {valid}, {arrival.milliseconds:.0f} ms")
+            return
+        valid, took = "signature valid", f"{arrival.milliseconds:.0f} ms"
+        if self._is_terminal:
+            about = _cut(about, self._room - len(f", {valid}, {took}"))
+        self._print("", "delivered", f"{about}, {self._paint(_GREEN, valid)}, {took}")
 
     def print_result(self, delivered: int, problems: Sequence[str]) -> None:
         """Print the result."""
@@ -157,6 +162,11 @@ class Narrator:
         self._line(f"relay ui --socket {socket}")
         self._line()
 
+    @property
+    def _room(self) -> int:
+        """Characters of a detail; on a terminal, no line wraps."""
+        return shutil.get_terminal_size().columns - _BESIDE if self._is_terminal else _WIDTH
+
     def _print(self, source: str, what: str, detail: str) -> None:
         self._line(f"{self._paint(_BOLD, f'{source:<10}')}{self._paint(_DIM, f'{what:<11}')}{detail}")
 
@@ -165,6 +175,11 @@ class Narrator:
 
     def _line(self, text: str = "") -> None:
         print(text, file=self._stream, flush=True)
+
+
+def _cut(text: str, room: int) -> str:
+    room = max(room, len("..."))
+    return text if len(text) <= room else f"{text[: room - 3]}..."
 
 
 class Story:

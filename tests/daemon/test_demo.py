@@ -221,6 +221,18 @@ def test_colour_is_for_terminals_and_force_color(terminal, environ, coloured):
     assert ("\x1b" in stream.getvalue()) is coloured
 
 
+def test_on_a_terminal_no_line_is_wider_than_the_screen(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    stream = io.StringIO()
+    stream.isatty = lambda: True
+    narrator = Narrator(stream, {"NO_COLOR": "1"})
+    narrator.step("lazychat", "response", "200 " + "x" * 200)
+    narrator.arrived(Arrival(type="a.b", subject="s" * 200, milliseconds=2.5, problem=None))
+    response, delivered = stream.getvalue().splitlines()
+    assert (len(response), response[-3:]) == (80, "...")
+    assert (len(delivered), delivered[-29:]) == (80, "sss..., signature valid, 2 ms")
+
+
 def test_an_invalid_signature_and_a_long_response_print_one_line_each():
     stream = io.StringIO()
     narrator = Narrator(stream, {})
@@ -385,7 +397,7 @@ def _runs(pid):
     [
         (["--nodes", "3"], "--nodes needs --demo"),
         (["--demo", "--storage", "postgresql://db/relay"], "--storage needs --nodes"),
-        (["--demo", "--nodes", "1"], "1 is not in the range 2<=x<=9"),
+        (["--demo", "--nodes", "1"], 'expected a number from 2 to 9, got "1"'),
         (["--demo", "--nodes", "2", "--storage", "postgresql://a:hunter2@db/relay"], "contains a password"),
         (["--demo", "--nodes", "2", "--storage", "mysql"], 'expected "postgresql://USER@HOST'),
     ],
