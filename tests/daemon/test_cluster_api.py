@@ -19,6 +19,7 @@ from wire import exchange, following, request
 from relay.api import history, replays, sources, status, tail, top
 from relay.base.clock import SECOND
 from relay.errors import RelayError
+from relay.jobs.history import Past
 from relay.store.postgres import leases
 from relay.store.postgres import nodes as postgres_nodes
 
@@ -164,6 +165,17 @@ async def test_any_node_adds_up_the_figures_of_all(nodes, receiver, monkeypatch)
         assert found["silent"] == []
         found = await first.operator("GET", "/api/history?minutes=1&periods=1&source=adorn")
         assert (found["sources"][0]["events"], found["destinations"]) == ([3], [])
+        day = "/api/history?minutes=1440&periods=288&source=adorn&running=1"
+        found = await first.operator("GET", day)
+        assert (found["step_seconds"], found["sources"][0]["events"][-1], found["unable"]) == (300, 3, [])
+        with monkeypatch.context() as patched:
+
+            async def of_another_version(*_args, **_options):
+                return Past(until=0, step=80.0, sources=(), destinations=())
+
+            patched.setattr(second.app.history, "past", of_another_version)
+            found = await first.operator("GET", day)
+            assert (found["sources"][0]["events"][-1], found["unable"]) == (1, ["two"])
 
         monkeypatch.setattr(history, "PATIENCE", 0.2)
         monkeypatch.setattr(status, "PATIENCE", 0.2)
