@@ -94,7 +94,7 @@ class RefusedApi:
         self._store = context.store
         self._ingest = context.ingest
         self._clock = context.clock
-        self._retrying = asyncio.Lock()  # held from the look at an earlier retry until this one is noted
+        self._retrying = asyncio.Lock()  # held from the check for an earlier retry until this retry is stored
 
     @endpoint(
         "GET", "/api/refused", "listRefused", "List refused requests, newest first.",
@@ -137,7 +137,7 @@ class RefusedApi:
         body=RetryIdsBody, returns=CountView | RetriedRequests,
     )  # fmt: skip
     async def _retry_all(self, _request: web.Request, body: RetryIdsBody) -> CountView | RetriedRequests:
-        chosen: dict[str, tuple[int, bool]] = {}  # without the bodies, which may be large
+        chosen: dict[str, tuple[int, bool]] = {}  # the bodies may be large, so they are not kept here
         for each in body.ids:
             found = await self._store.refused.named(each)
             chosen[found.id] = found.at, found.body is not None and found.event_id is None

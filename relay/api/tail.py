@@ -42,8 +42,8 @@ from relay.routing.subscription import Patterns
 log = logging.getLogger("relay.api")
 
 ROOM = 5000
-"""Items that wait for a slow follower: the events of the largest request. Beyond that, the oldest are dropped
-and counted."""
+"""Maximum number of items that wait for a slow follower, enough for the events of the largest request. Beyond
+that, the oldest are dropped and counted."""
 
 KEEP = 5.0
 """Seconds after the end of a follower's history during which live items are compared with the history."""

@@ -38,7 +38,7 @@ class SystemClock:
         self._offset = time.time_ns() - time.clock_gettime_ns(_ELAPSED)
 
     def shifted(self, micros: int) -> "SystemClock":
-        """Return a clock whose steady clock is ahead of this one's."""
+        """Return a clock whose steady clock is ahead of this one by `micros` microseconds."""
         shifted = SystemClock()
         shifted._offset = self._offset + micros * 1000
         return shifted

@@ -706,7 +706,7 @@ class Lane:
         self._outcomes_wait = False
         exemplar = None
         if attempt is not None:
-            # The slowest attempts of each second: an exemplar costs as much as an observation.
+            # Only for the slowest attempts of each second: an exemplar costs as much as an observation.
             if event is not None and (
                 attempt.duration_ms > self._slowest or abs(attempt.started_at - self._slowest_at) >= SECOND
             ):

@@ -1,1 +1,1 @@
-"""Why a source or a receiver refuses a request: for `relay verify`, `relay explain`, and refused requests."""
+"""Why a source or receiver refuses a request, for `relay verify`, `relay explain` and refused requests."""

@@ -177,7 +177,7 @@ class Ingest:
                 noted[id_] = (sent,) if id_ not in noted else (*noted[id_][: MOST_REPLIES - 1], sent)
                 if len(noted) >= MOST_REPLIED:
                     self.replies.drop_older()
-                # The slowest events of each second: an exemplar costs as much as an observation.
+                # Only for the slowest events of each second: an exemplar costs as much as an observation.
                 if duration > counters.slowest or began >= counters.slowest_until:
                     counters.slowest, counters.slowest_until = duration, began + SECOND
                     exemplar = {"event_id": id_}

@@ -44,7 +44,7 @@ MOST_WAITING_BYTES = 4 * 2**20
 """Bytes of the bodies of these requests."""
 
 DIAGNOSIS_SHARE = 2
-"""Share of these bytes up to which bodies wait that are only diagnosed, among them those of strangers."""
+"""Bodies are diagnosed only while waiting bodies use at most 1 / `DIAGNOSIS_SHARE` of these bytes."""
 
 RATE = Rate(count=10, seconds=1)
 """Kept requests of verified senders, for each source and reason: a faulty client repeats one mistake."""
@@ -221,7 +221,7 @@ class RefusedRequests:
             done: asyncio.Future[Sequence[tuple[Finding, ...]]] = asyncio.get_running_loop().create_future()
             work = (self._explain, cases, done)
             try:
-                # The process waits at its end for threads of a pool, but not for this one if a plugin hangs.
+                # The process waits for the threads of a pool before it exits, but not for a daemon thread.
                 threading.Thread(target=_diagnose, args=work, name="diagnosis", daemon=True).start()
                 async with asyncio.timeout(PATIENCE):
                     found = await done

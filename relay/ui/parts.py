@@ -413,7 +413,7 @@ _CHOICES: Mapping[str, Sequence[str]] = {"since": ("15m", "1h", "24h", "7d"), "f
 
 _WORDS = {("failed", "1"): "yes", ("failed", "0"): "no"}
 _IDS = ("id", "event_id", "delivery_id")
-"""Filters without suggestions: each row links to its own."""
+"""Filters without suggestions, because each row links to its own ids."""
 
 MOST_SUGGESTED = 8
 """Maximum number of suggested values of a filter."""

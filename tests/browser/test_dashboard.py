@@ -283,7 +283,7 @@ async def test_the_navigation_is_one_line_on_a_phone(relay, browser, addresses, 
 
 @pytest.mark.parametrize("has_clipboard", [True, False], ids=["clipboard", "http"])
 async def test_the_keyboard_copies_ids_and_commands(relay, browser, addresses, has_clipboard):
-    """Browsers offer the clipboard only to pages from https and from this machine."""
+    """With the clipboard, which browsers offer only on https and loopback, and without it."""
     [address] = [path for path in addresses if path.startswith("/events/") and "?as=" in path]
     allowed = ["clipboard-read", "clipboard-write"]
     async with opened(browser, relay.addresses.admin, TOKEN, permissions=allowed) as (page, watch):
@@ -367,7 +367,7 @@ async def test_a_button_changes_exactly_what_its_page_lists(relay, operator, add
     watch.check()
 
 
-async def test_selected_rows_are_changed_by_keys_and_no_others(relay, operator, addresses):
+async def test_keys_change_only_the_selected_rows(relay, operator, addresses):
     origin = relay.addresses.admin
     for _ in range(3):
         await relay.exchange(request("POST", "/v1/events", adorn(session="some")))
@@ -410,7 +410,7 @@ async def test_a_heading_sorts_destinations(relay, operator, addresses):
 
 
 TWO_LINES = 72
-"""Height of a row of two lines with its padding, in pixels."""
+"""Maximum height of a row with two lines, in pixels."""
 
 
 async def test_rows_of_lists_have_two_lines_on_a_phone(relay, operator, addresses):
@@ -524,8 +524,8 @@ async def test_a_hidden_tab_closes_its_streams_and_misses_no_event(relay, operat
     watch.check()
 
 
-async def test_a_hidden_page_shows_new_problems_by_its_title_and_icon(relay, browser, addresses):
-    """The relay's own events need no request to it, so the page of a minute ago must ask."""
+async def test_a_hidden_page_shows_new_problems_in_its_title_and_on_its_icon(relay, browser, addresses):
+    """A hidden page has no stream, so it must request the problems once a minute."""
     origin = relay.addresses.admin
     async with opened(browser, origin, TOKEN) as (page, watch):
         await page.clock.install()
@@ -538,7 +538,7 @@ async def test_a_hidden_page_shows_new_problems_by_its_title_and_icon(relay, bro
         await expect(page).to_have_title(re.compile(rf"^\({before + 1}\) Now · "), timeout=30_000)
         assert "alert" in await page.locator("link[rel=icon]").get_attribute("href")
         assert await page.get_by_text("crm is disabled").count() == 0
-        await page.evaluate(HIDE, False)  # the page that is shown again must not be old
+        await page.evaluate(HIDE, False)  # a page that is shown again must be up to date
         await page.get_by_text("crm is disabled").wait_for()
         await page.evaluate(HIDE, True)
         await post(relay, "destinations/crm/enable", {})
@@ -555,7 +555,7 @@ async def test_a_hidden_page_shows_new_problems_by_its_title_and_icon(relay, bro
         await expect(page).to_have_title(re.compile(r"^\(no answer\) Now · "), timeout=30_000)
 
 
-async def test_a_reload_of_the_page_ends_no_navigation(relay, operator, addresses):
+async def test_a_reload_does_not_interrupt_a_navigation(relay, operator, addresses):
     origin = relay.addresses.admin
     page, watch = operator
     await page.goto(f"{origin}/ui/")

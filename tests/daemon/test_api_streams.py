@@ -274,7 +274,7 @@ async def test_the_buffer_of_a_follower_is_bounded_in_items_and_bytes():
     follower.put(b"a" * MOST_BYTES)
     follower.put(b"b")
     assert follower.take() == b'event: lost\ndata: {"count":1}\n\nb'
-    follower.put(b"c" * (MOST_BYTES + 1))  # larger than the limit, and sent nevertheless
+    follower.put(b"c" * (MOST_BYTES + 1))  # larger than the limit, but alone in the buffer
     assert len(follower.take()) == MOST_BYTES + 1
 
 
@@ -307,7 +307,7 @@ async def test_a_buffer_that_fills_is_written_before_the_pause_ends(frames):
     await asyncio.wait_for(waiting, 10)
 
 
-async def test_followers_with_the_same_wishes_share_numbers_and_each_gets_its_own_part():
+async def test_followers_of_the_same_items_share_the_counts_and_each_gets_its_difference():
     followers = Followers(room=3)
     late = Seam()
     one, two = (

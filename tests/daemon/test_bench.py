@@ -90,7 +90,7 @@ def test_broken_receivers_beside_a_healthy_one_cost_measured_throughput_and_p99(
 async def test_nodes_on_postgresql_are_measured_beside_sqlite_and_deliver_bursts_at_once(
     tmp_path, monkeypatch
 ):
-    """Their lanes poll the database every 30 s: a burst that ends later has lost an announcement."""
+    """Without an announcement, a lane finds deliveries only when it polls, every 30 s."""
     monkeypatch.setattr(cluster, "LEASE", 3)
     monkeypatch.setattr(cluster, "PACED", 0.5)
     plan = Plan(rounds=1, requests=500, connections=64)

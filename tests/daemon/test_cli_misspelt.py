@@ -1,4 +1,4 @@
-"""Misspelt names in `--source`, `--destination` and `--type`: an error with a suggestion, no empty list."""
+"""A misspelt name in `--source`, `--destination` or `--type` is an error with a suggestion."""
 
 import asyncio
 

@@ -212,7 +212,7 @@ async def check_another_version(first, second, patches):
 
 
 async def test_any_node_shows_the_use_of_tokens_at_all(nodes, monkeypatch):
-    """So that an operator does not remove a token whose senders reach another node."""
+    """Otherwise an operator could remove a token whose senders use another node."""
     first, second = nodes
     assert (await first.operator("GET", "/api/sources/moddy"))["tokens"][0]["uses"] == 0
     refused = request("POST", "/internal/event/notify", b"{}", authorization="Bearer used")

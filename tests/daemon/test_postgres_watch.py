@@ -156,7 +156,7 @@ async def test_an_outage_of_the_server_is_shown_with_the_next_commands(tmp_path,
 
 
 async def test_the_password_of_listen_url_is_never_shown(tmp_path, url, monkeypatch, caplog):
-    """Neither by the daemon nor by commands, although nothing listens there."""
+    """Neither the daemon nor a command shows it, although the connection fails."""
     caplog.set_level(logging.DEBUG)
     secret = re.sub(r"//postgres@(.*):[0-9]+/", r"//postgres:hunter2@\1:9/", url)
     monkeypatch.setenv("RELAY_LISTEN_URL", secret)

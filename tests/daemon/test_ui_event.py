@@ -82,7 +82,7 @@ async def test_an_event_shows_its_way_from_its_sender_to_every_destination(relay
     assert "✖ damaged: its SHA-256 differs; the relay does not send it" in found.text
 
 
-async def test_an_event_shows_who_does_not_get_it_and_why(tmp_path):
+async def test_an_event_shows_which_destinations_do_not_get_it_and_why(tmp_path):
     hook = "http://127.0.0.1:9/x"
     others = [
         destination(f"other-{number}", hook, "").replace('"*"', f'"adorn.no-{number}.*"')

@@ -51,11 +51,11 @@ async def ended(relay, name, state):
 COUNTS_ALL = re.compile(
     r"count\(\*\)\s+FROM\s+(events|deliveries|attempts|ends|owed)\b(?!.*LIMIT)", re.IGNORECASE | re.DOTALL
 )
-"""A statement that reads a whole table to count it. A page must not take longer with more events."""
+"""A statement that counts a whole table. No page may use one, because it slows down with more events."""
 
 
 def buttons(found):
-    """Return the changes that a page offers, by their commands, without those of selected rows."""
+    """Return the buttons of a page by their commands, without those for selected rows."""
     found = [each for each in found.all("button") if "data-call" in each and "data-selected" not in each]
     return {each["data-command"]: each for each in found}
 
@@ -278,7 +278,7 @@ async def test_filters_are_added_by_links_with_the_values_of_the_page(relay):
     assert {"?failed=1&result=4xx", "?failed=1&status=404"} <= {each["href"] for each in found.all("a")}
 
 
-async def test_rows_can_be_selected_by_those_who_may_change_them(relay):
+async def test_only_operators_with_the_scope_to_change_rows_can_select_them(relay):
     dead = await ended(relay, "shop", "dead")
     _, found = await page(relay, "/ui/deliveries?destination=shop")
     boxes = [each for each in found.all("input") if each.get("type") == "checkbox"]

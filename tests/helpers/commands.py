@@ -145,7 +145,7 @@ _KIND_OF = {
 WANTED = {
     ("config", "init"), ("explain",), ("init",), ("send",), ("sources", "add"), ("workers", "maintenance")
 }  # fmt: skip
-"""Commands whose optional arguments the tests give; without them they ask or write elsewhere."""
+"""Commands for which the tests pass optional arguments, because otherwise they prompt or write elsewhere."""
 
 
 def kind_of(path, argument):

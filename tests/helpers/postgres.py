@@ -133,9 +133,9 @@ class Server:
 def start(folder, *, watched=None, port=None, settings=(), keep=False, enter=()):
     """Start a server in a new folder, and wait until it accepts connections.
 
-    It ends when the process `watched` (by default this one) ends. A cluster in the folder is used again; with
-    `keep`, the folder stays after a crash of the server. `enter` is a command that runs another one in the
-    network of a machine, where the server listens.
+    The server ends when the process `watched` (by default this one) ends. It uses an existing cluster in the
+    folder; with `keep`, the folder stays after a crash of the server. `enter` is the prefix of a command that
+    runs in the network of another machine, so that the server listens there.
     """
     folder.mkdir(exist_ok=True, parents=True)
     as_user = _as_user(folder)

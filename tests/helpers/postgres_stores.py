@@ -56,7 +56,7 @@ EMPTY_SQL = "".join(
     (
         "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity",
         " WHERE datname = current_database() AND pid <> pg_backend_pid()",
-        # A pooler would give a session that has just ended to the next test.
+        # A pooler would pass a terminated session to the next test.
         " AND state <> 'idle';" if THROUGH_POOLER else ";",
         *(f"DELETE FROM {table};" for table in TABLES),
     )

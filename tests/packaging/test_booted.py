@@ -24,7 +24,7 @@ CONFIG = "/etc/relay/config.toml"
 
 
 def blocks(page):
-    """Return the blocks of commands of a page that are marked to be run, by their name."""
+    """Return the blocks of commands of a page that are marked with `run`, by their name."""
     text = (CHECKOUT / "docs" / page).read_text()
     return dict(re.findall(r"<!-- run: (\w+) -->\n```sh\n(.*?)```", text, re.DOTALL))
 
@@ -494,7 +494,7 @@ def test_a_full_disk_refuses_senders_and_recovers_without_loss_by_the_advice(vm,
 
 
 @needs("prometheus")
-def test_a_backup_is_on_display_and_its_alert_is_resolved_by_the_advice(vm, prometheus):
+def test_the_status_shows_a_failed_backup_and_its_advice_resolves_the_alert(vm, prometheus):
     assert shown(vm, "status")["backups"] is None
     edit(vm, lambda text: f'{text}\n[backup]\nevery = "1d"\ndir = "/var/backups/relay"\n')
     vm.run("relay reload && relay status")
@@ -563,7 +563,7 @@ def postgresql(vm):
 
 @postgres.needs_postgres
 def test_the_database_moves_to_postgresql_by_the_commands_of_the_page(vm, postgresql):
-    """The daemon is a cluster of one node then."""
+    """Afterwards, the daemon is a cluster of one node."""
     vm.run("relay destinations pause receiver")
     assert send(vm, "second", "before-postgresql") == 200
     events = set(vm.run("relay events list -q --limit 500").out.split())

@@ -1,4 +1,4 @@
-"""The place of each setting: `relay.config.origins`."""
+"""The origin of each setting: `relay.config.origins`."""
 
 import pytest
 

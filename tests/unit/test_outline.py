@@ -1,4 +1,4 @@
-"""JSON as a tree: what is shown is exactly what the sender wrote, and never more than the bounds."""
+"""The tree of a JSON body: it shows exactly the text of the sender, within the limits."""
 
 import asyncio
 import json
@@ -69,7 +69,7 @@ def test_the_error_has_the_place_of_the_first_wrong_character():
         read('{"a": [1,2}')
 
 
-def test_random_texts_are_accepted_like_by_a_json_parser():
+def test_random_texts_are_accepted_exactly_if_a_json_parser_accepts_them():
     chance = random.Random(3)
     parts = ["{", "}", "[", "]", ",", ":", '"a"', "1", "null", " ", "-0.5"]
 
@@ -151,7 +151,7 @@ def test_texts_beyond_the_bounds_are_refused():
 
 
 def test_skipping_hidden_values_does_not_change_the_result():
-    """A search reads everything, so it counts each value."""
+    """A search reads every value, so it is the reference."""
     chance = random.Random(5)
 
     def make(level):

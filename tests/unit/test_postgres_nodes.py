@@ -512,7 +512,7 @@ async def test_a_node_with_other_settings_gets_nothing_until_those_in_force_are_
 
 @needs_postgres
 async def test_a_change_of_settings_node_by_node_stops_no_lane(cluster):
-    """Neither by reloads nor by restarts; the state folders are new each time, as in containers."""
+    """Reloads and restarts; each restart has a new state folder, as in containers."""
     first = await cluster.join("a", lanes=("crm",), settings="old", place="1")
     second = await cluster.join("b", lanes=("crm",), settings="old", place="2")
     assert (await own(first)).until

@@ -116,10 +116,10 @@ async def test_only_events_that_are_old_enough_and_finished_disappear(store, clo
     assert dropped == len(stored) - len(left)
 
 
-async def test_a_node_that_was_frozen_in_a_pass_does_not_drop_what_the_pass_of_another_one_keeps(
+async def test_a_node_that_was_suspended_in_a_pass_does_not_drop_rows_that_another_pass_keeps(
     store, clock, monkeypatch
 ):
-    """It goes on when the other pass has made its tables, but not copied the rows that stay yet."""
+    """It continues after the other pass has created its tables, and before that pass has copied rows."""
     monkeypatch.setattr(prune, "BIG", 0)
     url, begun = store.database.address.hosts[0].dsn, clock.now
     connection = await connect(store.database.address, writes=True)

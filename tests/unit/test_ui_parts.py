@@ -1,4 +1,4 @@
-"""Parts of the dashboard's pages: bars, times, and what stands in place of an empty list."""
+"""Parts of the dashboard's pages: bars, times, and texts in place of an empty list."""
 
 from types import SimpleNamespace
 

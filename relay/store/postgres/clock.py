@@ -85,7 +85,7 @@ class ServerClock:
 
 
 def _ahead(clock: Clock, micros: int) -> Callable[[], int]:
-    """Return the steady clock of a machine, moved."""
+    """Return the steady clock of a machine, shifted by `micros` microseconds."""
     if type(clock) is SystemClock:
         return clock.shifted(micros).steady
     return lambda: clock.steady() + micros

@@ -115,7 +115,7 @@ function afterReload() {
 
 const boxes = () => [...document.querySelectorAll("tbody input[name=id]")];
 
-// The buttons below a list change exactly the selected rows; they show their number and their ids.
+// The buttons below a list change only the selected rows; each shows the number of rows and has their ids.
 function selected() {
   const bar = document.querySelector(".selected");
   if (!bar) return;
@@ -229,7 +229,7 @@ async function arrive() {
 
 // --- copies -----------------------------------------------------------------------------------------------
 
-// Browsers offer the clipboard only to pages from https and from this machine.
+// Browsers offer the clipboard only on https and loopback.
 function copy({ dataset: { copy: text, copyFrom: id } }) {
   const copied = text || document.getElementById(id).textContent;
   const done = () => say("Copied.");
@@ -334,12 +334,12 @@ function age() {
 
 // --- live figures -----------------------------------------------------------------------------------------
 
-// A hidden page has no streams, because nobody looks. Browsers open six connections to a host, for all pages together.
-// So pages share a stream with the same address, and of the others, three are open at a time: the next one waits until
-// a page closes or is hidden. Browsers have locks only for https and loopback.
+// A hidden page has no streams. Browsers open at most six connections to a host, for all pages together.
+// So pages share the stream of figures, and at most three other streams are open at a time: the next one waits until a
+// page closes or is hidden. Browsers have locks only on https and loopback.
 const OTHERS = ["1", "2", "3"].map((number) => `hookferry stream ${number}`);
 const REOPEN = 5000; // milliseconds
-const OLD = 10000; // milliseconds without figures after which the page says so
+const OLD = 10000; // milliseconds without new figures after which the page says that they are old
 let streams = [];
 
 function show(element, value) {
@@ -426,11 +426,11 @@ function watchFigures() {
 
 // --- problems ---------------------------------------------------------------------------------------------
 
-// The problems on the page are those of its making. When they change, nobody may press a button that has just moved, so
-// a page in use only says so. A reload would also end a navigation that has begun.
-const LEAVING = 5000; // milliseconds within which another page has replaced this one
-const PROBLEMS = 60000; // milliseconds between two looks at the problems, also of a hidden page
-const RELOAD = 3000; // milliseconds at least between two reloads
+// The page shows the problems at the time of its load. When they change, it reloads. A page in use shows a link instead,
+// so that nobody presses a button that has just moved. A reload would also interrupt a navigation.
+const LEAVING = 5000; // milliseconds that a navigation takes at most
+const PROBLEMS = 60000; // milliseconds between two checks of the problems, also on a hidden page
+const RELOAD = 3000; // minimum milliseconds between two reloads
 const problems = document.querySelector("[data-changed]");
 let known = "";
 let left = -LEAVING;
@@ -455,7 +455,7 @@ function renew() {
   }, Math.max(0, RELOAD - performance.now()));
 }
 
-// A pinned tab shows new problems by its title and icon.
+// A hidden or pinned tab shows new problems in its title and on its icon.
 async function watchProblems() {
   if (!problems) return;
   const name = document.title.replace(/^\([^)]*\) /, "");
