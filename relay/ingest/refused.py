@@ -209,9 +209,16 @@ class RefusedRequests:
 
     async def _write(self) -> None:
         async with self._writing:  # a list that is read meanwhile waits for this diagnosis
-            waiting, self._waiting, self._bytes = self._waiting, [], 0
-            if waiting and not self._is_full():
-                await self._store.add(await self._diagnosed(waiting))
+            waiting, size = self._waiting, self._bytes
+            self._waiting, self._bytes = [], 0
+            if not waiting or self._is_full():
+                return
+            try:
+                diagnosed = await self._diagnosed(waiting)
+            except asyncio.CancelledError:  # the daemon stops, and writes them before its end
+                self._waiting, self._bytes = waiting + self._waiting, size + self._bytes
+                raise
+            await self._store.add(diagnosed)
 
     async def _diagnosed(self, waiting: Sequence[tuple[RefusedRequest, Case | None]]) -> list[RefusedRequest]:
         """Return the requests with their findings, or without findings if the diagnosis fails."""

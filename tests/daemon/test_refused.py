@@ -308,6 +308,24 @@ async def test_refused_requests_survive_a_restart(config):
         assert item["source"] == "shop"
 
 
+async def test_requests_that_are_diagnosed_while_the_daemon_stops_are_kept(config, monkeypatch):
+    begun, ended = threading.Event(), threading.Event()
+
+    def explain(cases):
+        if not begun.is_set():
+            begun.set()
+            ended.wait(30)
+        return [()] * len(cases)
+
+    async with running(config) as relay:
+        monkeypatch.setattr(relay.app.ingest.refused, "_explain", explain)
+        assert await send(relay) == 400
+        assert await asyncio.to_thread(begun.wait, 30)
+    ended.set()
+    async with running(config) as relay:
+        assert [each["reason"] for each in await listed(Commands(relay.addresses.socket))] == ["invalid"]
+
+
 async def test_old_requests_and_those_beyond_the_limit_are_deleted(relay, commands):
     refused = relay.app.ingest.refused
     for number in range(4):
