@@ -56,7 +56,11 @@ class Torture:
     async def finish(self) -> Toll:
         """End the load, wait until everything has arrived, and return the findings."""
         await self.cluster.load(on=False)
+        began = time.monotonic()
         await self.cluster.drained()
+        # A lane must not wait for its next poll of the database.
+        allowed = LEASE + MARGIN + 3 * self.cluster.receiver.lag
+        self.toll.pauses["end of the load"] = time.monotonic() - began, allowed
         await audit(self.cluster, self.toll)
         return self.toll
 
@@ -119,11 +123,16 @@ class Torture:
             await self.cluster.until_owned(numbers)
 
     async def upgrade(self) -> None:
-        """Restart the nodes one after another with a newer version, whose schema is newer as well."""
+        """Restart the nodes one after another with a newer version, whose schema is newer as well.
+
+        As in containers, their state folders are new. The settings of all destinations change, too.
+        """
         for number in range(len(self.cluster.nodes)):
             async with self._fault("upgrade", number, limit=MARGIN):
                 await self.cluster.nodes[number].stop()
                 self._setups[number].version = NEWER
+                self._setups[number].revision += 1
+                self.cluster.replace_state(number)
             await self.cluster.restart(number)
             sql = "SELECT version FROM nodes WHERE name = $1 ORDER BY started DESC LIMIT 1"
             [(version,)] = await self.cluster.fetch(sql, f"n{number}")

@@ -33,6 +33,7 @@ CONCURRENCY = 4
 SENDERS = 3
 KEYS = 4  # order keys that all senders share
 PAUSE = 0.04  # seconds between two events of a sender
+MAX_PENDING = 100_000  # never reached
 ANSWER = 0.01  # seconds until the receiver answers
 TICK = 0.02  # seconds between two looks at how late the event loop is
 
@@ -210,6 +211,7 @@ class Setup:
     url: str = ""  # of the database
     drifts: bool = False  # whether its config has one destination more
     shards: int = 3  # of the destinations in `DIVIDED`
+    revision: int = 0  # of the settings of its destinations
     more: str = ""  # lines of config.toml
 
     @property
@@ -273,6 +275,11 @@ class Cluster:
         self.nodes[number].url = former.url  # until it listens, senders are refused there
         await self.run(number)
         self.out.discard(number)
+
+    def replace_state(self, number: int) -> None:
+        """Let a node start with a new state folder; the former one stays, so the new one differs from it."""
+        state = self.nodes[number].config.parent / "state"
+        state.rename(state.with_name(f"state before {self.setups[number].revision}"))
 
     def signal(self, number: int, name: signal.Signals) -> None:
         """Send a signal to a node."""
@@ -392,6 +399,7 @@ class Cluster:
         )
         for name in (*LANES, DRIFT) if setup.drifts else LANES:
             more = '\norder_by = "subject"' if name == ORDERED else ""
+            more += f"\nmax_pending = {MAX_PENDING + setup.revision}"
             more += f"\nshards = {setup.shards}" if name in DIVIDED and setup.shards > 1 else ""
             parts.append(destination(name, f"{self.receiver.url}/{name}", options + more))
         path = folder / "config.toml"
