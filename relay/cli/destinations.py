@@ -217,7 +217,7 @@ def _fields(shown: Mapping[str, Any]) -> list[Field]:
         Field("Events", screen.cell(shown.get("events"))),
         *([Field("Shards", shards_text(shown["shards"]))] if "shards" in shown else []),
         Field("Backlog", ", ".join(backlog)),
-        Field("First to expire", screen.full_time(shown.get("expires_next"))),
+        Field("Next expiry", screen.full_time(shown.get("expires_next"))),
         Field("Order keys", order_text(shown["order"]) if shown.get("order") else ""),
         Field("Deliveries", ", ".join(ended), "red" if shown["dead"] else None),
     ]

@@ -58,7 +58,7 @@ def _tab(visit: Visit, id_: str | None, text: str, *, is_current: bool) -> Conte
 async def received(visit: Visit, event: Mapping[str, Any]) -> Content:
     """Return the body of an event as its sender sent it."""
     whole = command("events", "body", event["id"])
-    note = tag("p", "All bytes: ", whole, class_="note")
+    note = tag("p", "Print all bytes: ", whole, class_="note")
     text = event["payload"]
     if not text:
         return tag("p", "The body is empty.", class_="empty")

@@ -202,7 +202,7 @@ def _limits(visit: Visit, shown: Mapping[str, Any]) -> Iterator[tuple[str, Conte
     if shown["expires_next"]:
         address = visit.link("deliveries", destination=shown["name"], state="pending")
         yield (
-            "First to expire",
+            "Next expiry",
             [exact(visit, shown["expires_next"]), ", ", tag("a", "pending deliveries", href=address)],
         )
     if shown["order"]:

@@ -128,7 +128,7 @@ async def show(visit: Visit) -> web.Response:
             ) if len(ids) > 1 else None,
             class_="actions",
         ),
-        tag("h2", "From the sender to the destinations"),
+        tag("h2", "Timeline"),
         await line_of(visit, event, explanation["destinations"], attempts["items"]),
         tag("h2", "Body", id="body"),
         await event_body(visit, event),

@@ -55,7 +55,7 @@ async def test_an_event_shows_its_way_from_its_sender_to_every_destination(relay
     status, found = await page(relay, f"/ui/events/{event}")
     assert status == 200
     check_order(
-        found.text, "as received", "Reply", "✔ HTTP 200 in ", "From the sender", "Received", "Stored",
+        found.text, "as received", "Reply", "✔ HTTP 200 in ", "Timeline", "Received", "Stored",
         "Answered", "✔ HTTP 200", "Repeated", "once by its sender, answered with this id", "✔ HTTP 200 in ",
         "Goes to 3 of 3 destinations", "crm", "delivered", "1st attempt: HTTP 201 in ", "after receipt",
         "shop", "dead", "1st attempt: HTTP 404 Not Found", "all attempts failed", "1 attempt",

@@ -199,7 +199,7 @@ async def test_a_destination_shows_the_limits_of_its_backlog_before_a_change(rel
     assert abs(left - timedelta(hours=1)) < timedelta(seconds=30)
     _, found = await page(relay, "/ui/destinations/bi")
     assert "2 with pending deliveries, at most 2 of one key" in found.text
-    assert "First to expire" in found.text
+    assert "Next expiry" in found.text
     assert "in 59 min" in found.text
     crm = await relay.operator("GET", "/api/destinations/crm")
     assert (crm["order"], crm["expires_next"]) == (None, None)
