@@ -472,11 +472,15 @@ async def test_a_login_with_the_scope_read_sees_no_button_that_changes_anything(
 
 
 async def test_everything_works_below_the_path_of_a_proxy(relay, browser):
+    """The browser has no locks, as on plain http with a name."""
     made = await post(relay, "logins", {})
     async with proxy_at("/a/b", relay) as origin, opened(browser, origin, None) as (page, watch):
+        await page.add_init_script("delete Navigator.prototype.locks")
         await page.goto(f"{origin}/a/b/ui/#code={made['code']}")
         await page.get_by_role("heading", name="Now").wait_for()
         watch.messages.clear()
+        assert await page.evaluate("navigator.locks === undefined")
+        await page.locator("[data-rate]", has_text=re.compile("^[0-9]")).first.wait_for()
         await page.get_by_role("link", name="Events", exact=True).click()
         await page.wait_for_url(f"{origin}/a/b/ui/events")
         await until(lambda: len(relay.app.api._tail._followers) == 1, 30)
