@@ -152,7 +152,7 @@ class EventsApi:
         found = await self._replies_here("", event_id)
         if len(found) < min(count, MOST_REPLIES) and not self._store.nodes.alone:
             answers = await self._store.nodes.ask_others(REPLIES, event_id, PATIENCE)
-            found += [msgspec.convert(each, ReplyView) for _, given in answers.given for each in given]
+            found += [each for _, given in answers.read(list[ReplyView])[0] for each in given]
         return sorted(found, key=lambda reply: reply.received_at)
 
     async def _replies_here(self, _to: str, event_id: str) -> list[ReplyView]:

@@ -17,6 +17,7 @@ from test_ui_access import Browser, new_code
 from wire import exchange, following, request
 
 from relay.api import history, replays, sources, status, tail, top
+from relay.api.events import REPLIES
 from relay.base.clock import SECOND
 from relay.errors import RelayError
 from relay.jobs.history import Past
@@ -85,7 +86,7 @@ async def lines_of(relay, method, path):
     return answer.status, [json.loads(line) for line in answer.body.splitlines()]
 
 
-async def test_any_node_shows_the_replies_of_all(nodes):
+async def test_any_node_shows_the_replies_of_all(nodes, monkeypatch):
     first, second = nodes
     body = json.dumps({"event_type": "sale", "session_id": "s-1"}).encode()
     raw = request("POST", "/v1/events", body, **{"idempotency-key": "once"})
@@ -98,6 +99,12 @@ async def test_any_node_shows_the_replies_of_all(nodes):
     with silent(first):
         shown = await second.operator("GET", f"/api/events/{event}")
         assert [each["received_at"] > shown["received_at"] for each in shown["replies"]] == [True]
+
+    async def of_another_version(_to, _event):
+        return [{"code": 200}]
+
+    monkeypatch.setitem(first.app.store.nodes._requests.handlers, REPLIES, of_another_version)
+    assert len((await second.operator("GET", f"/api/events/{event}"))["replies"]) == 1
 
 
 async def test_a_login_at_one_node_is_valid_at_all(nodes):
