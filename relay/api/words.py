@@ -126,13 +126,20 @@ def repeated_text(requests: int) -> str:
 
 
 def curl_of(request: Mapping[str, Any]) -> str:
-    """Return a curl command that sends the request of a delivery (`GET /api/deliveries/{id}/request`)."""
+    """Return a curl command that sends the request of a delivery (`GET /api/deliveries/{id}/request`).
+
+    The sender chooses the body, so it never names a file to curl.
+
+    >>> request = {"method": "POST", "url": "https://x", "headers": {}, "body": "@/etc/passwd"}
+    >>> curl_of(request | {"body_base64": None}).split()[-2:]
+    ['--data-raw', '@/etc/passwd']
+    """
     body = request["body"] if request["body_base64"] is None else None
-    given = "@-" if body is None else shlex.quote(body)
+    data = "--data-binary @-" if body is None else f"--data-raw {shlex.quote(body)}"
     lines = [
         f"curl -X {request['method']} {shlex.quote(request['url'])}",
         *(f"-H {shlex.quote(f'{name}: {value}')}" for name, value in request["headers"].items()),
-        f"--data-binary {given}",
+        data,
     ]
     source = "" if body is not None else f"echo {request['body_base64']} | base64 -d | "
     return source + " \\\n  ".join(lines)

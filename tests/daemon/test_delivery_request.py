@@ -84,7 +84,7 @@ async def test_a_curl_command_has_every_part(relay, commands, recorder):
     words = shlex.split(text)
     assert words[:4] == ["curl", "-X", "POST", recorder.url]
     shown = (await commands("deliveries", "request", ids["crm"], "--json")).json
-    assert words[-2:] == ["--data-binary", shown["body"]]
+    assert words[-2:] == ["--data-raw", shown["body"]]
     headers = [words[at + 1] for at, word in enumerate(words) if word == "-H"]
     given = dict(header.split(": ", 1) for header in headers)
     assert given.keys() == shown["headers"].keys()
