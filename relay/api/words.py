@@ -55,7 +55,7 @@ _ADVICE = {
     "not_in_config": "add it to config.toml and run `relay reload`, or cancel its deliveries:"
     " `relay deliveries cancel --destination {name}`",
     "circuit open": "the destination is failing; the relay probes it, and delivers the backlog when it is up;"
-    " if it is repaired, test it and deliver now: `relay destinations test {name} --close-circuit`",
+    " after a repair, test it and deliver now: `relay destinations test {name} --close-circuit`",
     "resting": "the destination requested a pause, or its address is refused; deliveries continue afterwards;"
     " to test the destination and deliver now, run `relay destinations test {name} --close-circuit`",
     "out of file descriptors": "this machine has no free file descriptor; raise LimitNOFILE of the service",
