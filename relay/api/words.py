@@ -1,10 +1,15 @@
 """Words for the states and reasons that the API returns as codes, for the command line and the dashboard."""
 
+import base64
+import re
 import shlex
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from relay.model import PAUSED_IN_CONFIG
+
+_UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
+"""Control characters other than tabs and line feeds, and those that change the order of text."""
 
 END_REASONS: Mapping[str, str] = {
     "exhausted": "all attempts failed", "final_status": "the response ends the delivery (final_statuses)",
@@ -126,20 +131,27 @@ def repeated_text(requests: int) -> str:
 
 
 def curl_of(request: Mapping[str, Any]) -> str:
-    """Return a curl command that sends the request of a delivery (`GET /api/deliveries/{id}/request`).
+    r"""Return a curl command that sends the request of a delivery (`GET /api/deliveries/{id}/request`).
 
-    The sender chooses the body, so it never names a file to curl.
+    The sender chooses the body, so it never names a file to curl. A body with control characters is written
+    in Base64, because terminals obey or lose them, and a page shows their escapes.
 
-    >>> request = {"method": "POST", "url": "https://x", "headers": {}, "body": "@/etc/passwd"}
-    >>> curl_of(request | {"body_base64": None}).split()[-2:]
+    >>> request = {"method": "POST", "url": "https://x", "headers": {}, "body_base64": None}
+    >>> curl_of(request | {"body": "@/etc/passwd"}).split()[-2:]
     ['--data-raw', '@/etc/passwd']
+    >>> curl_of(request | {"body": "a\r\n"}).split()[:5]
+    ['echo', 'YQ0K', '|', 'base64', '-d']
     """
-    body = request["body"] if request["body_base64"] is None else None
+    body, encoded = request["body"], request["body_base64"]
+    if encoded is None and _UNSAFE.search(body):
+        encoded = base64.b64encode(body.encode()).decode()
+    if encoded is not None:
+        body = None
     data = "--data-binary @-" if body is None else f"--data-raw {shlex.quote(body)}"
     lines = [
         f"curl -X {request['method']} {shlex.quote(request['url'])}",
         *(f"-H {shlex.quote(f'{name}: {value}')}" for name, value in request["headers"].items()),
         data,
     ]
-    source = "" if body is not None else f"echo {request['body_base64']} | base64 -d | "
+    source = "" if encoded is None else f"echo {encoded} | base64 -d | "
     return source + " \\\n  ".join(lines)

@@ -2,6 +2,7 @@
 
 import base64
 import shlex
+from types import SimpleNamespace
 
 import pytest
 from daemons import SOURCES, Recorder, adorn, destination, running, write_config
@@ -89,6 +90,11 @@ async def test_a_curl_command_has_every_part(relay, commands, recorder):
     given = dict(header.split(": ", 1) for header in headers)
     assert given.keys() == shown["headers"].keys()
     assert given["authorization"] == "<secret>"
+    lane, body = relay.app.dispatcher.lanes["hidden"], b"\x1b[2J\r\n"
+    lane._runner._format = SimpleNamespace(name="text", content_type="text/plain", render=lambda _event: body)
+    text = (await commands("deliveries", "request", ids["hidden"], "--curl")).out
+    assert text.startswith(f"echo {base64.b64encode(body).decode()} | base64 -d | curl -X PUT ")
+    assert text.endswith("--data-binary @-\n")
 
 
 async def test_a_body_that_is_no_text_is_base64(relay, commands):
