@@ -204,7 +204,7 @@ def _silent_workers(visit: Visit, silent: Item) -> Iterator[Markup]:
             "li",
             state("expired", f"the worker {name} of {source} is silent"),
             tag("div", "last heartbeat ", when(visit, each["last_heartbeat"]), f" · {sessions} sessions",
-                f" · up {duration(each['uptime'])} then" if each["uptime"] is not None else None,
+                f" · had been up {duration(each['uptime'])}" if each["uptime"] is not None else None,
                 class_="note"),
             tag("div", tag("a", "Why", href=visit.link("workers", source, name)), maintenance(visit, each),
                 command("workers", "show", source, name), class_="actions"),
