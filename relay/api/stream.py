@@ -70,7 +70,7 @@ def frame(event: str, data: Any, id_: str | None = None) -> bytes:
 
 
 class Seam:
-    """Prevents that a follower gets an item twice, stored and live; compares the keys of the items."""
+    """Keeps a follower from getting an item twice, stored and live, by comparing keys of items."""
 
     def __init__(self) -> None:
         """Begin with the history; live items are not collected yet."""

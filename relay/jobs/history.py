@@ -151,7 +151,7 @@ class History:
         self._figures: dict[tuple[str, str, str], Figure] = {}  # by kind, name and name of the figure
         self._made: dict[Hashable, Past] = {}  # cached results, see `MOST_MADE`
         self._before: Reading | None = None
-        self._slot = 0  # the last one
+        self._slot = 0  # the last complete one
         self._ran_at = 0  # its end, steady clock
         self._until = 0  # the same, wall clock
         self._read_at = 0  # latest reading of the running slot, steady clock
@@ -180,7 +180,7 @@ class History:
             await self._note_slot(self._slot, before, now)
 
     async def _note_slot(self, slot: int, before: Reading, now: Reading) -> None:
-        """Record a slot; it has ended if it is the last one."""
+        """Record the figures of a slot: the last complete one, or the running one."""
         turns = Turns()
         sources = _of_sources(before, now)
         await turns.give()
