@@ -256,7 +256,7 @@ async def test_an_event_without_a_worker_belongs_to_the_worker_of_its_session(re
 
     async def send(raw):
         waiting.append(asyncio.ensure_future(relay.exchange(raw)))
-        await until(lambda: queued(relay.app.store) == len(waiting))
+        await until(lambda: queued(relay.app.store) >= len(waiting))
 
     await send(beat("w1", sessions=[{"sessionId": "s1", "status": "QR_REQUIRED"}]))
     await send(beat("w2", sessions=[{"sessionId": "s1", "status": "QR_REQUIRED"}]))
@@ -543,7 +543,7 @@ async def test_two_new_ids_in_one_transaction_do_not_get_the_same_sessions(recov
     waiting = []
     for id_ in ("w2", "w3"):
         waiting.append(asyncio.ensure_future(recovering.exchange(register(id_, endpoint=PLACE))))
-        await until(lambda: queued(recovering.app.store) == len(waiting))
+        await until(lambda: queued(recovering.app.store) >= len(waiting))
     await release()
     replies = [(await each).json["data"]["assignedSessionCount"] for each in waiting]
     assert replies == [1, 0]
@@ -654,7 +654,7 @@ async def test_a_heartbeat_during_the_write_of_its_worker_is_not_lost(relay, clo
     waiting = []
     for raw in changes:
         waiting.append(asyncio.ensure_future(relay.exchange(raw)))
-        await until(lambda: queued(relay.app.store) == len(waiting))
+        await until(lambda: queued(relay.app.store) >= len(waiting))
     await release()
     await asyncio.gather(*waiting)
     shown = await worker(relay)
@@ -669,7 +669,7 @@ async def test_two_reports_on_a_slow_disk_keep_their_order(relay):
     waiting = []
     for status in ("OFFLINE", "ONLINE"):
         waiting.append(asyncio.ensure_future(relay.exchange(beat(status=status))))
-        await until(lambda: queued(relay.app.store) == len(waiting))
+        await until(lambda: queued(relay.app.store) >= len(waiting))
     await release()
     await asyncio.gather(*waiting)
     assert await types(relay) == ["registered", "offline", "online"]
