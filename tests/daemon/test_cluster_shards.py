@@ -199,8 +199,12 @@ async def test_two_nodes_send_the_shards_of_a_destination_within_its_limits(pair
 async def test_an_operator_sees_one_destination(pair):
     keeper, other = pair.keeper("sick")
     sick = pair.receivers["sick"]
-    page = (await exchange(other.addresses.socket, request("GET", "/ui/destinations/sick"))).body.decode()
-    assert "one: " in page.partition("Shards")[2]
+
+    async def page():
+        answer = await exchange(other.addresses.socket, request("GET", "/ui/destinations/sick"))
+        return answer.body.decode().partition("Shards")[2]
+
+    await eventually(page, lambda shown: "one: " in shown and "two: " in shown)  # after its next renewal
     for node, verb, held in (
         (other, "pause", "paused"),
         (keeper, "resume", None),
