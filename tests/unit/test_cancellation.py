@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from relay.api.stream import Follower
+from relay.api.stream import CountingFollower, Follower, Group
 from relay.api.top import TopApi
 from relay.delivery.owner import Owner
 from relay.demo.cluster import Node
@@ -21,8 +21,18 @@ async def nothing(*_):
 
 
 def stream():
-    follower = Follower(None, 10, lambda: None)
+    follower = Follower(Group(None), 10, lambda: None, seam=None, pause=60)
     return follower.wait(60), lambda: follower.put(b"item")
+
+
+def gathering():
+    follower = Follower(Group(None), 10, lambda: None, seam=None, pause=60)
+    return follower.gather(), follower.end
+
+
+def counting_stream():
+    follower = CountingFollower(Group(None), 10, lambda: None, seam=None, pause=60)
+    return follower.wait(60), lambda: follower.group.count("events", None)
 
 
 def shutdown():
@@ -58,7 +68,16 @@ def renewal_of_leases():
 
 
 @pytest.mark.parametrize(
-    "wait", [stream, shutdown, figures_for_another_node, end_of_a_process, renewal_of_leases]
+    "wait",
+    [
+        stream,
+        gathering,
+        counting_stream,
+        shutdown,
+        figures_for_another_node,
+        end_of_a_process,
+        renewal_of_leases,
+    ],
 )
 async def test_a_cancelled_wait_ends_when_the_awaited_thing_happens_at_once(wait):
     coroutine, happen = wait()
