@@ -483,10 +483,12 @@ async def sends_more_than_its_length(peer):
 
 
 def unused_port() -> int:
-    """Return a loopback port without a listener."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Return a loopback port without a listener; it stays bound, so that no other process listens on it."""
+    probe = socket.socket()
+    probe.bind(("127.0.0.1", 0))
+    port = int(probe.getsockname()[1])
+    probe.detach()  # open until this process ends
+    return port
 
 
 # --- a proxy ------------------------------------------------------------------------------------------
