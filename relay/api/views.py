@@ -266,9 +266,9 @@ async def check_names(
     *,
     source: str | None,
     type_: str | None,
-    destination: str | None,
     sources: Collection[str],
-    destinations: Collection[str],
+    destination: str | None = None,
+    destinations: Collection[str] = (),
 ) -> None:
     """Check the names in a filter; `sources` and `destinations` are those in config.toml.
 
@@ -371,14 +371,7 @@ async def list_stats(
         UnknownError: the source is neither in config.toml (`sources`) nor in the store.
         RelayError: the selection has other filters than source, type and time, or the cursor is invalid.
     """
-    await check_names(
-        stored,
-        source=selection.source,
-        type_=selection.type,
-        destination=None,
-        sources=sources,
-        destinations=(),
-    )
+    await check_names(stored, source=selection.source, type_=selection.type, sources=sources)
     after = None
     if cursor is not None:
         place = _CURSOR.fullmatch(cursor)
@@ -405,14 +398,7 @@ async def list_types(
     Raises:
         UnknownError: the source is neither in config.toml (`sources`) nor in the store.
     """
-    await check_names(
-        stored,
-        source=selection.source,
-        type_=selection.type,
-        destination=None,
-        sources=sources,
-        destinations=(),
-    )
+    await check_names(stored, source=selection.source, type_=selection.type, sources=sources)
     found: dict[tuple[str, str], TypeView] = {}
     read = 0
     async for page in stored.queries.stats(selection):
