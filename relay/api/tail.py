@@ -373,7 +373,7 @@ class TailApi:
         return {name: frames.decode() for name, frames in remote.take()}
 
     def _forget(self, incarnation: str) -> None:
-        """Stop to collect items for the followers of another node."""
+        """Stop collecting items for the followers of another node."""
         if (timer := self._remote.pop(incarnation).timer) is not None:
             timer.cancel()
         self._attend()

@@ -33,7 +33,7 @@ RATE = 40.0  # events per second
 WARM_UP = 3.0  # seconds under load before the node is killed
 AFTERWARDS = 2.0  # seconds under load after the node came back
 STEADY = 4.0  # seconds without a change of lanes: longer than a lease, after which a new node gets lanes
-STUBBORN = 20.0  # seconds after which it is chance that all lanes belong to one node
+STUBBORN = 20.0  # seconds to wait for lanes on several nodes; afterwards, one node has all of them by chance
 PATIENCE = 60.0  # seconds for each step
 LONGEST = 600.0  # seconds until the demo ends by itself
 ENVIRONMENT = "RELAY_DEMO_STORAGE"
@@ -102,7 +102,7 @@ class Arrivals:
 
 
 class Node:
-    """A daemon as a process of its own."""
+    """A daemon in a separate process."""
 
     def __init__(self, name: str, folder: Path, url: str, destinations: str, pipe: int) -> None:
         """Take the `pipe` that ends with the demo; see `relay.demo.keeper`."""
@@ -139,12 +139,12 @@ class Node:
 
     @property
     def has_ended(self) -> bool:
-        """Whether the process does not run."""
+        """Whether the process is not running."""
         return self.process is None or self.process.returncode is not None
 
 
 class ClusterDemo:
-    """The story: load, a kill, a takeover, the return of the node, and the count."""
+    """The steps of the demo: load, a kill, a takeover, the return of the node, and the count."""
 
     def __init__(self, nodes: list[Node], arrivals: Arrivals, session: aiohttp.ClientSession) -> None:
         self._nodes = nodes
@@ -164,7 +164,7 @@ class ClusterDemo:
         print(f"{self._age:6.1f} s  {text}", flush=True)
 
     async def run(self) -> list[str]:
-        """Tell the story; return the problems."""
+        """Run the steps; return the problems."""
         everyone = {node.name for node in self._nodes}
         owners = await self._until(
             lambda names, owners: (
@@ -300,7 +300,7 @@ class ClusterDemo:
 
 
 async def run_cluster_demo(count: int, storage: str | None, *, leave: bool) -> int:
-    """Run the demo with this number of nodes until Ctrl-C, or exit after the story with `leave`.
+    """Run the demo with this number of nodes until Ctrl-C, or with `leave` until its last step.
 
     Returns the exit code: 1 if something was lost, or with `leave` if the demo was interrupted.
 

@@ -29,7 +29,7 @@ MOST_KEPT = 512
 """Open connections beyond which every answer closes its connection.
 
 Ten thousand workers that send a heartbeat every 30 s and keep their connections would otherwise have 5,000
-idle connections. That exceeds the cap: other senders' heartbeats would be refused. No proxy needs as many.
+idle connections. That exceeds the cap, so other senders' heartbeats would be refused. Proxies need fewer.
 """
 
 _FAILED = b'{"error":{"code":"internal_error","message":"Internal server error"}}'

@@ -345,7 +345,7 @@ def _shifted(values: Sequence[float | None], by: int) -> list[float | None]:
 
 
 def _known(values: "array[float]") -> Sequence[float]:
-    """Return the figures of slots that are known. Mostly all are: a sum finds out faster than a loop."""
+    """Return the known figures of slots. Usually all are known, which a sum shows faster than a loop."""
     return [value for value in values if not math.isnan(value)] if math.isnan(sum(values)) else values
 
 

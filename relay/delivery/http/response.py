@@ -1,8 +1,8 @@
 """The parser of HTTP responses: the status line decides, and nothing after it can change that.
 
 It does no I/O, so the result cannot depend on how the bytes are cut into segments. It is more lenient than
-aiohttp's parser, which loses a complete head if a malformed body arrives in the same segment: then the relay
-would send an event that the receiver has accepted again and again, for days.
+aiohttp's parser, which loses a complete head if a malformed body arrives in the same segment: the relay would
+then repeat for days an event that the receiver has already accepted.
 """
 
 import re

@@ -1,11 +1,11 @@
 """Decisions about leases, without I/O: which node should hold one, and how many shards a destination has.
 
-The lease of a lane is `lane:DESTINATION`. If a destination is divided into shards, each shard has a lease of
-its own, `lane:DESTINATION/NUMBER`, and the node with the lease of the destination sends nothing by it:
-it keeps the destination's state and decides about the number of shards. The number in force is stored in the
-row of that lease. It is the smallest number in the configs of the live nodes, and changes in two steps: to 0,
-so that all shards end their attempts and no node takes a shard, and to the new number when no shard is held.
-So no delivery ever belongs to the lanes of two nodes.
+The lease of a lane is `lane:DESTINATION`. If a destination is divided into shards, each shard has a separate
+lease, `lane:DESTINATION/NUMBER`. The lease of the destination then permits no delivery: the node that holds it
+keeps the destination's state and decides about the number of shards. The number in force is stored in the row
+of that lease. It is the smallest number in the configs of the live nodes, and changes in two steps: to 0, so
+that all shards end their attempts and no node takes a shard, and to the new number when no shard is held. So
+no delivery ever belongs to the lanes of two nodes.
 """
 
 import hashlib

@@ -548,8 +548,8 @@ class PostgresNodes:
         shown = [f"does not deliver to {', '.join(lanes)}"] if lanes else []
         shown += ["runs no jobs"] if len(lanes) < len(self._barred) else []
         return (
-            f"this node {' and '.join(shown)}: its settings differ from those of another node that runs, or "
-            f"ran less than {ABSENT:g} s ago"
+            f"this node {' and '.join(shown)}: its settings differ from those of a node that is running, or "
+            f"that ran less than {ABSENT:g} s ago"
         )
 
     def _differing(self) -> list[str]:
@@ -742,8 +742,8 @@ class PostgresNodes:
     def to_assign(self) -> list[str]:
         """The destinations whose deliveries need slots, because this node divides them or has divided them.
 
-        Nodes store deliveries with slots only if their config divides the destination, so a late one of a
-        former config may be without.
+        Nodes store deliveries with slots only if their config divides the destination. So a delivery that a
+        node with a former config stores late may have no slot.
         """
         now = self._clock.steady()
         return [

@@ -1,9 +1,9 @@
 """Retention over PostgreSQL, see `relay.store.pruning`.
 
-A day with little data is deleted row by row, as in SQLite. A day with much data is dropped as a whole once
-the general rule covers its last second, so such events stay up to a day longer. Shorter rules of sources and
-types still delete rows. Events that must stay are copied to a new partition before the old one is dropped. If
-that would be too many, the day is deleted row by row as well.
+A day with little data is deleted row by row, as in SQLite. A day with much data is dropped as a whole when its
+last second is older than the general rule allows, so its events stay up to a day longer. Shorter rules of
+sources and types still delete rows. Events that must stay are copied to a new partition before the old one is
+dropped. If too many events must stay, the day is deleted row by row as well.
 """
 
 import logging
@@ -28,7 +28,7 @@ from relay.store.writer import Writer
 log = logging.getLogger("relay.store")
 
 BIG = 64 * 2**20
-"""Bytes of a partition of events with at least so much data, or of attempts, that is dropped as a whole."""
+"""Bytes: a partition of events or of attempts with at least this much data is dropped as a whole."""
 
 MOST_KEPT = 20_000
 """Events that stay when their partition is dropped; with more, rows are deleted instead."""

@@ -107,7 +107,7 @@ class Replies:
             try:
                 await self._write_waiting()
             except StorageError as error:
-                log.debug("unheard replies cannot be shared with other nodes: %s", error.message)
+                log.debug("cannot share replies that did not reach their senders: %s", error.message)
                 await asyncio.sleep(RETRY)
 
     async def _write_waiting(self) -> None:

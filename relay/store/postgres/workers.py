@@ -248,7 +248,7 @@ class SharedWorkers(StoredWorkers):
         """
         if not isinstance(change, SessionSeen) and self._was_away():
             self.note_refused(source, change)
-            raise StorageUnavailableError("this node was away and reads the registry of workers again")
+            raise StorageUnavailableError("this node was suspended and reads the worker registry again")
         self._concerned[job] = partial(self._keys, source, change)
         if isinstance(change, Register) and change.reject_conflict:
             self._registers_alone.add(job)

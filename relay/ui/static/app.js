@@ -140,7 +140,7 @@ function selectAll() {
 
 document.addEventListener("change", (event) => { if (event.target.name === "id") selected(); });
 
-// --- inquiries --------------------------------------------------------------------------------------------
+// --- requests that change nothing -------------------------------------------------------------------------
 
 const text = (value) => (value === null ? "–" : typeof value === "object" ? JSON.stringify(value) : String(value));
 
