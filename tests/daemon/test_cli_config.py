@@ -142,7 +142,7 @@ def test_version_is_the_package_s(relay):
     assert relay("--version").stdout == f"hookferry {__version__}\n"
 
 
-def test_help_lists_each_command_with_the_first_line_of_its_own_help(relay):
+def test_help_lists_each_command_with_the_first_line_of_its_help(relay):
     text = relay("--help").stdout
     for name, (_, summary) in COMMANDS.items():
         command = main.get_command(click.Context(main), name)

@@ -276,7 +276,7 @@ def test_missing_permissions_exit_with_5(outcomes, folder, shut):
 
 @needs_other_users
 @pytest.mark.parametrize("named", [True, False])
-def test_an_unreadable_current_folder_is_no_problem(outcomes, folder, named):
+def test_commands_work_in_an_unreadable_current_folder(outcomes, folder, named):
     """As after `su` or `sudo -u relay` in /root."""
     (folder / "shut").mkdir(mode=0o700)
     config = folder / "config.toml"

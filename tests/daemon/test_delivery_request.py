@@ -55,7 +55,7 @@ async def deliveries(relay, commands, body):
     return {each["destination"]: each["id"] for each in shown["owed"]}
 
 
-async def test_the_request_is_the_one_that_was_sent_with_secrets_masked(relay, commands, recorder):
+async def test_the_request_is_shown_as_sent_with_secrets_masked(relay, commands, recorder):
     ids = await deliveries(relay, commands, adorn("café"))
     await until(lambda: recorder.requests)
     [(headers, body)] = recorder.requests
@@ -97,7 +97,7 @@ async def test_a_curl_command_has_every_part(relay, commands, recorder):
     assert text.endswith("--data-binary @-\n")
 
 
-async def test_a_body_that_is_no_text_is_base64(relay, commands):
+async def test_a_body_that_is_not_text_is_base64(relay, commands):
     ids = await deliveries(relay, commands, adorn("x"))
     lane = relay.app.dispatcher.lanes["hidden"]
     content = b"\xff\x00"

@@ -321,7 +321,7 @@ def temporary():
 
 
 @needs_postgres
-async def test_the_next_demo_removes_what_a_killed_demo_and_keeper_have_left(temporary, monkeypatch):
+async def test_the_next_demo_removes_the_files_of_a_killed_demo_and_keeper(temporary, monkeypatch):
     with _program(temporary, KEPT) as process:
         line = process.stdout.readline().decode()
         assert "hookferry-postgres-" in line

@@ -125,7 +125,7 @@ def test_a_secret_url_prints_scheme_and_host(url, shown):
     assert str(Url(url, is_hidden=True)) == repr(Url(url, is_hidden=True)) == shown
 
 
-def test_a_response_that_ends_within_the_secret_shows_none_of_it():
+def test_a_response_that_ends_within_the_secret_shows_no_part_of_it():
     url = Url("https://api.example/bot12345:abcdefgh/sendMessage", is_hidden=True)
     assert url.hide(b"no such path /bot12345:abc") == b"no such path <secret>"
     assert url.hide(b"no such token bot12345") == b"no such token <secret>"

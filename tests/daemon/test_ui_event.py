@@ -115,7 +115,7 @@ async def test_an_event_shows_which_destinations_do_not_get_it_and_why(tmp_path)
         assert len({each["destination"] for each in shown["owed"]}) == 62
 
 
-async def test_a_body_is_a_tree_a_text_and_what_each_destination_gets(relay):
+async def test_a_body_is_shown_as_a_tree_as_text_and_as_each_destination_gets_it(relay):
     items = [{"sku": f"A-{number}"} for number in range(150)]
     fields = {"event_type": "sale", "session_id": "s-1", "items": items, "note": "4711"}
     body = json.dumps(fields).replace('"4711"', '12345678901234567890, "b": 1.50, "a": "caf\\u00e9"')

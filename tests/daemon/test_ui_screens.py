@@ -295,7 +295,7 @@ async def test_only_operators_with_the_scope_to_change_rows_can_select_them(rela
 
 
 @pytest.mark.parametrize("query", ["", "?state=dead", "?event_id=evt_0&state=dead", "?id=dlv_0"])
-async def test_no_button_changes_everything(relay, query):
+async def test_no_button_changes_all_deliveries_of_a_list_without_a_destination(relay, query):
     _, found = await page(relay, f"/ui/deliveries{query}")
     assert not buttons(found)
 

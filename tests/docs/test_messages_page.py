@@ -53,7 +53,7 @@ def test_each_configuration_on_the_page_is_valid(number, tmp_path, monkeypatch):
     run("check-config", "-c", path)
 
 
-def test_the_table_has_every_message_format_with_what_it_needs():
+def test_the_table_has_every_message_format_with_its_required_keys():
     table = PAGE.partition("| `format` |")[2].partition("\n\n")[0]
     rows = re.findall(r"^\| `([a-z]+)` \| .*? \| (.*?) ?\|$", table, re.MULTILINE)
     assert {name: needs.strip("` ") for name, needs in rows} == {
@@ -104,7 +104,7 @@ def test_the_chosen_message_of_the_page_has_its_title_fields_and_link():
     assert message.link == "https://shop.example/admin/orders/A-7"
 
 
-async def test_the_bodies_of_the_page_are_what_the_apis_get(tmp_path):
+async def test_the_apis_get_the_bodies_on_the_page(tmp_path):
     [given] = re.findall(r"^For `(\{.*?\})`, the API gets:$", PAGE, re.MULTILINE)
     [expected] = re.findall(r"^```json\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
     [table] = [each for each in TOML if "[destinations.api.template]" in each]

@@ -402,7 +402,7 @@ def test_ten_quick_restarts_reach_no_limit(vm):
 
 
 @needs("prometheus")
-def test_alerts_fire_and_are_resolved_by_following_what_they_print(vm, prometheus):
+def test_alerts_fire_and_are_resolved_by_their_commands(vm, prometheus):
     open_circuit(vm, "alert-#")
     command = prometheus.until_firing("RelayDestinationFailing")
     assert command == "relay destinations show receiver"

@@ -340,7 +340,7 @@ def test_root_checks_files_as_the_user_of_the_service(machine):
 
 
 @needs_other_users
-def test_root_only_files_that_systemd_reads_for_the_service_are_no_problem(machine):
+def test_files_that_systemd_reads_for_the_service_may_be_readable_for_root_only(machine):
     machine.config.write_text(SECRETS.partition("[destinations.erp]")[0])
     machine.unit.write_text(UNIT.format(config=machine.config, folder=machine.folder, user="nobody"))
     machine.dropin(f"[Service]\nLoadCredential=lazy:{machine.folder}/lazy\n")

@@ -68,7 +68,7 @@ async def journald():
         await process.wait()
 
 
-async def test_journalctl_finds_what_concerns_a_destination(tmp_path, monkeypatch):
+async def test_journalctl_finds_the_entries_of_a_destination(tmp_path, monkeypatch):
     config = write_config(tmp_path, SOURCES)
     async with Recorder() as recorder, journald() as journal:
         write_config(tmp_path, SOURCES, destination("crm", recorder.url), destination("erp", recorder.url))

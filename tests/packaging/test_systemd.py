@@ -413,7 +413,7 @@ def test_the_service_waits_longer_than_a_stop_may_take():
     assert int(seconds) > Server().shutdown_grace
 
 
-def test_the_service_may_read_what_the_metrics_of_its_process_need(monkeypatch):
+def test_the_service_can_read_the_files_for_metrics_of_its_process(monkeypatch):
     def named(registry):
         return {family.name for family in registry.collect() if family.name.startswith("process_")}
 

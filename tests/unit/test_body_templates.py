@@ -157,7 +157,7 @@ def test_no_value_breaks_out_of_its_place(value):
 
 
 @pytest.mark.parametrize("data", [b"null", b"[]", b"7", b"{", b"", b"\xff", b"[" * 100_000])
-def test_data_that_is_no_object_has_no_values(data):
+def test_data_that_is_not_an_object_has_no_values(data):
     assert fill("{data.a.b}|{data.0}", "text/plain", data=data) == "|"
 
 

@@ -229,7 +229,7 @@ def test_a_field_of_a_multipart_form_has_the_name_in_its_head(head, name):
 
 
 @pytest.mark.parametrize("file", ['filename="x"', "filename*=UTF-8''x", "FileName=x"])
-def test_a_part_with_a_file_name_is_no_field(file):
+def test_a_part_with_a_file_name_is_not_a_field(file):
     assert of(MULTIPART, part(f"{FIELD}; {file}", b"1") + END).form_fields() == []
 
 

@@ -445,7 +445,7 @@ async def test_new_events_do_not_join_a_group_in_flight(store, chat):
     assert sorted(each["group_size"] for each in await attempts(store)) == [2, 2, 3, 3, 3]
 
 
-async def test_a_claimed_group_that_waits_for_a_slot_loses_what_ends_meanwhile(store, chat):
+async def test_a_claimed_group_that_waits_for_a_slot_loses_deliveries_that_end_meanwhile(store, chat):
     chat.gate.clear()
     async with dispatcher_for(store, grouping(chat, group_by="subject", concurrency=1)) as dispatcher:
         await send(store, subject="first")

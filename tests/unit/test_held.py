@@ -143,7 +143,7 @@ async def test_the_operator_is_warned_once_a_day_before(store, clock):
     assert len(warnings(store)) == 2
 
 
-async def test_there_is_no_warning_before_a_delivery_is_about_to_expire(store, clock):
+async def test_there_is_no_warning_long_before_a_delivery_expires(store, clock):
     await look(store, "crm", "erp")
     clock.advance(40 * DAY)
     await look(store, "crm", "erp")

@@ -96,7 +96,7 @@ async def test_a_receiver_that_sends_too_much_costs_neither_time_nor_memory(
 
 
 @pytest.mark.parametrize("nonsense", receivers.NONSENSE)
-async def test_bytes_that_are_no_response_are_a_protocol_failure(client_for, nonsense):
+async def test_bytes_that_are_not_a_response_are_a_protocol_failure(client_for, nonsense):
     async with receivers.sends(answer=receivers.NONSENSE[nonsense]) as receiver:
         answer = await send(client_for(), receiver.url)
         assert answer.result == "protocol"

@@ -92,7 +92,7 @@ def test_levels_are_priorities(journald, handler, level, priority):
     assert journald.receive()["PRIORITY"] == priority
 
 
-def test_a_traceback_is_one_entry_and_what_senders_send_adds_no_field(journald, handler):
+def test_a_traceback_is_one_entry_and_text_from_senders_adds_no_field(journald, handler):
     try:
         _ = {}["a\nFORGED=1"]
     except KeyError as error:

@@ -797,7 +797,7 @@ def test_only_shared_settings_that_differ_from_their_defaults_change_the_digests
     assert (before.whole != after.whole) is bool(changed)
 
 
-def test_the_number_of_shards_is_no_reason_to_keep_a_lane(setup):
+def test_the_number_of_shards_is_not_in_the_digest_of_a_destination(setup):
     before, after = (digests(setup(f"{NODE}\nshards = {number}\n").config) for number in (1, 4))
     assert before.destinations == after.destinations
     assert before.whole != after.whole

@@ -195,11 +195,11 @@ class TestLimits:
         CHECKS[name](render(name, event("shop.order", data | {"a": text}), **settings))
 
     @pytest.mark.parametrize("raw", [b"null", b"[]", b'"text"', b"7", b"{", b"", b"\xff", b"[" * 100_000])
-    def test_data_that_is_no_object_is_no_problem(self, name, raw):
+    def test_data_that_is_not_an_object_is_rendered(self, name, raw):
         CHECKS[name](render(name, event(raw=raw)))
 
     @pytest.mark.parametrize("source", ["relay", "shop"])
-    def test_an_event_with_the_type_of_an_own_one_but_other_data_is_no_problem(self, name, source):
+    def test_an_event_with_unexpected_data_for_its_type_is_rendered(self, name, source):
         for type_ in (
             "delivery.dead",
             "destination.disabled",

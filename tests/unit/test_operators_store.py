@@ -21,7 +21,7 @@ def login(number=1, *, at=1_000, binding=None):
     return Login(bytes([number]) * 32, "olga", "operate", binding, at, at)
 
 
-async def test_a_login_is_read_as_it_was_added(store):
+async def test_a_login_is_read_unchanged(store):
     for given in (login(1), login(2, binding=b"\0\xff")):
         await store.logins.add(given, before=0, most=9)
         assert await store.logins.find(given.digest) == given

@@ -101,7 +101,7 @@ def owned(*names, seconds=30.0, **fields):
     return Ownership(until=dict.fromkeys(names, CLOCK.steady() + int(seconds * SECOND)), **fields)
 
 
-async def test_only_the_owner_sends_and_a_gained_lane_sends_what_waited(store, receiver):
+async def test_only_the_owner_sends_and_a_gained_lane_sends_its_backlog(store, receiver):
     crm, erp = destination("crm", receiver.url), destination("erp", receiver.url)
     async with dispatcher_for(store, crm, erp) as dispatcher:
         owner = Owner(dispatcher, store, lambda: {"sweep"})

@@ -52,7 +52,7 @@ A, B = mine("lane:d1", peer("a"), peer("b"))
 """The node that should own the lane d1, and the other one."""
 
 
-def test_lanes_are_spread_evenly_and_each_node_comes_to_the_same_result():
+def test_lanes_are_spread_evenly_and_all_nodes_agree():
     peers = [peer(name) for name in "abc"]
     owners = {name: due_to(f"lane:{name}", peers).incarnation for name in LANES}
     assert owners == {name: due_to(f"lane:{name}", peers[::-1]).incarnation for name in LANES}
@@ -105,7 +105,7 @@ def held_by(node, epoch=3):
         (A, {D1: 2}, [held_by(A)], (60, 60), {"adopt": {D1: 3}}),
     ],
 )
-def test_what_a_node_does_about_a_lease(me, held, leases, ages, expected):
+def test_a_node_takes_keeps_or_hands_over_a_lease(me, held, leases, ages, expected):
     peers = [peer(node, age) for node, age in zip((A, B), ages, strict=True) if age is not None]
     steps = plan(me, held, {D1}, leases, peers)
     found = {
@@ -223,7 +223,7 @@ def test_a_node_takes_the_smallest_free_slot(used, slot):
 @pytest.mark.parametrize(
     ("count", "nodes", "loads"), [(4, "ab", [2, 2]), (4, "abc", [1, 1, 2]), (2, "abc", [0, 1, 1])]
 )
-def test_shards_are_spread_evenly_and_each_node_comes_to_the_same_result(count, nodes, loads):
+def test_shards_are_spread_evenly_and_all_nodes_agree(count, nodes, loads):
     peers = [peer(name) for name in nodes]
     owners = [owner.name for owner in spread("d1", count, peers)]
     assert owners == [owner.name for owner in spread("d1", count, peers[::-1])]

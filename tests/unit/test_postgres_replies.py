@@ -115,7 +115,7 @@ async def test_the_events_of_one_request_are_repeated_together(nodes):
 
 
 @needs_postgres
-async def test_another_request_is_no_repetition(nodes):
+async def test_another_request_is_not_a_repetition(nodes):
     first, second = nodes
     unheard(first, request(1), "evt_1")
     await known(second)

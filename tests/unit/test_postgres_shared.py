@@ -356,7 +356,7 @@ async def test_only_the_owner_expires_deliveries(nodes):
 
 
 @needs_postgres
-async def test_the_owner_ends_what_a_newer_event_at_another_node_supersedes(nodes):
+async def test_the_owner_expires_deliveries_that_an_event_at_another_node_supersedes(nodes):
     first, second = nodes
     first.options["erp"] = {"latest_key": "k"}
     await first.send()

@@ -492,7 +492,7 @@ async def test_a_program_uses_tables_that_a_newer_one_has_only_added_to(store, c
     await store.open()
 
 
-def test_a_program_refuses_tables_that_lack_what_it_needs(monkeypatch):
+def test_a_program_refuses_tables_of_a_version_that_is_too_old(monkeypatch):
     monkeypatch.setattr(schema, "MIGRATIONS", ("",) * 5)
     monkeypatch.setattr(schema, "REMOVALS", {5: 4})
     assert schema.problem_of(4, 1) is None  # the removal has not run yet

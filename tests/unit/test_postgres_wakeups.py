@@ -98,7 +98,7 @@ async def test_many_announcements_are_few_notifications(make):
 
 
 @needs_postgres
-async def test_what_is_announced_while_disconnected_is_sent_later(make):
+async def test_announcements_without_a_connection_are_sent_later(make):
     second = make("b")
     await until(lambda: second.arrives)
     first = make("a")

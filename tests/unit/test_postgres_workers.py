@@ -224,7 +224,7 @@ async def test_an_operators_change_sees_the_rows_of_other_nodes(nodes):
 
 
 @needs_postgres
-async def test_a_change_that_another_node_has_overtaken_is_made_again(nodes, monkeypatch):
+async def test_a_change_of_a_row_that_another_node_has_changed_is_repeated(nodes, monkeypatch):
     first, second = nodes
     await first.ask(Register(worker_id="w1"))
     await flushed(*nodes)
@@ -366,7 +366,7 @@ async def test_after_a_node_vanished_a_sweep_waits_for_one_lease(nodes, clock):
 
 
 @needs_postgres
-async def test_another_node_goes_on_sweeping_without_a_new_deadline(nodes, clock):
+async def test_another_node_continues_the_sweeps_without_a_new_deadline(nodes, clock):
     await started(nodes, clock)
     await nodes[0].workers.sweep()
     await settled(nodes, clock, 100)

@@ -31,7 +31,7 @@ async def add(store, clock, count=1, **fields):
     return added
 
 
-async def test_a_request_is_read_as_it_was_added(store, clock):
+async def test_a_request_is_read_unchanged(store, clock):
     [added] = await add(store, clock)
     assert await store.refused.named(added.id) == added
     assert await store.refused.named(added.id.removeprefix(REFUSED)[:18]) == added

@@ -112,6 +112,6 @@ def test_a_path_that_fits_no_template_is_not_found(routes, path):
         routes.find("/a/x/end")
 
 
-def test_a_placeholder_that_is_no_utf_8_is_malformed(routes):
+def test_a_placeholder_that_is_not_utf_8_is_malformed(routes):
     with pytest.raises(Malformed):
         routes.find("/mounted/a/%FF/y")
