@@ -434,8 +434,8 @@ class _SourceMeta(msgspec.StructMeta):
 class Source(msgspec.Struct, metaclass=_SourceMeta):
     """One kind of sender. Fields are its keys in `[sources.NAME]`; methods see one request each.
 
-    A subclass names its `kind` (the `plugin = …` of config.toml) and the path prefixes that it
-    `owns`: every error below them is rendered by its `refuse`, also those the relay itself raises.
+    A subclass names its `kind` (the `plugin = …` of config.toml) and the path prefixes that it `owns`. Its
+    `refuse` renders every error below these prefixes, also the errors that the relay itself raises.
     """
 
     kind: ClassVar[str] = ""

@@ -28,9 +28,9 @@ def audit(daemon: Daemon, *, as_json: bool, quiet: bool, **query: Any) -> None:
 
     Example: relay audit --since 2d
 
-    Each change over the admin API is listed with the operator: the user of the relay command, the name of
-    the token, the login to the dashboard, or the user that a proxy named. The latest 10,000 are kept; the
-    log has all of them, under relay.audit.
+    Each change over the admin API has its operator: the user of the relay command, the name of the token,
+    the login to the dashboard, or the user that a proxy named. The latest 10,000 changes are kept; the log
+    has all of them, under relay.audit.
     """
     print_page(
         gather(daemon, "audit", **query), COLUMNS, SHAPE, as_json=as_json, quiet=quiet, key="request_id"

@@ -109,9 +109,9 @@ def retry(daemon: Daemon, requests: tuple[str, ...], *, as_json: bool) -> None:
 
     Example: relay refused retry 01a201eb
 
-    Use it after you have corrected the plugin or the configuration: the source handles the kept request as
-    if it had just been sent, and an accepted request becomes an event. Its sender gets no response. With
-    several requests, the exit code is 1 if one of them is not accepted.
+    Use it after you have corrected the plugin or the configuration. The source handles the kept request as
+    if it had just been sent. An accepted request becomes an event; its sender gets no response. With several
+    requests, the exit code is 1 if one of them is not accepted.
     """
     if len(requests) == 1:
         answer = daemon.post("refused", requests[0], "retry")

@@ -329,8 +329,8 @@ class Connection(asyncio.Protocol):
     async def _let_events_go_first(self) -> None:
         """Wait a moment while events are being committed.
 
-        Otherwise a sender of very many cheap requests would keep the interpreter lock from the database
-        thread, which waits up to 5 ms for it at each of the two dozen steps of a transaction.
+        Otherwise a flood of cheap requests would keep the interpreter lock from the database thread. That
+        thread waits up to 5 ms for the lock at each of the two dozen steps of a transaction.
         """
         for seconds in YIELDING:
             if not self._owner.is_committing():
@@ -456,8 +456,8 @@ class Connection(asyncio.Protocol):
     def _close(self) -> None:
         """Close the connection once everything is written.
 
-        If the sender may still send, only the relay's side is closed, and its bytes are read and dropped for
-        a moment: a close with unread bytes would reset the connection, and the answer would be lost.
+        If the sender may still send, only the relay's side is closed, and the sender's bytes are read and
+        dropped for a moment. A close with unread bytes would reset the connection and lose the answer.
         """
         transport = cast("asyncio.Transport", self._transport)
         if transport.is_closing() or self._is_half_closed or not (self._is_over or self._unparsed):

@@ -25,8 +25,8 @@ LONG = 256  # bytes; a longer text is represented by its digest, because senders
 Fingerprint = tuple[str, bytes, str, bytes, bytes, str | None]
 """Raw path, sha256 of the body, type, subject, context, and idempotency key.
 
-Type, subject and context may come from headers: shops that always disconnect and differ only in a header do
-not repeat each other, and a header that a proxy generates for each request does not hide a repetition.
+Type, subject and context may come from headers. So requests of shops that always disconnect and differ only
+in a header are not repetitions. A header that a proxy generates for each request does not hide a repetition.
 Requests with different idempotency keys are different events.
 """
 

@@ -1,9 +1,9 @@
 """The fast listener: aiohttp's HTTP parser without its server.
 
 Most connections carry one heartbeat: Node's agents close a connection after 5 s, and send the next heartbeat
-after 30 s. aiohttp's server makes two timers, two tasks and a dozen objects per connection, which cost the
-same CPU time as the relay's own work on the heartbeat. Here each connection has a parser and each request has
-a record; a request gets a task only if it waits.
+after 30 s. For each connection, aiohttp's server makes two timers, two tasks and a dozen objects. They cost
+the same CPU time as the relay's own work on the heartbeat. Here each connection has a parser and each request
+has a record; a request gets a task only if it waits.
 
 aiohttp exports its parser without documenting it: see `relay.ingest.implementation.TESTED`.
 """

@@ -169,8 +169,8 @@ class Retention(ABC, Generic[C]):
     async def _page(self, group: Group, end: int, start: int) -> Sequence[tuple[Any, ...]]:
         """Return the first `PAGE` events of a group from `start` to before `end`, in order.
 
-        A row has row id, source, full type, time of receipt, cost, and a time until which the event is
-        needed: the latest death of its deliveries, a time in the far future for a pending one, else None.
+        A row has row id, source, full type, time of receipt, cost, and the time until which the event is
+        needed. That is the latest death of its deliveries, a far future for a pending delivery, else None.
         """
 
     @abstractmethod

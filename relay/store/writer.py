@@ -1,6 +1,6 @@
 """Group commit: one task owns the writing connection and commits all jobs that queued during the last commit.
 
-100 concurrent producers reached 2,700 events/s with a commit for each event and 52,000 with shared commits
+With a commit for each event, 100 concurrent producers reached 2,700 events/s, and 52,000 with shared commits
 (SQLite on 2 cores). In both cases a reply is sent only after the COMMIT of its event. The task and its queue
 are the same for each engine; a subclass of `Writer` knows the engine's errors.
 """

@@ -489,8 +489,8 @@ async def test_a_node_with_other_settings_gets_nothing_until_those_in_force_are_
     differs, barred = (caution.what for caution in stranger.cautions())
     assert differs == "nodes with a configuration that differs from this node's: a"
     assert barred == (
-        "this node does not deliver to crm and runs no jobs: its settings differ from those of a node that is "
-        "running, or that ran less than 30 s ago"
+        "this node does not deliver to crm and runs no jobs: its settings differ from those of a node that "
+        "is running, or that ran less than 30 s ago"
     )
     assert caplog.text.count("this node does not deliver to crm") == 1
     first.digests = Digests("aa", "newest", {"crm": "newest"})  # a reload: the owner's settings are in force

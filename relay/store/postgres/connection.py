@@ -312,8 +312,8 @@ async def connect(address: Address, *, writes: bool) -> Connection:
 async def connect_raw(address: Address, *, writes: bool = False) -> "asyncpg.Connection[asyncpg.Record]":
     """Open a connection of asyncpg to the first host that accepts one.
 
-    asyncpg itself gives the time for all hosts to the first one: a machine that is switched off answers
-    nothing, so the others would never be tried.
+    asyncpg itself would give the time for all hosts to the first one. If that machine is switched off, the
+    others would never be tried.
     """
     settings = {} if address.is_pooled else {"application_name": "hookferry", **QUICK}
     if writes and not address.is_pooled:

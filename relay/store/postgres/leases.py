@@ -1,11 +1,11 @@
 """Decisions about leases, without I/O: which node should hold one, and how many shards a destination has.
 
 The lease of a lane is `lane:DESTINATION`. If a destination is divided into shards, each shard has a separate
-lease, `lane:DESTINATION/NUMBER`. The lease of the destination then permits no delivery: the node that holds it
-keeps the destination's state and decides about the number of shards. The number in force is stored in the row
-of that lease. It is the smallest number in the configs of the live nodes, and changes in two steps: to 0, so
-that all shards end their attempts and no node takes a shard, and to the new number when no shard is held. So
-no delivery ever belongs to the lanes of two nodes.
+lease, `lane:DESTINATION/NUMBER`. The lease of the destination then permits no delivery: the node that holds
+it keeps the destination's state and decides about the number of shards. The number in force is stored in the
+row of that lease. It is the smallest number in the configs of the live nodes, and changes in two steps: to 0,
+so that all shards end their attempts and no node takes a shard, and to the new number when no shard is held.
+So no delivery ever belongs to the lanes of two nodes.
 """
 
 import hashlib
@@ -262,9 +262,8 @@ def length_of(lease: float, timeout: float) -> float:
 def trusted_until(asked: int, length: float, timeout: float) -> int:
     """Return the time (steady clock) at which a node stops beginning attempts under a lease.
 
-    `asked` is the time before the request for the lease. So the result is earlier than the lease's end by
-    the server's clock, by at least the `timeout` of an attempt, even if the steady clock runs slow by one
-    part in `SLEW`.
+    `asked` is the time before the request for the lease. The result is at least the `timeout` of an attempt
+    before the end of the lease by the server's clock, even if the steady clock is slow by one part in `SLEW`.
     """
     return asked + int((length - timeout) * SECOND) * (SLEW - 1) // SLEW
 

@@ -1,7 +1,7 @@
 """Retention over PostgreSQL, see `relay.store.pruning`.
 
-A day with little data is deleted row by row, as in SQLite. A day with much data is dropped as a whole when its
-last second is older than the general rule allows, so its events stay up to a day longer. Shorter rules of
+A day with little data is deleted row by row, as in SQLite. A day with much data is dropped as a whole when
+its last second is older than the general rule allows, so its events stay up to a day longer. Shorter rules of
 sources and types still delete rows. Events that must stay are copied to a new partition before the old one is
 dropped. If too many events must stay, the day is deleted row by row as well.
 """

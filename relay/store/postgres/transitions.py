@@ -3,9 +3,9 @@
 Deliveries expire (past their time to live, superseded, or held for too long), are cancelled, are made due,
 and are repeated as new deliveries. When a delivery of an order key ends, the next one of the key becomes due.
 
-The rows of `order_keys` are locks: a transaction that adds or ends a delivery of a key changes the key's row
-first, and reads the key's deliveries in a later statement, which sees the commits of other transactions. In
-one statement, the end of a delivery would not see a delivery that is being inserted after it, and that
+The rows of `order_keys` are locks. A transaction that adds or ends a delivery of a key first changes the
+key's row. It reads the key's deliveries in a later statement, which sees the commits of other transactions.
+In one statement, the end of a delivery would not see a delivery that is being inserted after it, and that
 delivery would wait for ever.
 
 Nodes that lock keys in different orders would wait for each other until the server ends one of the
