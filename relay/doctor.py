@@ -9,6 +9,7 @@ from pathlib import Path
 
 import msgspec
 
+from relay.api.words import held_text
 from relay.base.clock import SECOND, rfc3339
 from relay.config.schema import Config
 from relay.jobs.scheduler import Past
@@ -43,13 +44,12 @@ def held(destinations: Iterable[DestinationBacklog], now: int, patience: int = F
             continue
         since = each.failing_since
         if each.held is not None:
-            why = each.held
+            kind, why = each.held.partition(":")[0], held_text(each.held)
         elif since is not None and now - since >= patience:
-            why = f"failing since {rfc3339(since)}"
+            kind, why = "failing", f"failing since {rfc3339(since)}"
         else:
             continue
-        found.append(f"{each.name}: {each.pending} pending ({why})")
-        kind = why.partition(":")[0]
+        found.append(f"{each.name}: {each.pending} pending, {why}")
         hints.append(_ADVICE.get(kind, _ADVICE["failing"]).format(name=each.name))
     if found:
         return Check(name="held", ok=False, detail="; ".join(found), hint="; ".join(hints))

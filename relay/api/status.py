@@ -12,6 +12,7 @@ import msgspec
 from relay import __version__
 from relay.api.context import Context
 from relay.api.views import Time, about
+from relay.api.words import held_text
 from relay.base.clock import SECOND, rfc3339
 from relay.base.units import render_duration, render_size
 from relay.delivery.destination_health import NO_STORAGE
@@ -284,9 +285,9 @@ def _problems_of_destination(context: Context, lane: Lane, pending: int) -> Iter
         if pending:
             yield problem(f"{name} is paused; {waiting}", "resume")
     elif held.startswith("disabled"):
-        yield problem(f"{name} is {held}; {waiting}", "enable")
+        yield problem(f"{name} is {held_text(held)}; {waiting}", "enable")
     else:
-        yield problem(f"{name} is held ({held}); {waiting}", "show")
+        yield problem(f"{name} is held ({held_text(held)}); {waiting}", "show")
 
 
 def _roughly(seconds: float) -> str:

@@ -30,10 +30,13 @@ _HELD = {
 def held_text(held: str | None) -> str:
     """Return the state of a destination in words.
 
-    >>> held_text(None), held_text("resting"), held_text("paused")
-    ('delivering', 'backing off', 'paused')
+    >>> held_text(None), held_text("resting"), held_text("paused until 2026-01-31T12:00:00.000Z")
+    ('delivering', 'backing off', 'paused until 2026-01-31T12:00:00.000Z')
     """
-    return "delivering" if held is None else _HELD.get(held, held)
+    if held is None:
+        return "delivering"
+    reason, until, time = held.partition(" until ")
+    return f"{_HELD.get(reason, reason)}{until}{time}"
 
 
 def circuit_text(destination: Mapping[str, Any]) -> str:

@@ -74,7 +74,7 @@ def list_(answer: Any, *, quiet: bool) -> None:
 
     Example: relay destinations list
 
-    The column `held` shows why a destination gets no deliveries.
+    The column STATE shows whether a destination gets its deliveries, and if not, why. --json has it as `held`.
     """
     print_page(answer, COLUMNS, _SHAPE, quiet=quiet, key="name")
 
@@ -266,7 +266,7 @@ def _print_closed(answer: Any, name: str) -> None:
             f" retry too, run `relay deliveries retry --destination {name} --state pending`"
         )
     if answer["held"]:
-        print_note(f"{name} is still held: {answer['held']}")
+        print_note(f"{name} is still held: {held_text(answer['held'])}")
         _print_advice(name, answer["held"])
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from relay.api.words import held_text
 from relay.cli import screen
 from relay.cli.api_client import Daemon
 from relay.cli.completion import complete
@@ -109,7 +110,7 @@ def _lines(destinations: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, str]
 def _notes(destination: Mapping[str, Any]) -> Iterator[str]:
     """Yield how a destination that gets the event handles its delivery."""
     if (held := destination["held"]) is not None:
-        yield f"held now ({held}); sent when the hold ends"
+        yield f"held now ({held_text(held)}); sent when the hold ends"
     yield from destination["options"]
     if destination["retries"] is not None:
         yield destination["retries"]

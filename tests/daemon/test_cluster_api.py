@@ -255,7 +255,7 @@ async def check_problems(first, second):
         assert shown["held"] == owned["held"] == "disabled: operator"
         assert (shown["disabled_at"], shown["node"]) == (owned["disabled_at"], "two")
     page = await exchange(first.addresses.socket, request("GET", "/ui/"))
-    assert b"d2 is disabled: operator" in page.body
+    assert b"d2 is disabled (by an operator)" in page.body
     assert b"(node two)" in page.body
     await first.operator("POST", "/api/destinations/d2/enable")
 

@@ -40,8 +40,8 @@ def post(session="s"):
 @pytest.mark.parametrize(
     ("verb", "why", "advice"),
     [
-        ("pause", "(paused)", "relay destinations resume crm"),
-        ("disable", "(disabled: operator)", "relay destinations enable crm"),
+        ("pause", "paused", "relay destinations resume crm"),
+        ("disable", "disabled (by an operator)", "relay destinations enable crm"),
     ],
 )
 async def test_doctor_finds_a_destination_with_held_deliveries(tmp_path, verb, why, advice):
@@ -52,7 +52,7 @@ async def test_doctor_finds_a_destination_with_held_deliveries(tmp_path, verb, w
             await relay.exchange(post())
         for found in await examined(relay, config):
             assert found["held"]["ok"] is False
-            assert found["held"]["detail"] == f"crm: 9 pending {why}"
+            assert found["held"]["detail"] == f"crm: 9 pending, {why}"
             assert advice in found["held"]["hint"]
 
 
@@ -64,9 +64,9 @@ async def test_doctor_finds_an_open_circuit_with_held_deliveries(tmp_path):
             await relay.exchange(post())
         await until(lambda: relay.app.dispatcher.lanes["crm"].held == "circuit open")
         online, offline = await examined(relay, config)
-        assert online["held"]["detail"] == "crm: 3 pending (circuit open)"
+        assert online["held"]["detail"] == "crm: 3 pending, circuit open"
         assert online["held"]["hint"] == "relay destinations test crm --close-circuit"
-        assert offline["held"]["detail"].startswith("crm: 3 pending (failing since ")
+        assert offline["held"]["detail"].startswith("crm: 3 pending, failing since ")
 
 
 async def test_doctor_finds_dead_deliveries_and_paused_sources(tmp_path):

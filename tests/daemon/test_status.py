@@ -132,8 +132,8 @@ async def test_each_problem_names_the_next_command_the_worst_first(troubled, tmp
         ("at the pace of the last day, the disk will be full in 2 days", "relay db status"),
         ("the ledger of crm does not balance, a bug in the relay; difference: 1", "relay doctor"),
         ("crm is paused; 1 delivery waits", "relay destinations resume crm"),
-        ("erp is held (resting); 1 delivery waits", "relay destinations show erp"),
-        ("gone is disabled: operator; 1 delivery waits", "relay destinations enable gone"),
+        ("erp is held (backing off); 1 delivery waits", "relay destinations show erp"),
+        ("gone is disabled (by an operator); 1 delivery waits", "relay destinations enable gone"),
         *(
             [("the latest backup is too old, or there is none", "relay jobs run backup")]
             if HAS_FILE

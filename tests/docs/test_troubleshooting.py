@@ -10,8 +10,9 @@ import pytest
 from commands import parse
 
 from relay import doctor as machine
-from relay.api.words import _ADVICE
+from relay.api.words import _ADVICE, held_text
 from relay.delivery.destination_health import ELSEWHERE, NO_STORAGE
+from relay.store.postgres import doctor as server_checks
 from relay.store.sqlite import doctor as database_checks
 
 ROOT = Path(__file__).parents[2]
@@ -54,7 +55,10 @@ def test_every_check_of_the_doctor_and_every_alert_on_the_page_exists():
     rules = (ROOT / "systemd" / "prometheus" / "alerts.yml").read_text()
     alerts = set(re.findall(r"alert: (\w+)", rules))
     assert set(re.findall(r"`(Relay[A-Za-z]+)`", PAGE)) <= alerts
-    checks = {check.__name__ for check in (*database_checks.SURROUNDINGS, *database_checks.INSIDE)}
+    checks = {
+        check.__name__
+        for check in (*database_checks.SURROUNDINGS, *database_checks.INSIDE, *server_checks.CHECKS)
+    }
     checks |= {"database", "held", "jobs", "ready", "writable", "backups", "config"}
     assert {machine.held.__name__, machine.jobs.__name__, machine.ready.__name__} <= checks
     assert set(re.findall(r"[Cc]hecks? `(\w+)`", PAGE)) <= checks
@@ -93,5 +97,8 @@ def test_a_quoted_text_on_the_page_exists_in_the_program():
 
 def test_every_reason_to_hold_deliveries_on_the_page_is_one_of_the_program():
     [table] = re.findall(r"^\| `held` \|.*?\n\n", PAGE, re.DOTALL | re.MULTILINE)
-    values = set(re.findall(r"^\| `([^`]+)` \|", table, re.MULTILINE)) - {"held"}
-    assert values == set(_ADVICE) - {"retried"} | {ELSEWHERE, NO_STORAGE}
+    states = dict(re.findall(r"^\| `([^`]+)` \| (.*?) \|", table, re.MULTILINE))
+    states.pop("held")
+    assert states == {
+        held: held_text(held) for held in (*_ADVICE, ELSEWHERE, NO_STORAGE) if held != "retried"
+    }
