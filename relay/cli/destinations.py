@@ -74,7 +74,8 @@ def list_(answer: Any, *, quiet: bool) -> None:
 
     Example: relay destinations list
 
-    The column STATE shows whether a destination gets its deliveries, and if not, why. --json has it as `held`.
+    The column STATE shows whether a destination gets its deliveries, and if not, why; in JSON, the field is
+    `held`.
     """
     print_page(answer, COLUMNS, _SHAPE, quiet=quiet, key="name")
 

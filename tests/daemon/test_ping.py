@@ -11,6 +11,7 @@ from daemons import SOURCES, Recorder, adorn, destination, running, write_config
 from support import until
 from wire import exchange, request
 
+from relay.api.words import held_text
 from relay.base.clock import SECOND, rfc3339
 from relay.config.schema import DestinationConfig
 from relay.config.secrets import Secret, Url
@@ -219,7 +220,7 @@ async def test_closing_the_circuit_ends_no_pause_or_disabled_state_by_an_operato
         await commands("destinations", verb, "crm")
         output = await commands("destinations", "test", "crm", "--close-circuit")
         assert ["held", held] in output.rows
-        assert output.err.startswith(f"crm is still held: {held}\n")
+        assert output.err.startswith(f"crm is still held: {held_text(held)}\n")
         assert f"`relay destinations {next_} crm`" in output.err
         assert lane.held == held
         assert not lane.health.circuit.is_open
