@@ -423,9 +423,9 @@ async def test_a_node_that_was_frozen_refuses_requests_from_that_time(nodes, clo
     await settled(nodes[:1], clock, 10)
     await first.ask(beat(uptime=110.0))
     for _ in range(2):
-        with pytest.raises(StorageUnavailableError, match="was away"):
+        with pytest.raises(StorageUnavailableError, match="was suspended"):
             await second.ask(beat(uptime=100.0))
-        with pytest.raises(StorageUnavailableError, match="was away"):
+        with pytest.raises(StorageUnavailableError, match="was suspended"):
             await second.ask(beat(status="OFFLINE"))
         await flushed(*nodes)
     clock.advance(1)
