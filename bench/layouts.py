@@ -52,7 +52,7 @@ from relay.store.sqlite.mark import GIVEN_SQL
 from relay.store.sqlite.queries import IndexPath, SqliteReader
 from relay.store.sqlite.schema import MIGRATIONS
 from relay.store.sqlite.transaction import Transaction, WriterConnection
-from relay.store.transitions import apply_cancellations
+from relay.store.transitions import end_in_flight
 
 GROUP = 64
 """Events in one commit, and outcomes in one commit."""
@@ -334,7 +334,7 @@ class QueueTable(OneTable):
         """
         batch.add_all_generated()
         if batch.outcomes:
-            batch.outcomes = apply_cancellations(batch.outcomes, self.claims)
+            batch.outcomes = end_in_flight(batch.outcomes, self.claims)
             await _settle(batch, transaction)
         if batch.events:
             transaction.insert("events", EVENT_COLUMNS, [event_row(event) for event in batch.events])

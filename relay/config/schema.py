@@ -608,7 +608,7 @@ class DestinationConfig(msgspec.Struct, frozen=True, kw_only=True):
         str | None,
         _help(
             'a path such as `"subject"`: a newer event with the same type and value expires the delivery '
-            "of the older event, unless that delivery is in flight"
+            "of the older event; if that delivery is in flight, it is not retried after a failure"
         ),
     ] = None
     on_dead: Annotated[

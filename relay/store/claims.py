@@ -18,6 +18,7 @@ class Claims:
         self._in_flight: set[int] = set()
         self._ending: set[int] = set()  # the current transaction ends them without an attempt
         self.cancelled: set[int] = set()  # in flight; cancelled unless the attempt succeeds
+        self.superseded: set[int] = set()  # in flight; not retried if the attempt fails
 
     def __contains__(self, delivery_id: int) -> bool:
         return delivery_id in self._destinations
@@ -64,11 +65,16 @@ class Claims:
                 landed.append(delivery_id)
         return landed
 
+    def supersede(self, delivery_ids: Iterable[int]) -> None:
+        """Let deliveries in flight expire if their attempt fails, because a newer event replaces them."""
+        self.superseded.update(self._in_flight.intersection(delivery_ids))
+
     def release(self, delivery_ids: Iterable[int]) -> list[int]:
         """Release deliveries, claimed or not; returns the cancelled ones among them."""
         cancelled = []
         for delivery_id in delivery_ids:
             self._in_flight.discard(delivery_id)
+            self.superseded.discard(delivery_id)
             if delivery_id in self.cancelled:
                 self.cancelled.remove(delivery_id)
                 cancelled.append(delivery_id)

@@ -10,7 +10,7 @@ import msgspec
 
 from relay.base.clock import SECOND
 from relay.model import OPERATOR_SOURCE, Delivery, GeneratedEvent, Outcome, Target
-from relay.store.batch import Batch, HeldDestinations
+from relay.store.batch import Batch, Ending, HeldDestinations
 from relay.store.claims import Claims
 
 EXPIRE_AT_ONCE = 1000
@@ -21,6 +21,8 @@ HELD_AT_ONCE = 500
 
 NOTICE = 86_400 * SECOND
 """Microseconds between the warning to the operator and the first delivery that expires."""
+
+SUPERSEDED: Ending = ("expired", "superseded")
 
 Place = tuple[str, str | None]
 """Destination and the key of a group or of `latest_by`."""
@@ -52,14 +54,22 @@ class HeldChanges(NamedTuple):
     before: int  # deliveries of `to_expire` that were due before expire
 
 
-def apply_cancellations(outcomes: Iterable[Outcome], claims: Claims) -> list[Outcome]:
-    """Turn the outcomes of deliveries that were cancelled during their attempt into cancellations."""
-    return [
-        msgspec.structs.replace(outcome, state="cancelled", reason="operator", next_attempt_at=None)
-        if outcome.state != "delivered" and outcome.delivery.id in claims.cancelled
-        else outcome
-        for outcome in outcomes
-    ]
+def end_in_flight(outcomes: Iterable[Outcome], claims: Claims) -> list[Outcome]:
+    """Return the outcomes; deliveries that were cancelled or superseded during their attempt end.
+
+    A retry of a superseded delivery could reach the receiver after the newer event.
+    """
+    return [_ended_in_flight(outcome, claims) for outcome in outcomes]
+
+
+def _ended_in_flight(outcome: Outcome, claims: Claims) -> Outcome:
+    id_, state = outcome.delivery.id, outcome.state
+    if state != "delivered" and id_ in claims.cancelled:
+        return msgspec.structs.replace(outcome, state="cancelled", reason="operator", next_attempt_at=None)
+    if state == "pending" and id_ in claims.superseded:
+        ended, reason = SUPERSEDED
+        return msgspec.structs.replace(outcome, state=ended, reason=reason, next_attempt_at=None)
+    return outcome
 
 
 def handle_dead(batch: Batch, dead: Sequence[Outcome]) -> None:
@@ -111,7 +121,7 @@ def supersede(batch: Batch, deliveries: Sequence[Delivery], pending: Sequence[An
         newest[key] = max(age, newest.get(key, age))
     for d in deliveries:
         if newest[d.destination, d.latest_key] > (d.event_id, d.id):
-            batch.ended_early[d.id] = ("expired", "superseded")
+            batch.ended_early[d.id] = SUPERSEDED
     return [
         Pending(id_, name, order_key, *slot)
         for id_, name, order_key, key, event_id, *slot in pending

@@ -186,9 +186,10 @@ class Committer(ABC):
                 self._on_status_change(source, status)
         if batch.outcomes:
             self._claims.release(outcome.delivery.id for outcome in batch.outcomes)
-        if batch.ended or batch.cancelled_in_flight:
+        if batch.ended or batch.cancelled_in_flight or batch.superseded_in_flight:
             self._claims.release(batch.ended)
             self._cancel_later(self._claims.cancel(batch.cancelled_in_flight))
+            self._claims.supersede(batch.superseded_in_flight)
             self._claims.clear_ending()
         self._claims.add(batch.due)
         for destination, columns in batch.ledger.items():

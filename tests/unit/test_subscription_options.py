@@ -153,6 +153,36 @@ async def test_a_delivery_in_flight_is_never_superseded(store, clock):
     assert store.deliveries.begin_attempt(store.fresh[0].id)
     await store.events.append(accept(clock))
     assert await states(store) == [("pending", None)] * 2
+    assert await store.deliveries.settle(ending(store.fresh[0])) is True
+    assert (await states(store))[0] == ("delivered", None)
+
+
+@pytest.mark.parametrize("newer_is_delivered", [True, False])
+async def test_a_superseded_delivery_in_flight_is_not_retried(store, clock, newer_is_delivered):
+    """Its retry could reach the receiver after the newer event."""
+    route_to(store, ("crm", {"latest_by": "subject"}))
+    await store.events.append(accept(clock))
+    older = store.fresh[0]
+    assert store.deliveries.begin_attempt(older.id)
+    await store.events.append(accept(clock))
+    if newer_is_delivered:
+        await store.deliveries.settle(ending(store.fresh[1]))
+    outcome = ending(older, "pending", next_attempt_at=clock.steady() + SECOND)
+    assert await store.deliveries.settle(outcome) is True
+    assert (await states(store))[0] == ("expired", "superseded")
+    clock.advance(60)
+    assert (await store.deliveries.claim("crm", 9, retries=True)).deliveries == ()
+    counts = (await store.ledger.audit())["crm"]
+    assert (counts.expired, counts.unaccounted) == (1, 0)
+
+
+async def test_a_failed_delivery_does_not_delay_a_newer_event_of_its_order_key(store, clock):
+    route_to(store, ("crm", {"latest_by": "subject", "order_by": "subject"}))
+    await store.events.append(accept(clock))
+    assert store.deliveries.begin_attempt(store.fresh[0].id)
+    await store.events.append(accept(clock))
+    await store.deliveries.settle(ending(store.fresh[0], "pending", next_attempt_at=clock.steady() + SECOND))
+    assert await due(store) == (await ids(store, "deliveries"))[1:]
 
 
 async def test_beyond_max_pending_a_new_delivery_is_dead_and_counted(store, clock):

@@ -21,7 +21,7 @@ from relay.store.postgres.transaction import Part, Transaction
 from relay.store.postgres.worker_rows import COMMANDS, FORGOTTEN, METRICS, WORKERS, columns_of
 from relay.store.postgres.workers import SharedWorkers
 from relay.store.rows import command_row, event_row, measurement_row, worker_row
-from relay.store.transitions import apply_cancellations, handle_dead
+from relay.store.transitions import end_in_flight, handle_dead
 from relay.store.worker_changes import StoredWorkerChanges
 from relay.store.writer import Committer, Job
 
@@ -340,6 +340,8 @@ async def _write(
 ) -> None:
     if batch.worker_changes is not None:
         batch.add_all_generated()
+    if batch.outcomes and (claims.cancelled or claims.superseded):  # before keys are locked
+        batch.outcomes = end_in_flight(batch.outcomes, claims)
     counts = COUNTS
     is_near = limits is not None and limits.is_near(batch)
     requested = transitions.NOTHING
@@ -347,7 +349,7 @@ async def _write(
         requested = await transitions.find_requested(batch, transaction)
     await transitions.lock_keys(batch, transaction, requested, is_near=is_near)
     if batch.outcomes:
-        counts = await _write_outcomes(batch, transaction, claims, sequences, is_near=is_near)
+        counts = await _write_outcomes(batch, transaction, sequences, is_near=is_near)
     if transitions.is_requested(batch):
         await transitions.write_requested(batch, transaction, claims, requested)
     _add_events(batch, transaction, sequences.slot)
@@ -367,11 +369,9 @@ async def _write(
 
 
 async def _write_outcomes(
-    batch: Batch, transaction: Transaction, claims: Claims, sequences: IdSequences, *, is_near: bool
+    batch: Batch, transaction: Transaction, sequences: IdSequences, *, is_near: bool
 ) -> Part:
     """Add the outcomes, and write them now if other statements follow; returns the ledger's part."""
-    if claims.cancelled:
-        batch.outcomes = apply_cancellations(batch.outcomes, claims)
     ends = _add_outcomes(batch, transaction, sequences)
     if not (
         transaction.has_begun

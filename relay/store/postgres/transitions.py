@@ -28,6 +28,7 @@ from relay.store.postgres.transaction import Transaction
 from relay.store.transitions import (
     EXPIRE_AT_ONCE,
     HELD_AT_ONCE,
+    SUPERSEDED,
     Pending,
     group_times,
     held_changes,
@@ -159,7 +160,6 @@ FIRST_SQL = """
     SELECT min(next_attempt_at) FROM owed
      WHERE destination = $1 AND attempts {share} 0 AND ($2::int[] IS NULL OR coalesce(slot, 0) = ANY($2))
 """
-SUPERSEDED: Ending = ("expired", "superseded")
 SHARES = ("=", ">")  # first attempts and retries, as the partial indexes have them
 
 
@@ -290,6 +290,8 @@ async def end(
     """
     candidates = {row[0]: Pending(*row) for row in rows}
     chosen = sorted(id_ for id_ in candidates if id_ in batch.settled or claims.end(id_))
+    if ending == SUPERSEDED:
+        batch.superseded_in_flight |= candidates.keys() - set(chosen)
     if not chosen:
         return
     state, reason = ending

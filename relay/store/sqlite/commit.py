@@ -27,7 +27,7 @@ from relay.store.sqlite import event_times
 from relay.store.sqlite.transaction import Transaction
 from relay.store.sqlite.transitions import cancel, end, expire, expire_held, free, make_due, repeat
 from relay.store.sqlite.workers import write_workers
-from relay.store.transitions import apply_cancellations, group_times, handle_dead, supersede
+from relay.store.transitions import SUPERSEDED, end_in_flight, group_times, handle_dead, supersede
 from relay.store.writer import Committer
 
 log = logging.getLogger("relay.store")
@@ -85,8 +85,8 @@ async def write(batch: Batch, transaction: Transaction, claims: Claims) -> None:
     if batch.worker_changes is not None:
         batch.add_all_generated()
     if batch.outcomes:
-        if claims.cancelled:
-            batch.outcomes = apply_cancellations(batch.outcomes, claims)
+        if claims.cancelled or claims.superseded:
+            batch.outcomes = end_in_flight(batch.outcomes, claims)
         await _write_outcomes(batch, transaction)
     if (  # an operator or a periodic job requests changes
         batch.expire_overdue
@@ -332,7 +332,7 @@ async def _supersede(
         list({(d.destination, d.latest_key) for d in generated}),
     )
     older = supersede(batch, generated, pending)
-    await end(batch, transaction, claims, older, ("expired", "superseded"))
+    await end(batch, transaction, claims, older, SUPERSEDED)
 
 
 class SqliteCommitter(Committer):

@@ -12,6 +12,7 @@ from relay.store.sqlite.transaction import Row, Transaction
 from relay.store.transitions import (
     EXPIRE_AT_ONCE,
     HELD_AT_ONCE,
+    SUPERSEDED,
     Pending,
     held_changes,
     is_warning_due,
@@ -74,6 +75,8 @@ async def end(
     """
     candidates = [Pending(*row) for row in rows]
     ending_rows = [each for each in candidates if each.id in batch.settled or claims.end(each.id)]
+    if ending == SUPERSEDED and len(ending_rows) < len(candidates):
+        batch.superseded_in_flight |= {each.id for each in candidates} - {each.id for each in ending_rows}
     if not ending_rows:
         return
     state, reason = ending
