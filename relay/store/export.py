@@ -28,6 +28,7 @@ _MICROSECOND = timedelta(microseconds=1)
 
 _Id = Annotated[str, msgspec.Meta(pattern=r"^evt_[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}\Z")]
 _Text = Annotated[str, msgspec.Meta(min_length=1, max_length=300, pattern=r"^[^\x00-\x1f\x7f]+\Z")]
+_Header = Annotated[str, msgspec.Meta(pattern=r"^[^\x00-\x08\x0a-\x1f\x7f]*\Z")]  # as senders may send it
 _Place = Annotated[int, msgspec.Meta(ge=0)]
 
 
@@ -53,8 +54,8 @@ class EventLine(msgspec.Struct, kw_only=True, omit_defaults=True):
     type: _Text
     subject: str | None = None
     received_at: Annotated[datetime, msgspec.Meta(tz=True)]
-    content_type: Annotated[str, msgspec.Meta(pattern=r"^[\x20-\x7e]*\Z")]
-    traceparent: Annotated[str, msgspec.Meta(pattern=r"^[\x20-\x7e]*\Z")] | None = None
+    content_type: _Header
+    traceparent: _Header | None = None
     sha256: str  # hexadecimal, of the body
     context: msgspec.Raw
     data: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET

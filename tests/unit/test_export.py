@@ -60,6 +60,7 @@ async def read_in(store, lines, **options):
         {"body": b"", "data": b"{}"},
         {"body": "ü€😀\u2028 \\u0000".encode(), "data": b"{}", "subject": "Zoë"},
         {"subject": None, "traceparent": "00-ab-cd-01", "context": b'{"a": [1, 2.50]}'},
+        {"content_type": 'text/plain;\tname="é"', "traceparent": "é" * 55, "subject": "a\0b"},
     ],
 )
 def test_a_line_restores_the_same_event(clock, fields):
