@@ -171,7 +171,7 @@ class AttemptRunner:
         outcomes = [msgspec.structs.replace(like[each.attempts], delivery=each) for each in deliveries]
         return GroupResult(outcomes, verdict)
 
-    def failed(self, delivery: Delivery, error: Exception) -> Outcome:
+    def failed(self, delivery: Delivery, error: BaseException) -> Outcome:
         """Return the outcome of an attempt that ended with an internal error."""
         text = one_line(f"internal error: {type(error).__name__}: {error}")
         attempt = Attempt(started_at=self._clock.wall(), duration_ms=0.0, result="format", error=text)

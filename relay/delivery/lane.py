@@ -524,8 +524,8 @@ class Lane:
     async def _work(self, window: Window, delivery: Delivery) -> None:
         """Fill one slot with one delivery.
 
-        If this machine runs out of resources or the store fails, the delivery stays pending. Any other error
-        counts as a failed attempt.
+        If this machine runs out of resources or the store cannot be read, the delivery stays pending. Any
+        other error counts as a failed attempt.
         """
         try:
             await self._deliver(delivery)
@@ -535,9 +535,16 @@ class Lane:
             self.health.rest(OUT_OF_RESOURCES_REST, error.what)
             self._release_windows()
             self._store.deliveries.release(each.id for each in delivery.members)
-        except Exception as error:
+        except StorageError as error:
+            line = f"{self.name}: cannot read the event of a delivery: {error.message}"
+            self._resource_log.warning(f"{self.name}: cannot read", line, destination=self.name)
+            self._store.deliveries.release(each.id for each in delivery.members)
+            window.due = min(window.due, self._clock.steady() + int(STORAGE_PAUSE * SECOND))
+        except (Exception, asyncio.CancelledError) as error:
+            if _is_stopping(error):
+                raise
             log.exception("%s: cannot attempt a delivery", self.name, extra=delivery_fields(delivery))
-            if isinstance(error, StorageError) or not await self._record_error(delivery, error):
+            if not await self._record_error(delivery, error):
                 self._store.deliveries.release(each.id for each in delivery.members)
                 window.due = min(window.due, self._clock.steady() + POLL)
         finally:
@@ -549,7 +556,7 @@ class Lane:
                 self._slots.give(self.in_flight)
         self.turn()
 
-    async def _record_error(self, delivery: Delivery, error: Exception) -> bool:
+    async def _record_error(self, delivery: Delivery, error: BaseException) -> bool:
         """Record an internal error as a failed attempt, so that it cannot repeat for ever."""
         try:
             for each in delivery.members:
@@ -845,6 +852,12 @@ class Lane:
             self._spawn(self._end_pause())
         else:
             self.turn()
+
+
+def _is_stopping(error: BaseException) -> bool:
+    """Return whether an error is the cancellation of this task, and not of something that it awaits."""
+    task = asyncio.current_task()
+    return isinstance(error, asyncio.CancelledError) and (task is None or task.cancelling() > 0)
 
 
 def _circuit(opened_by: tuple[str, bool] | None) -> dict[str, Any]:

@@ -8,9 +8,11 @@ from lanes import CLOCK, SECRET, Receiver, destination, dispatcher_for, ended, r
 from stores import change_rows, hooks, ids
 from support import until
 
+from relay.base.clock import SECOND
 from relay.config.schema import CircuitConfig, RetryConfig
 from relay.config.secrets import Secret
 from relay.delivery.http.http_client import HttpClient
+from relay.delivery.lane import POLL
 from relay.errors import StorageError
 from relay.formats import FORMATS, Format
 from relay.model import DestinationState
@@ -308,7 +310,7 @@ async def test_a_request_that_cannot_be_built_uses_attempts_up_and_blocks_no_key
     assert [row["result"] for row in attempts] == ["format"] * 3
 
 
-@pytest.mark.parametrize("where", ["client", "load", "standing"])
+@pytest.mark.parametrize("where", ["client", "cancelled", "load", "standing"])
 async def test_an_unexpected_error_ends_as_a_failed_attempt(store, receiver, monkeypatch, where):
     """Otherwise the delivery would stay pending for ever and block its key."""
 
@@ -318,12 +320,17 @@ async def test_an_unexpected_error_ends_as_a_failed_attempt(store, receiver, mon
     async def fail_later(*_, **__):
         fail()
 
+    async def cancel(*_, **__):
+        raise asyncio.CancelledError("a mistake of ours")
+
     retry = RetryConfig(schedule=(0.01, 0.01))
     config = destination("crm", receiver.url, order_by="subject", retry=retry)
     receiver.usual = (200 if where == "standing" else 500, {})
     async with dispatcher_for(store, config, body_bytes=0) as dispatcher:
         if where == "client":
             monkeypatch.setattr(HttpClient, "send", fail_later)
+        elif where == "cancelled":  # something that the attempt awaits, not the attempt itself
+            monkeypatch.setattr(HttpClient, "send", cancel)
         elif where == "load":
             monkeypatch.setattr(store.events, "load", fail_later)
         else:
@@ -356,3 +363,25 @@ async def test_deliveries_that_cannot_be_read_ahead_are_read_in_their_slot(store
         await ended(store)
     assert failures
     assert receiver.ids == [sent, sent]
+
+
+async def test_a_delivery_whose_event_cannot_be_read_is_sent_soon(store, receiver, monkeypatch, caplog):
+    load, failures = store.events.load, []
+
+    async def fail_twice(event_ids):
+        if len(failures) < 2:
+            failures.append(1)
+            raise StorageError("the disk does not answer")
+        return await load(event_ids)
+
+    monkeypatch.setattr(store.events, "load", fail_twice)
+    receiver.answers = [(500, {})]
+    config = destination("crm", receiver.url, retry=RetryConfig(schedule=(0.01,)))
+    async with dispatcher_for(store, config, body_bytes=0):
+        sent = await send(store)
+        async with asyncio.timeout(POLL / SECOND / 2):
+            [row] = await ended(store)
+    assert (receiver.ids, row["state"], row["attempts"]) == ([sent, sent], "delivered", 2)
+    assert len(failures) == 2
+    assert "crm: cannot read the event of a delivery: the disk does not answer" in caplog.messages
+    assert not [record for record in caplog.records if record.exc_info]
