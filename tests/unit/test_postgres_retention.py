@@ -116,6 +116,28 @@ async def test_only_events_that_are_old_enough_and_finished_disappear(store, clo
     assert dropped == len(stored) - len(left)
 
 
+async def test_a_dump_that_reads_the_tables_delays_the_drop_of_a_day_and_no_sender(store, clock, monkeypatch):
+    """Every statement would wait behind the lock that waits for the dump."""
+    monkeypatch.setattr(prune, "BIG", 0)
+    monkeypatch.setattr(prune, "LOOKS_APART", 0.01)
+    url, begun = store.database.address.hosts[0].dsn, clock.now
+    connection = await connect(store.database.address, writes=True)
+    await make_partitions(connection, begun, 1)
+    for number in range(5):
+        await add(connection, number, begun, "shop.x", "delivered", finished=begun, later=0, early=0)
+    await connection.close()
+    clock.now += 36 * DAY
+    await store.database.writer.call(store.make_partitions)
+    dump = await asyncpg.connect(url)
+    await dump.execute("BEGIN; SELECT count(*) FROM events; SELECT count(*) FROM attempts")
+    pruned = await store.upkeep.prune(POLICY)
+    assert (pruned.events, pruned.attempts, pruned.done) == (0, 0, True)
+    assert len(await run(url, "SELECT id FROM events", path="public")) == 5
+    await dump.close()
+    assert (await store.upkeep.prune(POLICY)).events == 5
+    assert await run(url, prune.LEFT_SQL, path="public") == []
+
+
 async def test_a_node_that_was_suspended_in_a_pass_does_not_drop_rows_that_another_pass_keeps(
     store, clock, monkeypatch
 ):

@@ -34,7 +34,7 @@ async def make_partitions(connection: Connection, wall: int, ahead: int | None =
     if len(await connection.fetch(EXISTING_SQL, names)) == len(names):
         return 0
     async with connection.transaction():
-        await connection.execute("SET LOCAL lock_timeout = '10s'")
+        await connection.execute("SET LOCAL lock_timeout = '1s'")  # senders wait meanwhile
         await connection.execute(LOCK_SQL)
         known = {name for (name,) in await connection.fetch(EXISTING_SQL, names)}
         statements = [

@@ -6,6 +6,7 @@ sources and types still delete rows. Events that must stay are copied to a new p
 dropped. If too many events must stay, the day is deleted row by row as well.
 """
 
+import asyncio
 import logging
 import re
 import secrets
@@ -32,6 +33,12 @@ BIG = 64 * 2**20
 
 MOST_KEPT = 20_000
 """Events that stay when their partition is dropped; with more, rows are deleted instead."""
+
+LOOKS_APART = 1.0
+"""Seconds between two looks at the transactions that use the tables."""
+
+LOCK_TIMEOUT_SQL = "SET LOCAL lock_timeout = '500ms'"
+"""While a statement waits for a table, all later statements wait behind it."""
 
 NEEDED = 2**63 - 1  # a pending delivery needs its event, however old it is
 
@@ -96,6 +103,12 @@ LEFT_SQL = """
     SELECT relname FROM pg_class
      WHERE relkind = 'r' AND relnamespace = current_schema()::regnamespace
        AND relname ~ '^(events|deliveries|ends|attempts)_[0-9]{8}_(old|([0-9a-z]+_)?kept)$' ORDER BY 1
+"""
+USERS_SQL = """
+    SELECT DISTINCT virtualtransaction FROM pg_locks
+     WHERE locktype = 'relation' AND granted AND pid IS DISTINCT FROM pg_backend_pid()
+       AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
+       AND relation = ANY(SELECT name::regclass FROM unnest($1::text[]) AS t (name))
 """
 TYPES_SQL = """
     WITH RECURSIVE found (type, number) AS (
@@ -200,6 +213,7 @@ class PostgresRetention(Retention[Connection]):
         super().__init__(self._statements, clock)
         self._database = database
         self._run = "0"
+        self._waits = False  # for a transaction of another program
         self._limits = {
             "events": NEEDED,
             "attempts": NEEDED,
@@ -221,7 +235,7 @@ class PostgresRetention(Retention[Connection]):
         for day in await self._days("events"):
             if day.bytes < BIG:
                 continue
-            if day.until > now - policy.default.events:
+            if day.until > now - policy.default.events or await self._is_used():
                 self._limits["events"] = day.start
                 break
             deleted["events"] += await self._drop_events(day, policy, now)
@@ -231,9 +245,28 @@ class PostgresRetention(Retention[Connection]):
         rows = await self._database.fetch(PARTITIONS_SQL, table)
         return [Day(name, size, self._run) for name, size in rows]
 
+    async def _is_used(self) -> bool:
+        """Return whether a long transaction of another program, such as a dump, reads the tables.
+
+        A partition can be detached only after that, and all senders would wait for the attempt.
+        """
+        before = await self._users()
+        is_used = False
+        if before:
+            await asyncio.sleep(LOOKS_APART)
+            is_used = not before.isdisjoint(await self._users())
+        if is_used and not self._waits:
+            log.info("retention: another program reads the tables; whole days are deleted after that")
+        self._waits = is_used
+        return is_used
+
+    async def _users(self) -> set[str]:
+        """Return the transactions of other sessions that use the partitioned tables."""
+        return {id_ for (id_,) in await self._database.fetch(USERS_SQL, TABLES)}
+
     async def _drop_attempts(self, day: Day, before: int, deleted: Counter[str]) -> bool:
         """Drop a partition of attempts if all of it is old enough; returns whether it was dropped."""
-        if day.until > before:
+        if day.until > before or await self._is_used():
             return False
         table = f"attempts_{day.name}"
         count = await self._database.value(f"SELECT count(*) FROM {table}")  # noqa: S608 - a name of a partition
@@ -307,7 +340,7 @@ class PostgresRetention(Retention[Connection]):
                 break
             tables = [table for table in TABLES if day.name in existing[table]]
             some = " OR ".join(f"EXISTS (SELECT FROM {table}_{day.name})" for table in tables)
-            if not await self._database.value(f"SELECT {some}"):
+            if not await self._database.value(f"SELECT {some}") and not await self._is_used():
                 await paced(self._writer, partial(_detach, day, tables))
                 for table in tables:
                     await paced(self._writer, partial(_drop, f"{table}_{day.name}_old"))
@@ -358,7 +391,7 @@ async def _swap(day: Day, find: Any, copied: set[int], connection: Connection) -
     Nothing else writes to the old partition meanwhile. Rows that came since the copy are copied now.
     """
     async with connection.transaction():
-        await connection.execute("SET LOCAL lock_timeout = '2s'")
+        await connection.execute(LOCK_TIMEOUT_SQL)
         names = ", ".join(f"{table}_{day.name}" for table in _MADE)
         await connection.execute(f"LOCK TABLE {names} IN EXCLUSIVE MODE")
         kept = await find(connection)
@@ -396,7 +429,7 @@ async def _swap(day: Day, find: Any, copied: set[int], connection: Connection) -
 async def _detach(day: Day, tables: Sequence[str], connection: Connection) -> None:
     """Detach partitions without a replacement."""
     async with connection.transaction():
-        await connection.execute("SET LOCAL lock_timeout = '2s'")
+        await connection.execute(LOCK_TIMEOUT_SQL)
         for table in tables:
             await _take_off(table, day, connection)
 
