@@ -170,6 +170,40 @@ async def test_a_read_only_server_stops_writes_until_it_accepts_them(store, cloc
     await store.events.append(accept(clock, b"{}"))
 
 
+@not_pooled("another transaction would get the session")
+async def test_a_session_that_became_read_only_is_replaced(store, clock):
+    """An operator may move writes to another host of the URL while the former primary still answers."""
+    assert await store.database.value("SELECT 1") == 1
+    [reader], former = store.database._idle, store.database.writer.connection
+    await former.execute("SET default_transaction_read_only = on")
+    with pytest.raises(StorageUnavailableError, match="read-only"):
+        await store.events.append(accept(clock, b"{}"))
+    await until(lambda: store.failure is None)
+    await store.events.append(accept(clock, b"{}"))
+    assert former.is_closed
+    assert reader.is_closed  # it would read from the former primary
+
+
+async def test_a_reader_that_is_lent_while_the_writer_connects_again_is_not_used_again(store, clock):
+    async with store.database.reader() as reader:
+        (await store.connect()).terminate()
+        assert await reader.value("SELECT 1") == 1
+    assert reader.is_closed
+    assert await store.database.value("SELECT 1") == 1
+
+
+async def test_an_event_that_a_reader_does_not_see_is_read_by_the_writer(store, clock, monkeypatch):
+    """Otherwise, its deliveries would be dead if a reader is at a server that lags behind."""
+    await store.events.append(accept(clock, b"{}"))
+
+    async def nothing(*_):
+        return []
+
+    monkeypatch.setattr(store.database, "fetch", nothing)
+    [event] = store.news[-1].events
+    assert await store.events.load((event.id, event.id + 1)) == {event.id: event}
+
+
 async def test_a_call_that_takes_too_long_fails_and_closes_its_connection(store, clock):
     async with store.database.reader() as reader:
         with pytest.raises(TimeoutError):
@@ -348,6 +382,22 @@ async def test_a_missing_partition_is_made_and_the_batch_written_again(store, cl
         store, "SELECT relname FROM pg_class WHERE relkind = 'r' AND relname LIKE '%' || ?", (day,)
     )
     assert {name for (name,) in names} == {f"{table}_{day}" for table in PARTITIONED}
+
+
+async def test_a_missing_partition_that_cannot_be_made_yet_stops_no_daemon(store, clock, monkeypatch):
+    clock.advance(60 * DAY)
+    make = store.make_partitions
+
+    async def fail_once(connection):
+        monkeypatch.setattr(store, "make_partitions", make)
+        raise asyncpg.LockNotAvailableError("canceling statement due to lock timeout")
+
+    monkeypatch.setattr(store, "make_partitions", fail_once)
+    with pytest.raises(StorageUnavailableError):
+        await store.events.append(accept(clock, b"{}"))
+    await until(lambda: store.failure is None)
+    await store.events.append(accept(clock, b"{}"))
+    assert len(await ids(store)) == 1
 
 
 async def test_partitions_are_made_ahead_once(store, clock):

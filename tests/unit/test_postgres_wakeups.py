@@ -63,6 +63,22 @@ async def test_a_node_stops_even_if_a_notification_arrives_at_the_same_moment(ma
         await node.stop()
 
 
+async def test_a_second_start_connects_no_more():
+    """A store that could not be opened at the first time becomes a node again."""
+    asked = []
+
+    async def connect():
+        asked.append(1)
+        await asyncio.Event().wait()
+
+    node = WakeUps(connect, "a", print)
+    node.start()
+    node.start()
+    await until(lambda: asked)
+    assert asked == [1]
+    await node.stop()
+
+
 @needs_postgres
 async def test_the_other_nodes_hear_an_announcement(make):
     first, second = make("a"), make("b")

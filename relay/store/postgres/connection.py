@@ -355,7 +355,8 @@ class Database:
 
     def __init__(self, address: Address) -> None:
         self.address = address
-        self._idle: list[Connection] = []
+        self._idle: list[Connection] = []  # readers
+        self._lent: set[Connection] = set()
         self._slots = asyncio.Semaphore(READERS)
         self._is_open = False
         self.set_closed("it is not open yet")
@@ -371,6 +372,13 @@ class Database:
     def set_open(self) -> None:
         """Allow reads."""
         self._is_open = True
+
+    def renew_readers(self) -> None:
+        """Use no reader again that is open now, because the writer has connected anew, perhaps elsewhere."""
+        for connection in self._idle:
+            connection.terminate()
+        self._idle.clear()
+        self._lent.clear()
 
     async def fetch(self, sql: str, *values: Any) -> list[asyncpg.Record]:
         """Run a statement on a reader and return its rows.
@@ -409,6 +417,7 @@ class Database:
                         connection = None
                 if connection is None:
                     connection = await connect(self.address, writes=False)
+                self._lent.add(connection)
                 yield connection
             except ERRORS as error:
                 if not is_transient(error):
@@ -418,9 +427,18 @@ class Database:
                 what = f"{self.address.location}: {text_of(error)}"
                 raise StorageUnavailableError(what, hint=_advice(error)) from error
             finally:
-                if connection is not None and not connection.is_closed:
-                    await connection.roll_back()
-                    self._idle.append(connection)
+                if connection is not None:
+                    await self._take_back(connection)
+
+    async def _take_back(self, connection: Connection) -> None:
+        """Keep a reader for later, unless it is lost or outdated."""
+        if not connection.is_closed:
+            await connection.roll_back()
+            if connection in self._lent:
+                self._idle.append(connection)
+            else:
+                connection.terminate()
+        self._lent.discard(connection)
 
     async def close(self) -> None:
         """Close the readers."""

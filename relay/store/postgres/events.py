@@ -42,6 +42,11 @@ async def delete_events(connection: Connection, ids: Sequence[int]) -> list[int]
         return [id_ for (id_,) in await connection.fetch(DELETE_SQL, ids)]
 
 
+def _load(ids: Sequence[int]) -> tuple[str, list[int], int, int]:
+    """Return the statement that reads events, and its values."""
+    return LOAD_SQL, list(ids), min(ids), max(ids)
+
+
 class PostgresEvents(StoredEvents):
     """`relay.store.Events` over PostgreSQL."""
 
@@ -61,9 +66,14 @@ class PostgresEvents(StoredEvents):
         """See `Events.load`."""
         if not event_ids:
             return {}
-        rows = await self._postgres.fetch(LOAD_SQL, list(event_ids), min(event_ids), max(event_ids))
-        events = map(stored_event, rows)
-        return {event.id: event for event in events}
+        rows = await self._postgres.fetch(*_load(event_ids))
+        found = {event.id: event for event in map(stored_event, rows)}
+        if missing := [id_ for id_ in event_ids if id_ not in found]:
+            # A reader may be at a server that lags behind, such as a former primary. The writer knows best,
+            # and a delivery whose event does not exist is dead.
+            rows = await self._postgres.writer.call(lambda connection: connection.fetch(*_load(missing)))
+            found |= {event.id: event for event in map(stored_event, rows)}
+        return found
 
     async def expunge(self, event_ids: Sequence[int]) -> Expunged:
         """See `Events.expunge`."""

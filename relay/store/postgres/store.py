@@ -360,6 +360,7 @@ class PostgresStore:
         except BaseException:
             connection.terminate()
             raise
+        self.database.renew_readers()
         return connection
 
     async def refresh(self, connection: Connection) -> None:

@@ -94,7 +94,9 @@ class WakeUps:
         self._tasks: list[asyncio.Task[None]] = []
 
     def start(self) -> None:
-        """Connect and listen in the background."""
+        """Connect and listen in the background, unless that has begun already."""
+        if self._tasks:
+            return
         if self._connect is not None:
             self._tasks.append(asyncio.create_task(self._listen(self._connect)))
         if self._connect_sender is not None:

@@ -26,6 +26,8 @@ RACES = {"40001", "40P01", "23502", "23514"}
 
 NO_PARTITION = "23514"
 
+READ_ONLY = "25006"
+
 END_SESSION_SQL = """
     SELECT pg_terminate_backend(pid) FROM pg_stat_activity
      WHERE pid = $1 AND usename = current_user AND application_name = 'hookferry'
@@ -177,9 +179,10 @@ class PostgresWriter(Writer[Connection]):
             count = count + 1 if commits == self.commits else 1
             self._again = self.commits, count
             if count <= MOST_AGAIN:
-                if code == NO_PARTITION:
-                    await self._opening.make_partitions(self._connection)
-                return Remedy.AGAIN
+                failure = await self._make_partitions() if code == NO_PARTITION else None
+                if failure is None:
+                    return Remedy.AGAIN
+                error = failure
         if not isinstance(error, UnknownCommitError) and not is_transient(error):
             return Remedy.ONE_BY_ONE
         if is_lost(error, self._connection):
@@ -187,6 +190,15 @@ class PostgresWriter(Writer[Connection]):
             if self.failure is None:  # a call must not leave the writer without a connection
                 self._set_failure(text_of(error))
         return Remedy.STOP
+
+    async def _make_partitions(self) -> Exception | None:
+        """Make the missing partitions; returns why that failed, None: it did not."""
+        try:
+            await self._opening.make_partitions(self._connection)
+        except ERRORS as error:
+            log.warning("cannot create the partition of today: %s", text_of(error))
+            return error
+        return None
 
     async def _probe(self) -> str | None:
         try:
@@ -196,6 +208,8 @@ class PostgresWriter(Writer[Connection]):
             await self._opening.refresh(self._connection)
         except (*ERRORS, StorageError) as error:
             await self._connection.roll_back()
+            if code_of(error) == READ_ONLY:  # after a failover, another host of the URL accepts writes
+                self._connection.terminate()
             return text_of(error)
         return None
 
