@@ -109,7 +109,7 @@ def _failed(visit: Visit, error: RelayError) -> web.Response:
 
 async def _missing(visit: Visit) -> web.Response:
     back = tag("a", "Now", href=visit.link())
-    return visit.page("Not found", tag("p", "The dashboard has no such page. Go to ", back, "."), status=404)
+    return visit.page("Not found", tag("p", "This page does not exist. Go to ", back, "."), status=404)
 
 
 async def _to_root(_request: web.Request) -> web.Response:

@@ -228,7 +228,7 @@ async def test_a_changed_url_counts_while_an_attempt_hangs_at_the_old_one(tmp_pa
         await until(lambda: crm.busy == 1)
         write_config(tmp_path, SOURCES, destination("crm", other.url, "concurrency = 2"))
         await reload(relay)
-        second = await send(relay, "goes on")
+        second = await send(relay, "continues")
         await until(lambda: other.ids == [second])
         crm.open.set()
         await until(lambda: finished(relay, "crm", "delivered") == 2)

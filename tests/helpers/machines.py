@@ -112,7 +112,7 @@ class Root:
         if not STATUS.exists():
             pytest.skip("needs a Debian, whose packages it installs")
         if not ROOT:
-            pytest.skip("needs root, to run commands in a root of their own")
+            pytest.skip("needs root, to run commands in another root directory")
         self.path = path
         self._packages = _closure(packages)
         self._layers = []

@@ -374,7 +374,7 @@ NONSENSE = {
 """Bytes that are not an HTTP response, by their fault."""
 
 BROKEN_BODIES = {
-    "a chunk size that is no number": head(transfer_encoding="chunked") + b"zz\r\nok\r\n0\r\n\r\n",
+    "a chunk size that is not a number": head(transfer_encoding="chunked") + b"zz\r\nok\r\n0\r\n\r\n",
     "a chunk longer than its size": head(transfer_encoding="chunked") + b"1\r\ntoo long\r\n0\r\n\r\n",
     "chunks that stop": head(transfer_encoding="chunked") + b"2\r\nok\r\n",
     "an enormous chunk size": head(transfer_encoding="chunked") + b"f" * 40 + b"\r\nok",

@@ -47,7 +47,7 @@ SLOPPY: dict[str, tuple[bytes, int, int]] = {
     ),
     "empty lines behind it": (head(content_length=2) + b"ok\r\n\r\n", 200, 200),
     "no body at all": (head(content_length=1), 200, 200),
-    "a chunk size that is no number": (
+    "a chunk size that is not a number": (
         head(transfer_encoding="chunked") + b"zz\r\nok\r\n0\r\n\r\n",
         200,
         200,
@@ -105,7 +105,7 @@ SLOPPY: dict[str, tuple[bytes, int, int]] = {
     "two spaces before the status": (b"HTTP/1.1  200 OK\r\nContent-Length: 0\r\n\r\n", 200, 200),
     "a tab before the status": (b"HTTP/1.1\t200 OK\r\nContent-Length: 0\r\n\r\n", 0, 0),
     "a reason beyond ASCII": (b"HTTP/1.1 200 \xe2\x9c\x93\r\nContent-Length: 0\r\n\r\n", 200, 200),
-    "a version of its own": (b"HTTP/9.7 200 OK\r\nContent-Length: 0\r\n\r\n", 0, 200),
+    "an unknown HTTP version": (b"HTTP/9.7 200 OK\r\nContent-Length: 0\r\n\r\n", 0, 200),
     "HTTP/2 in plain text": (b"HTTP/2 200 OK\r\nContent-Length: 0\r\n\r\n", 200, 0),
     "HTTP/1.2": (b"HTTP/1.2 200 OK\r\nContent-Length: 0\r\n\r\n", 0, 200),
     "an empty line before it": (b"\r\nHTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n", 0, 0),

@@ -1,7 +1,7 @@
 """Faults of a cluster under load: nothing acknowledged is lost, all arrives, no node sends without a lease.
 
 Run `python -m tests.torture.cluster --cycles 50` for all cases in turn, or with the name of a case. Each run
-starts a PostgreSQL server of its own, without fsync. `tests.torture.failover` has the cases with a standby.
+starts a separate PostgreSQL server, without fsync. `tests.torture.failover` has the cases with a standby.
 """
 
 import asyncio

@@ -4,7 +4,7 @@ Run `python -m tests.torture.fuzz --requests 1000000`. Each request follows from
 is sent in one of two ways:
 
 * *framed*: head lines and body are mutated, but the request stays one that must be answered. It goes over a
-  kept connection, and a heartbeat with a worker id of its own follows, whose answer must name that worker. So
+  kept connection, and a heartbeat with a new worker id follows, whose answer must name that worker. So
   an answer that is missing, one too many, or another request's is detected.
 * *broken*: any bytes are mutated. The sender then closes its side and reads until the daemon does: after any
 bytes, the connection must end.
@@ -38,7 +38,7 @@ from stores import rows_of
 from wire import CONTINUE, Answer, Wire, exchange, request
 
 CONNECTIONS = 32
-FILLING = 50  # events of 1.5 MB: SQLite caches up to 64 MiB of pages, which is no growth to be judged
+FILLING = 50  # events of 1.5 MB: SQLite caches up to 64 MiB of pages, which does not count as growth
 SETTLED = (
     20_000  # requests, or a tenth of all: then code is loaded and caches are full, and memory is measured
 )
@@ -270,7 +270,7 @@ class Receiver(asyncio.Protocol):
         try:
             json.loads(body)
         except ValueError:
-            self._found.fault("a delivery that is no JSON", body)
+            self._found.fault("a delivery that is not JSON", body)
         if fields["webhook-signature"] != f"v1,{wanted}":
             self._found.fault("a delivery with a wrong signature", body)
         self._transport.write(b"HTTP/1.1 204 No Content\r\n\r\n")

@@ -1,6 +1,6 @@
 """A wait that is cancelled ends, even if the awaited thing happens at the same moment.
 
-`asyncio.wait_for` of Python 3.11 returns instead, and the cancelled task goes on.
+`asyncio.wait_for` of Python 3.11 returns instead, and the cancelled task continues.
 """
 
 import asyncio

@@ -289,7 +289,7 @@ def written_with(content_type):
 UNMADE = {
     "a line break in a header": (written_with("text/plain\r\nx-evil: 1"), "ValueError: a header contains"),
     "a header that cannot be encoded": (written_with("text/\ud83d"), "UnicodeEncodeError"),
-    "a header that is no text": (written_with(7), "TypeError"),
+    "a header that is not text": (written_with(7), "TypeError"),
     "an exit": (odd(leave), "SystemExit: 3"),
 }
 

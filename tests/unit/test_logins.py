@@ -85,7 +85,7 @@ async def test_a_code_is_valid_for_a_minute(store, clock):
     clock.advance(CODE_FOR // SECOND)
     with pytest.raises(ForbiddenError, match="older than a minute"):
         await logins.log_in(visit(), code=code)
-    assert await scope_of(logins, f"relay-81={code}") is None, "a code is no cookie"
+    assert await scope_of(logins, f"relay-81={code}") is None, "a code is not a cookie"
 
 
 async def test_a_login_ends_with_its_token_and_never_has_more_than_its_scope(store, clock):

@@ -562,7 +562,7 @@ async def test_a_migration_gives_way_to_a_statement_that_waits_for_it(store, clo
     try:
         begun = other.transaction()
         await begun.start()
-        await other.execute("DELETE FROM owed")  # like a statement that goes on to read another table
+        await other.execute("DELETE FROM owed")  # like a statement that then reads another table
         migrating = asyncio.create_task(store._migrate(connection))
         waiting = "SELECT count(*) FROM pg_locks WHERE NOT granted AND relation = 'owed'::regclass"
         async with asyncio.timeout(30):

@@ -536,7 +536,7 @@ def test_maintenance_by_an_operator_continues_in_and_after_a_window():
     assert plan(row, 10, PLANNED) is row
     assert plan(row, 4000, PLANNED) is row
     short = maintain(ONLINE, at(5), PLANNED, on=True, plan=Plan("operator", at(100).steady))
-    row = plan(short, 100, PLANNED)  # the window goes on
+    row = plan(short, 100, PLANNED)  # the window continues
     assert (row.maintenance_by, row.maintenance_until, row.status) == ("config", HOUR, "MAINTENANCE")
 
 

@@ -85,11 +85,11 @@ class SharedLimits:
             self._refuse(batch, rooms)
 
     def is_near(self, batch: Batch) -> bool:
-        """Return whether `decide` needs statements of its own before the statement that writes the batch."""
+        """Return whether `decide` needs separate statements before the statement that writes the batch."""
         return bool(self._near(batch, batch.new_counts()))
 
     def _near(self, batch: Batch, counts: Counter[str]) -> set[str]:
-        """Return the destinations for whose new deliveries this node has no room of its own."""
+        """Return the destinations whose new deliveries exceed the room of this node."""
         return {
             name
             for name, limit in batch.limits.items()

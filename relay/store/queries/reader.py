@@ -52,7 +52,7 @@ class Reader(Protocol):
 
     @property
     def has_queue(self) -> bool:
-        """Whether pending deliveries have a table of their own, which the paths `pending` read."""
+        """Whether pending deliveries have a separate table, which the paths `pending` read."""
         ...
 
     async def candidates(
