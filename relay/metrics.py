@@ -253,7 +253,7 @@ class Metrics:
     )
     standby_delay = _gauge(
         "relay_database_standby_lag_seconds",
-        "Time until the standby furthest behind stores what the PostgreSQL server writes.",
+        "Time from a write on the PostgreSQL server until the standby furthest behind has stored it.",
     )
     oldest_snapshot = _gauge(
         "relay_database_oldest_snapshot_seconds",
