@@ -184,7 +184,7 @@ class Batch:
         self.incarnation: str | None = None  # of this node; None: no other node uses the database
         self.checked: set[str] = set()  # destinations with a ceiling, see postgres/backlog.py
         self.cancelled_in_flight: set[int] = set()  # cancelled during an attempt, whose outcome decides
-        self.superseded_in_flight: set[int] = set()  # the same for a newer event of `latest_by`
+        self.superseded_in_flight: set[int] = set()  # in flight when a newer event of `latest_by` arrived
 
     @property
     def workers(self) -> StoredWorkerChanges:

@@ -374,7 +374,7 @@ class Database:
         self._is_open = True
 
     def renew_readers(self) -> None:
-        """Use no reader again that is open now, because the writer has connected anew, perhaps elsewhere."""
+        """Drop the readers that are open now: the writer has connected again, perhaps to another server."""
         for connection in self._idle:
             connection.terminate()
         self._idle.clear()

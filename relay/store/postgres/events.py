@@ -69,8 +69,8 @@ class PostgresEvents(StoredEvents):
         rows = await self._postgres.fetch(*_load(event_ids))
         found = {event.id: event for event in map(stored_event, rows)}
         if missing := [id_ for id_ in event_ids if id_ not in found]:
-            # A reader may be at a server that lags behind, such as a former primary. The writer knows best,
-            # and a delivery whose event does not exist is dead.
+            # A reader may use a server that lags behind, such as a former primary. So ask the writer's server
+            # as well: a delivery whose event does not exist is dead.
             rows = await self._postgres.writer.call(lambda connection: connection.fetch(*_load(missing)))
             found |= {event.id: event for event in map(stored_event, rows)}
         return found

@@ -248,7 +248,8 @@ class PostgresRetention(Retention[Connection]):
     async def _is_used(self) -> bool:
         """Return whether a long transaction of another program, such as a dump, reads the tables.
 
-        A partition can be detached only after that, and all senders would wait for the attempt.
+        A partition can be detached only after the end of that transaction, and all senders would wait behind
+        an attempt before.
         """
         before = await self._users()
         is_used = False

@@ -192,7 +192,7 @@ class PostgresWriter(Writer[Connection]):
         return Remedy.STOP
 
     async def _make_partitions(self) -> Exception | None:
-        """Make the missing partitions; returns why that failed, None: it did not."""
+        """Make the missing partitions; returns the error if that failed."""
         try:
             await self._opening.make_partitions(self._connection)
         except ERRORS as error:
