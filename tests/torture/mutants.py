@@ -96,14 +96,24 @@ MUTANTS = {
         [
             Change(
                 f"{POSTGRES}/commit.py",
-                "WHERE o.id = s.id AND o.attempts = s.before\n        RETURNING o.id, o.event_id",
-                "WHERE o.id = s.id\n        RETURNING o.id, o.event_id",
+                "o.attempts = s.before\n        RETURNING o.id, o.event_id, o.destination, s.state",
+                "true\n        RETURNING o.id, o.event_id, o.destination, s.state",
             ),
             Change(
                 f"{POSTGRES}/commit.py",
                 "WHERE o.id = s.id AND o.attempts = s.before\n        RETURNING o.id)",
                 "WHERE o.id = s.id\n        RETURNING o.id)",
             ),
+        ],
+        [SHARED, STORE],
+    ),
+    "settle-successes-without-compare-and-set": Mutant(
+        [
+            Change(
+                f"{POSTGRES}/commit.py",
+                "o.attempts = s.before\n        RETURNING o.id, o.event_id, o.destination, 'delivered'",
+                "true\n        RETURNING o.id, o.event_id, o.destination, 'delivered'",
+            )
         ],
         [SHARED, STORE],
     ),
