@@ -6,6 +6,7 @@ random bits. No code may rely on their order: rows are ordered by their integer 
 
 import os
 import re
+from collections.abc import Iterator
 
 EVENT, DELIVERY, COMMAND, REPLAY, REQUEST, REFUSED = "evt_", "dlv_", "cmd_", "rpl_", "req_", "ref_"
 """The prefixes of ids."""
@@ -15,7 +16,7 @@ _DIGITS = 32
 _RANDOM = 10  # bytes of each id: 74 bits are used
 _BATCH = 512
 _VARIANTS = {digit: "89ab"[int(digit, 16) & 3] for digit in "0123456789abcdef"}  # its upper bits are 10
-_pool: list[str] = []
+_pool: list[str] = []  # everything after the time
 
 
 # A forked child must not repeat its parent's ids.
@@ -28,10 +29,17 @@ def new_id(prefix: str, micros: int) -> str:
     The random bytes of 512 ids come from one system call.
     """
     if not _pool:
-        drawn = os.urandom(_BATCH * _RANDOM).hex()
-        _pool.extend(drawn[at : at + 2 * _RANDOM] for at in range(0, len(drawn), 2 * _RANDOM))
-    time, tail = f"{micros // 1000:012x}", _pool.pop()
-    return f"{prefix}{time[:8]}-{time[8:]}-7{tail[:3]}-{_VARIANTS[tail[3]]}{tail[4:7]}-{tail[7:19]}"
+        _pool.extend(_drawn())
+    time = f"{micros // 1000:012x}"
+    return f"{prefix}{time[:8]}-{time[8:]}-7{_pool.pop()}"
+
+
+def _drawn() -> Iterator[str]:
+    """Draw the random digits of many ids, with the variant (10 in bits) and the dashes."""
+    drawn = os.urandom(_BATCH * _RANDOM).hex()
+    for at in range(0, len(drawn), 2 * _RANDOM):
+        digits = drawn[at : at + 2 * _RANDOM]
+        yield f"{digits[:3]}-{_VARIANTS[digits[3]]}{digits[4:7]}-{digits[7:19]}"
 
 
 def dashed(digits: str) -> str:
