@@ -35,6 +35,7 @@ from relay.delivery.http.result import Timing
 _QUOTED = re.compile(r"https?://[\w.:-]+(?:[/?][\w.~:/?@!$&'()*+,;=%-]*)?", re.ASCII).fullmatch
 _BREAK = re.compile(r"[\r\n\0]").search
 _AGENT = f"hookferry/{__version__}"
+_BROKEN = "a header contains a line break or NUL"
 
 
 _SLICE = 16 * 1024  # bytes parsed at once: a recv brings 256 KiB, enough for 10,000 heads of 500 bytes
@@ -226,11 +227,19 @@ class Exchange:
 
 
 def _head(start: str, headers: Mapping[str, str], length: int) -> bytes:
-    if _BREAK("".join(headers.values())) or _BREAK("".join(headers)):
-        raise ValueError("a header contains a line break or NUL")
-    agent = "" if any(name.lower() == "user-agent" for name in headers) else f"User-Agent: {_AGENT}\r\n"
+    agent = _agent_line(tuple(headers))
+    if _BREAK("".join(headers.values())):
+        raise ValueError(_BROKEN)
     lines = "".join([f"{name}: {value}\r\n" for name, value in headers.items()])
     return f"{start}{agent}{lines}Content-Length: {length}\r\n\r\n".encode()
+
+
+@functools.lru_cache(maxsize=256)
+def _agent_line(names: tuple[str, ...]) -> str:
+    """Check the names of headers; return the relay's User-Agent, or nothing if they have one."""
+    if _BREAK("".join(names)):
+        raise ValueError(_BROKEN)
+    return "" if "user-agent" in map(str.lower, names) else f"User-Agent: {_AGENT}\r\n"
 
 
 def _as_written(url: str) -> URL:
