@@ -106,6 +106,7 @@ class Lane:
         self._latest = self._retry  # the window of the last attempt
         self._rate = self._rate_limit()
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = 0  # steady clock
         self.node = ""  # the node that owns this lane, if it is another one and known
@@ -451,7 +452,7 @@ class Lane:
         """
         self._halt()
         if self._tasks:
-            now = asyncio.get_running_loop().time()
+            now = self._loop.time()
             await asyncio.wait(self._tasks, timeout=None if deadline is None else max(0.0, deadline - now))
         if self.in_flight:
             log.warning("%s: cancelled %d attempts; they will be repeated", self.name, self.in_flight)
@@ -516,7 +517,7 @@ class Lane:
         self._spawn(self._work(window, delivery))
 
     def _spawn(self, work: Coroutine[None, None, T]) -> asyncio.Task[T]:
-        task = asyncio.create_task(work)
+        task = self._loop.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
@@ -843,7 +844,7 @@ class Lane:
             self._timer.cancel()
         self._timer_at = at
         wait_seconds = max((at - now) / SECOND, MIN_TIMER)
-        self._timer = asyncio.get_running_loop().call_later(wait_seconds, self._on_timer)
+        self._timer = self._loop.call_later(wait_seconds, self._on_timer)
 
     def _on_timer(self) -> None:
         self._timer = None

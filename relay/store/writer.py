@@ -55,7 +55,7 @@ class Job(Generic[T]):
         self.keys = keys  # idempotency keys that the batch must look up first
         self.bounded = False  # whether it is a sender's request, which may not use the reserve of a full disk
         self.result: T
-        self.future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        self.future: asyncio.Future[T]  # made by `Writer.submit`
 
     def succeed(self, batch: Batch) -> None:
         """Give the caller its result, unless the caller is gone."""
@@ -244,6 +244,8 @@ class Writer(ABC, Generic[C]):
         self._wake = asyncio.Event()
         self._stopping = False
         self._task: asyncio.Task[None] | None = None
+        # Python 3.11 looks up the running loop with a system call.
+        self._loop = asyncio.get_running_loop()
         self.failure: str | None = None  # why writes fail at the moment; None while they work
         self.broken: str | None = None  # why writes stop until `resume` or a restart; also a `failure`
         self.halted = asyncio.Event()  # set while the writer is halted because of `broken`
@@ -300,7 +302,8 @@ class Writer(ABC, Generic[C]):
             elif not space.admits(job.size, self._bytes + self._writing):
                 raise DiskFull
             job.bounded = True
-        elif self.failure is not None:
+        job.future = self._loop.create_future()
+        if self.failure is not None:
             job.fail(StorageUnavailableError(f"writing failed: {self.failure}"))
             return job.future
         self._jobs.append(job)
@@ -325,7 +328,7 @@ class Writer(ABC, Generic[C]):
         """
         if self.failure is not None:
             raise StorageUnavailableError(f"the store failed: {self.failure}")
-        future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        future: asyncio.Future[T] = self._loop.create_future()
         self._calls.append((function, future))
         self._wake.set()
         return await future

@@ -8,7 +8,7 @@ import time
 from collections.abc import Collection, Mapping
 from contextlib import suppress
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 from aiohttp import (
@@ -84,7 +84,13 @@ class _Request(msgspec.Struct):
     timing: Timing | None
     parser: ResponseParser
     dialled: tuple[str, ...] = ()  # addresses; empty: it uses a kept connection
+    is_late: bool = False  # its timeout has expired
     socket_error: OSError | None = None  # why no socket could be made
+
+    def stop(self, task: "asyncio.Task[Any]") -> None:
+        """Cancel the task that makes the request, because its timeout has expired."""
+        self.is_late = True
+        task.cancel()
 
 
 class HttpClient:
@@ -132,6 +138,7 @@ class HttpClient:
             for keep in (True, False)
         )
         self.certificate: Certificate | None = None  # of the latest connection; None: no TLS connection yet
+        self._loop = asyncio.get_running_loop()
         self._renewed = 0.0  # older connections are not used (perf_counter)
         self._distrusted_until = 0.0  # no connection is kept until then (perf_counter)
 
@@ -157,11 +164,22 @@ class HttpClient:
         request = _Request(timing, ResponseParser())
         _current.set(request)
         failure: Exception | None = None
+        # As `asyncio.timeout`, which looks up the running loop with three system calls in Python 3.11.
+        task = cast("asyncio.Task[Any]", asyncio.current_task(self._loop))
+        cancelled = task.cancelling()
+        timer = self._loop.call_later(self._timeout, request.stop, task)
         try:
-            async with asyncio.timeout(self._timeout):
-                await self._request(url, headers, body, request, started)
+            await self._request(url, headers, body, request, started)
         except (ClientError, HttpProcessingError, OSError) as error:
             failure = error.with_traceback(None)  # aiohttp's frames and this one hold it: a cycle
+        except asyncio.CancelledError:
+            if task.cancelling() - request.is_late > cancelled:  # by the caller
+                raise
+            failure = TimeoutError()
+        finally:
+            timer.cancel()
+            if request.is_late:
+                task.uncancel()
         duration_ms = (time.perf_counter() - started) * 1000
         response = request.parser
         status, body = response.status, bytes(response.body)
