@@ -276,6 +276,16 @@ async def test_every_call_ends_when_nothing_answers(silent, monkeypatch):
     assert time.monotonic() - began < 5
 
 
+@needs_postgres
+async def test_a_reader_that_is_lent_when_the_database_closes_is_closed_afterwards(database):
+    readers = Database(read_url(server().url(database)))
+    readers.set_open()
+    async with readers.reader() as lent:
+        await readers.close()
+        assert await lent.value("SELECT 1") == 1
+    assert lent.is_closed
+
+
 @needs_pooler
 async def test_a_suspended_pooler_stops_writes_and_reads_until_it_continues(tmp_path, monkeypatch):
     pooler = Pooler(server())

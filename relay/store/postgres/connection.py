@@ -442,8 +442,9 @@ class Database:
         self._lent.discard(connection)
 
     async def close(self) -> None:
-        """Close the readers."""
+        """Close the readers; those in use are closed afterwards."""
         self.set_closed("it is closed")
+        self._lent.clear()
         while self._idle:
             await self._idle.pop().close()
 
