@@ -14,7 +14,7 @@ from axe_playwright_python.async_playwright import Axe
 from browsers import chromium, needs_chromium, opened
 from daemons import SOURCES, adorn, destination, running, write_config
 from playwright.async_api import expect
-from postgres import database_of, drop_databases, needs_postgres
+from postgres import database_of, drop_databases, maybe_pooled, needs_postgres
 from proxies import proxy_at
 from samples import read_samples
 from support import until
@@ -653,15 +653,12 @@ async def pending(page, count):
 
 @needs_postgres
 async def test_a_page_of_one_node_shows_the_events_and_problems_of_another(tmp_path, browser):
-    url = database_of(tmp_path)
-    paths = []
+    url, paths = maybe_pooled(database_of(tmp_path)), []
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
         cluster = f'[cluster]\nenabled = true\nnode = "{name}"\n'
-        path = write_config(tmp_path / name, SOURCES, cluster, destination("crm", "http://127.0.0.1:9/"))
-        storage = re.compile(r"\[storage\]\n(url = .*\n)?")
-        path.write_text(storage.sub(f'[storage]\nurl = "{url}"\n', path.read_text(), count=1))
-        paths.append(path)
+        crm = destination("crm", "http://127.0.0.1:9/")
+        paths.append(write_config(tmp_path / name, SOURCES, cluster, crm, url=url))
     async with running(paths[0]) as first, running(paths[1]) as second:
         nodes = (first, second)
         await until(lambda: all(node.app.store.nodes.figures()["nodes"] == 2 for node in nodes), 30)

@@ -10,8 +10,7 @@ import msgspec
 import pytest
 from commands import Commands
 from daemons import Recorder, adorn, destination, running, write_config
-from postgres import database_of, drop_databases, needs_postgres
-from stores import KINDS
+from postgres import database_of, drop_databases, maybe_pooled, needs_postgres
 from support import until
 from test_ui_access import Browser, new_code
 from wire import exchange, following, request
@@ -43,7 +42,7 @@ async def nodes(tmp_path, receiver, monkeypatch):
 
     monkeypatch.setattr(leases, "due_to", due_to)
     monkeypatch.setattr(postgres_nodes, "SETTLE_IN", 0.0)
-    url = database_of(tmp_path)
+    url = maybe_pooled(database_of(tmp_path))
     paths = [config(tmp_path / name, url, name, receiver.url) for name in ("one", "two")]
     async with running(paths[0]) as first, running(paths[1]) as second:
         both = (first, second)
@@ -60,13 +59,7 @@ def config(folder, url, name, receiver):
     source = '[sources.adorn]\nplugin = "adorn"\nrate_limit = "10/h"\n'
     source += '[sources.moddy]\nplugin = "moddy"\ntokens = ["used", "unused"]\n'
     lanes = [destination(f"d{number}", receiver, 'timeout = "60s"') for number in (1, 2)]
-    path = write_config(folder, source, cluster, *lanes)
-    text = path.read_text()
-    old = next((line for line in text.splitlines() if line.startswith('url = "postgres')), None)
-    new = f'url = "{url}"'
-    assert (old is not None) == (KINDS[0] == "postgres")
-    path.write_text(text.replace(old, new) if old else text.replace("[storage]", f"[storage]\n{new}", 1))
-    return path
+    return write_config(folder, source, cluster, *lanes, url=url)
 
 
 @contextmanager

@@ -8,8 +8,7 @@ from contextlib import AsyncExitStack
 
 import pytest
 from daemons import Recorder, adorn, destination, running, write_config
-from postgres import database_of, drop_databases, needs_postgres
-from stores import KINDS
+from postgres import database_of, drop_databases, maybe_pooled, needs_postgres
 from support import until
 from wire import exchange, request
 
@@ -45,13 +44,7 @@ def config(folder, url, name, receivers, options):
     folder.mkdir(exist_ok=True)
     cluster = f'[cluster]\nenabled = true\nlease = "5s"\nnode = "{name}"\n'
     parts = (destination(each, receivers[each].url, more) for each, more in options.items())
-    path = write_config(folder, '[sources.adorn]\nplugin = "adorn"\n', cluster, *parts)
-    text = path.read_text()
-    old = next((line for line in text.splitlines() if line.startswith('url = "postgres')), None)
-    new = f'url = "{url}"'
-    assert (old is not None) == (KINDS[0] == "postgres")
-    path.write_text(text.replace(old, new) if old else text.replace("[storage]", f"[storage]\n{new}", 1))
-    return path
+    return write_config(folder, '[sources.adorn]\nplugin = "adorn"\n', cluster, *parts, url=url)
 
 
 async def eventually(ask, accept, seconds=60.0):
@@ -125,7 +118,7 @@ class Pair:
 async def pair(tmp_path, monkeypatch):
     monkeypatch.setattr(postgres_nodes, "SETTLE_IN", 0.0)
     monkeypatch.setattr(owner, "RENEW_EVERY", 0.2)
-    url = database_of(tmp_path)
+    url = maybe_pooled(database_of(tmp_path))
     async with AsyncExitStack() as stack:
         receivers = {name: await stack.enter_async_context(Timed()) for name in DIVIDED}
         pair = Pair(tmp_path, url, receivers)

@@ -11,7 +11,6 @@ import pytest
 from commands import Commands, run
 from daemons import adorn, destination, running, write_config
 from postgres import BINARIES, database_of, drop_databases, needs_postgres, server, start
-from stores import KINDS
 from support import until
 from torture.nodes import Proxy
 from wire import exchange, request
@@ -36,15 +35,7 @@ def config(folder, url, *, events="*", cluster=""):
         destination("crm", "http://127.0.0.1:9/x").replace('["*"]', f'["{events}"]'),
         cluster,
     ]
-    path = write_config(folder, *parts)
-    text = path.read_text()
-    if KINDS[0] != "postgres":
-        text = text.replace("[storage]", f'[storage]\nurl = "{url}"', 1)
-    else:
-        [line] = [each for each in text.splitlines() if each.startswith("url = ") and "postgres" in each]
-        text = text.replace(line, f'url = "{url}"')
-    path.write_text(text)
-    return path
+    return write_config(folder, *parts, url=url)
 
 
 async def test_metrics_status_and_doctor_describe_the_server(tmp_path, url):

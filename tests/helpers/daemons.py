@@ -100,14 +100,20 @@ def adorn(session: str = "s", **more: Any) -> bytes:
     return json.dumps({"event_type": "session.started", "session_id": session, **more}).encode()
 
 
-def write_config(folder: Path, *parts: str, port: int = 0) -> Path:
-    """Write a config.toml of `HEAD` and these parts; with port 0, the kernel chooses a free port."""
+def write_config(folder: Path, *parts: str, port: int = 0, url: str = "") -> Path:
+    """Write a config.toml of `HEAD` and these parts; with port 0, the kernel chooses a free port.
+
+    `url` is the database of several nodes; by default, the test's engine has one for each folder.
+    """
     path = folder / "config.toml"
     text = "\n".join([HEAD.format(port=port), *parts])
-    if KINDS[0] == "postgres":
-        from postgres_stores import url_of  # noqa: PLC0415 - needs asyncpg
+    if url or KINDS[0] == "postgres":
+        from postgres_stores import listen_url_of, url_of  # noqa: PLC0415 - needs asyncpg
 
-        text = text.replace("[storage]", f'[storage]\nurl = "{url_of(folder)}"', 1)
+        keys = f'url = "{url or url_of(folder)}"'
+        if url and (listen_url := listen_url_of(url)):
+            keys += f'\nlisten_url = "{listen_url}"'
+        text = text.replace("[storage]", f"[storage]\n{keys}", 1)
     if listeners.current != "fast":
         text = text.replace("[server]", f'[server]\nimplementation = "{listeners.current}"', 1)
     path.write_text(text)

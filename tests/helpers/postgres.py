@@ -58,6 +58,7 @@ auth_type = any
 admin_users = {user}
 pool_mode = transaction
 max_client_conn = 1000
+server_login_retry = 1
 logfile = {folder}/log
 """
 

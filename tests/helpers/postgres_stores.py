@@ -83,7 +83,7 @@ CLOCK = SystemClock()
 _free = []  # DSNs of empty databases
 _used = {}  # DSN by path
 _made = []
-_changed = []  # not empty: sessions of a pooler must end
+_refusing = set()  # names of databases that accept no writes through a pooler
 
 
 def url_of(path, clock=CLOCK):
@@ -91,6 +91,11 @@ def url_of(path, clock=CLOCK):
     if path not in _used:
         _used[path] = _free.pop() if _free else _make(clock)
     return _used[path]
+
+
+def listen_url_of(url):
+    """Return the DSN for notifications beside the pooler of a database; None without a pooler."""
+    return server().url(name_of(url)) if "pooler=true" in url else None
 
 
 def _make(clock):
@@ -110,16 +115,33 @@ def emptied():
     yield
     for path in set(_used) - before:
         url = _used.pop(path)
+        if name_of(url) in _refusing:  # the test has failed
+            refuse_writes_through_pooler(url, now=False)
         server().run(EMPTY_SQL, name_of(url))
         _free.append(url)
-    if _changed:
-        renew_sessions()
-        _changed.clear()
 
 
-def note_changed_session():
-    """Note that a session has settings that later tests must not get from a pooler."""
-    _changed.append(True)
+def refuse_writes_through_pooler(url, *, now):
+    """Let all sessions of a database refuse writes, or accept them: a transaction may get any of them."""
+    name = name_of(url)
+    server().run(f"ALTER DATABASE {name} SET default_transaction_read_only = {now}")
+    renew_sessions()
+    if now:
+        _refusing.add(name)
+    else:
+        _refusing.discard(name)
+
+
+@contextmanager
+def closed(path):
+    """Let the database with a name accept no connections."""
+    name = name_of(_used[path])
+    server().run(f"ALTER DATABASE {name} ALLOW_CONNECTIONS false")
+    renew_sessions()
+    try:
+        yield
+    finally:
+        server().run(f"ALTER DATABASE {name} ALLOW_CONNECTIONS true")
 
 
 async def run(url, sql, values=(), *, path="seen,public"):

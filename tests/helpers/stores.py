@@ -5,7 +5,7 @@ import hashlib
 import os
 import sqlite3
 import weakref
-from contextlib import asynccontextmanager, closing
+from contextlib import asynccontextmanager, closing, contextmanager
 from functools import cache
 
 import asyncpg
@@ -176,9 +176,11 @@ async def refuse_writes(store, *, now):
     if not is_postgres(store):
         await set_pragma(store, f"max_page_count = {1 if now else 1_000_000}")
         return
-    from postgres_stores import note_changed_session  # noqa: PLC0415 - needs asyncpg
+    if store.database.address.is_pooled:
+        from postgres_stores import refuse_writes_through_pooler  # noqa: PLC0415 - needs asyncpg
 
-    note_changed_session()
+        refuse_writes_through_pooler(store.database.address.hosts[0].dsn, now=now)
+        return
     setting = f"SET default_transaction_read_only = {'on' if now else 'off'}"
     for _ in range(1000):  # a probe may be under way
         try:
@@ -186,6 +188,21 @@ async def refuse_writes(store, *, now):
             break
         except asyncpg.InterfaceError:
             await asyncio.sleep(0.01)
+
+
+@contextmanager
+def locked_database(config):
+    """Prevent daemons from opening the existing database of a config.toml."""
+    if KINDS[0] == "postgres":
+        from postgres_stores import closed  # noqa: PLC0415 - needs asyncpg
+
+        with closed(config.parent):
+            yield
+        return
+    with closing(sqlite3.connect(config.parent / "state" / "relay.db", isolation_level=None)) as other:
+        other.execute("PRAGMA locking_mode = EXCLUSIVE")
+        other.execute("BEGIN EXCLUSIVE")
+        yield
 
 
 def break_disk(store, patch):

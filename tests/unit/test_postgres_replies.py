@@ -3,8 +3,8 @@
 import asyncio
 
 import pytest
-from postgres import THROUGH_POOLER, needs_postgres
-from postgres_stores import emptied, url_of
+from postgres import needs_postgres
+from postgres_stores import emptied, listen_url_of, url_of
 from stores import make_event
 from support import FakeClock, until
 
@@ -65,12 +65,12 @@ def emptied_databases():
 
 @pytest.fixture
 async def nodes(tmp_path):
-    if THROUGH_POOLER:
-        pytest.skip("through a pooler: it passes no notifications on")
-    stores = []
+    url, stores = url_of(tmp_path, CLOCK), []
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
-        store = opening.make_store(url_of(tmp_path, CLOCK), tmp_path / name, CLOCK, node=name, cluster=30.0)
+        store = opening.make_store(
+            url, tmp_path / name, CLOCK, node=name, cluster=30.0, listen_url=listen_url_of(url)
+        )
         await store.open()
         store.nodes.attend(Attendant())
         stores.append(store)

@@ -4,7 +4,7 @@ import asyncio
 from unittest.mock import patch
 
 import pytest
-from postgres import needs_postgres, not_pooled
+from postgres import needs_postgres
 from postgres_stores import emptied, url_of
 from stores import accept, check_rows, hooks, make_store, rows
 from support import until
@@ -235,7 +235,6 @@ async def fill_both(nodes, number=24, **options):
     return [{id_ for id_, slot in stored if node.shards.covers(slot)} for node in nodes]
 
 
-@not_pooled("it passes no notifications on")
 async def test_new_deliveries_go_to_the_lanes_of_this_node_and_others_are_announced(sharers):
     for node in sharers:
         mine = await fill_both(sharers)

@@ -8,8 +8,8 @@ from unittest.mock import patch
 
 import asyncpg
 import pytest
-from postgres import THROUGH_POOLER, needs_postgres
-from postgres_stores import emptied, url_of
+from postgres import needs_postgres, not_pooled
+from postgres_stores import emptied, listen_url_of, url_of
 from support import until
 
 from relay.base.clock import SECOND, SystemClock
@@ -56,7 +56,14 @@ class Node:
         self.options = {"crm": {}, "erp": {}}
         folder.mkdir(exist_ok=True)
         self.store = opening.make_store(
-            url, folder, clock, route=self.route, listeners=[self.listen], node=name, cluster=30.0
+            url,
+            folder,
+            clock,
+            route=self.route,
+            listeners=[self.listen],
+            node=name,
+            cluster=30.0,
+            listen_url=listen_url_of(url),
         )
 
     def route(self, event):
@@ -135,8 +142,6 @@ def emptied_databases():
 
 @pytest.fixture
 async def nodes(tmp_path):
-    if THROUGH_POOLER:
-        pytest.skip("through a pooler: it passes no notifications on")
     url = url_of(tmp_path, CLOCK)
     nodes = [Node(url, tmp_path / name, name) for name in ("a", "b")]
     for node in nodes:
@@ -531,6 +536,7 @@ async def test_commits_of_two_nodes_do_not_wait_for_each_other(nodes):
     assert has_ended
 
 
+@not_pooled("it hides which process of the server has a session")
 @needs_postgres
 async def test_a_wake_up_is_not_part_of_the_commit(nodes):
     """PostgreSQL runs commits with NOTIFY one after another, so another session sends it."""
