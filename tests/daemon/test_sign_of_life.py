@@ -2,14 +2,13 @@
 
 import asyncio
 import json
-import sqlite3
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import count, product
 
 import pytest
 import pytest_asyncio
 from daemons import SOURCES, running, write_config
-from stores import break_disk, only_sqlite, rows_of
+from stores import break_disk, locked_database, only_sqlite, rows_of
 from support import FakeClock, until
 from wire import Wire, exchange, request
 
@@ -365,21 +364,18 @@ async def test_a_refused_unregister_outlasts_a_crash_once_it_has_been_flushed(co
         assert await types(relay) == ["registered", "unregistered"]
 
 
-@only_sqlite("a lock of its file")
 @pytest.mark.parametrize("again", [None, beat, register])
 async def test_an_unregister_before_the_store_is_open_is_stored_afterwards(config, clock, again):
     async with running(config, clock=clock) as relay:
         for worker in ("w1", "w2"):
             assert (await relay.exchange(register(worker))).status == 200
-    with closing(sqlite3.connect(config.parent / "state" / "relay.db", isolation_level=None)) as other:
-        other.execute("PRAGMA locking_mode = EXCLUSIVE")
-        other.execute("BEGIN EXCLUSIVE")
+    with ExitStack() as locked:
+        locked.enter_context(locked_database(config))
         async with running(config, clock=clock) as relay:
             for raw in (delete("w1"), beat("w2"), *([again("w1")] if again else [])):
                 assert (await relay.exchange(raw)).status == 503
-            other.execute("ROLLBACK")
-            other.close()
-            await until(lambda: relay.app.store.opened, 30)
+            locked.close()
+            await until(lambda: relay.app.store.opened)
             await sweep(relay)  # the start's own sweep may have reported it already
             gone = [row["subject"] for row in await relay.rows() if row["type"].endswith(".unregistered")]
             assert gone == ([] if again is register else ["w1"])  # a heartbeat so soon was on its way before

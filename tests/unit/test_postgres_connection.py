@@ -197,6 +197,14 @@ async def test_a_store_that_cannot_be_opened_gives_its_hint_to_every_use(tmp_pat
         assert caught.value.hint == "check that PostgreSQL runs and accepts connections from this machine"
 
 
+@needs_postgres
+async def test_a_database_that_accepts_no_connections_may_accept_them_later(tmp_path, database):
+    server().run(f"ALTER DATABASE {database} ALLOW_CONNECTIONS false")
+    store = opening.make_store(server().url(database), tmp_path, SystemClock())
+    with pytest.raises(StorageUnavailableError, match="not currently accepting connections"):
+        await store.open()
+
+
 async def test_a_port_without_a_server_is_reported_in_words():
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))

@@ -44,8 +44,9 @@ ERRORS = (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientE
 TRANSIENT_CLASSES = ("08", "53", "57", "58")
 """SQLSTATE classes: connection, resources (full disk, too many connections), shutdown or cancel, I/O."""
 
-TRANSIENT_CODES = ("25006", "55P03", "XX001", "XX002", "28P01", "28000", "3D000")
-"""Read-only (a standby), a lock timeout, damage, and refused logins: all of them end without a restart."""
+TRANSIENT_CODES = ("25006", "55P03", "XX001", "XX002", "28P01", "28000", "3D000", "55000")
+"""Read-only (a standby), a lock timeout, damage, refused logins, and a database that accepts no connections:
+all of them end without a restart."""
 
 PLANS = {
     # Cached plans must still be right after a table has grown: always along an index.
