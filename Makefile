@@ -1,10 +1,16 @@
-# The commands of README.md, the generated parts of the pages, the Debian package.
+# The commands of README.md, tests with PostgreSQL, the generated parts of the pages, the Debian package.
 OUT = dist
 
-.PHONY: screenshots demo test docs deb
+.PHONY: screenshots demo test test-postgres test-pooler docs deb
 
 demo test:
 	bash -euo pipefail -c "$$(.ci/readme-command $@)"
+
+# All tests that use a store, with PostgreSQL; then through PgBouncer. Both start Debian's server.
+test-postgres test-pooler: export RELAY_TEST_STORES = postgres
+test-pooler: export RELAY_TEST_POOLER = 1
+test-postgres test-pooler:
+	.venv/bin/pytest tests/unit tests/daemon tests/docs tests/torture tests/browser
 
 # Rewrite help pages and the tables of commands, endpoints, metrics and keys. Read the difference before you commit it.
 docs: export PYTHONPATH = tests/helpers
