@@ -140,15 +140,18 @@ async def test_a_changed_interval_does_not_hide_an_overdue_sweep(store, clock):
     "step", [timedelta(hours=1), timedelta(hours=-1), timedelta(days=1), timedelta(days=-1)]
 )
 async def test_a_clock_step_neither_marks_nor_hides_an_offline_worker(tmp_path, monkeypatch, step):
+    """The limits of 20 s are for a busy machine: each step is longer."""
     clock = SteppedClock(monkeypatch)
-    config = write_config(tmp_path, SOURCES, rules(offline_after=0.6, check_every=0.1, startup_hold=0))
+    patient = '[workers.ids]\n"alive-*" = { offline_after = "20s" }\n'
+    usual = rules(offline_after=0.6, check_every=0.1, startup_hold=0)
+    config = write_config(tmp_path, SOURCES, usual, patient)
     alive = [f"alive-{number}" for number in range(5)]
     async with running(config, clock=clock) as relay, beating(relay.addresses.public, alive, 0.1):
-        await relay.exchange(beat("dead"))
         died = clock.steady()
+        await relay.exchange(beat("dead"))
         clock.by = step
         await until(lambda: relay.app.store.workers.count("whatsapp", "OFFLINE"))
-        assert (clock.steady() - died) / 1e6 < 0.6 + 2 * 0.1 + 0.2  # of which 0.2 s for a busy machine
+        assert 0.6 <= (clock.steady() - died) / 1e6 < 20
         await relay.exchange(beat("dead"))  # and once more, on the stepped clock
         await until(lambda: relay.app.store.workers.count("whatsapp", "OFFLINE") == 0)
         await until(lambda: relay.app.store.workers.count("whatsapp", "OFFLINE"))
