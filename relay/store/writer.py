@@ -321,7 +321,7 @@ class Writer(ABC, Generic[C]):
         return 0.0 if self._busy_since is None else time.monotonic() - self._busy_since
 
     async def call(self, function: Callable[[C], Awaitable[T]]) -> T:
-        """Run a function on the writing connection, after all transactions queued so far.
+        """Run a function on the writing connection, after the current transaction and the next one.
 
         Raises:
             StorageUnavailableError: writes fail at the moment.
@@ -354,7 +354,7 @@ class Writer(ABC, Generic[C]):
                 await self._commit(self._take())
                 self._writing = 0
                 self._busy_since = time.monotonic()
-                if calls:
+                if calls or self._calls:
                     break
             for function, future in calls:
                 if self.failure is not None:

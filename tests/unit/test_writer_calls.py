@@ -1,10 +1,11 @@
 """Calls on the writing connection fail as the transactions of requests do."""
 
+import asyncio
 import sqlite3
 
 import pytest
-from stores import call_writer, make_store, only_sqlite, set_pragma
-from support import FakeClock
+from stores import accept, call_writer, hooks, make_store, only_sqlite, set_pragma
+from support import FakeClock, until
 
 from relay.errors import StorageUnavailableError
 
@@ -54,3 +55,30 @@ async def test_an_error_in_a_call_is_raised_in_its_caller(store, died):
     with pytest.raises(ValueError, match="its own"):
         await call_writer(store, fail)
     assert died == []
+
+
+async def test_a_call_waits_for_few_transactions_while_senders_keep_the_writer_busy(store):
+    """Claims of due deliveries are calls, so a lane would stand still."""
+    clock, senders, waits = FakeClock(), [], []
+
+    async def append():
+        for _ in range(200):
+            await store.events.append(accept(clock, b"{}"))
+
+    def route(_event):
+        if len(senders) == 1:  # during a transaction of the first sender: the next one is this sender's
+            senders.append(asyncio.create_task(append()))
+        return ()
+
+    async def count(_connection):
+        waits.append(store.commits - before)
+
+    hooks(store).route = route
+    senders.append(asyncio.create_task(append()))
+    await until(lambda: store.commits > 4)
+    for _ in range(5):
+        before = store.commits
+        await call_writer(store, count)
+    assert max(waits) <= 2
+    assert not any(each.done() for each in senders)
+    await asyncio.gather(*senders)
