@@ -107,14 +107,14 @@ class Server:
             assert time.monotonic() < deadline
             time.sleep(0.01)
 
-    def make_standby(self, folder):
+    def make_standby(self, folder, settings=()):
         """Start a standby of this server in a new folder; returns its server."""
         folder.mkdir(parents=True)
         as_user = _as_user(folder)
         copy = [f"{BINARIES}/pg_basebackup", "-D", str(folder / "data"), "-R", "-X", "stream", "-c", "fast"]
         place = ["-h", str(self.folder), "-p", str(self.port), "-U", USER, "--no-sync"]
         subprocess.run([*as_user, *copy, *place], check=True, capture_output=True, cwd="/")
-        return start(folder, keep=True)
+        return start(folder, settings=settings, keep=True)
 
     def restart(self):
         """Start the server again after `crash`, in the same folder and on the same port."""

@@ -1,8 +1,10 @@
 """What the nodes of a cluster did, compared with what they may do: the promises of docs/cluster.md."""
 
+from bisect import bisect_right
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
 from typing import Any
 
 from relay.base.shards import lane_of, slot_of
@@ -22,7 +24,10 @@ from torture.nodes import (
 MARGIN = 2.0  # seconds beyond the lease within which a lane resumes
 NEAR = 0.1  # seconds within which the times of different processes are compared
 BREAKS = ("kill", "freeze", "cut", "restart_server", "failover")  # faults that cut attempts off
-SETTLING = 1.5  # seconds within which an outcome is stored on a busy machine
+OVERDUE = 1.1  # seconds by which a node stores an outcome later than its next ones: it pauses after a failure
+
+COMMIT_TIMES = "track_commit_timestamp=on"
+"""Setting of the server: `audit` reads when outcomes were stored."""
 
 EVENTS_SQL = "SELECT 'evt_' || public_id::text, source, subject, id FROM events"
 MISSING_SQL = """
@@ -50,14 +55,16 @@ CHECK_SQL = """
 """
 ATTEMPTS_SQL = """
     SELECT d.destination, 'evt_' || e.public_id::text AS event_id, (a.id & 255)::int AS slot, a.started_at,
-           a.result
+           a.result, CASE WHEN current_setting('track_commit_timestamp')::bool
+                          THEN extract(epoch FROM pg_xact_commit_timestamp(a.xmin))::float8 END AS stored
       FROM attempts AS a JOIN deliveries AS d ON d.id = a.delivery_id JOIN events AS e ON e.id = d.event_id
 """
 LEASES_SQL = """
     SELECT substr(l.name, 6) AS lane, n.name AS node, n.slot, l.epoch,
            min(extract(epoch FROM l.at))::float8 AS began,
            max(extract(epoch FROM l.until))::float8 AS longest,
-           (array_agg(extract(epoch FROM l.until) ORDER BY l.id DESC))[1]::float8 AS ended
+           (array_agg(extract(epoch FROM l.until) ORDER BY l.id DESC))[1]::float8 AS ended,
+           (array_agg(l.until <= l.at ORDER BY l.id DESC))[1] AS given
       FROM torture_leases AS l JOIN torture_nodes AS n USING (incarnation)
      WHERE l.name LIKE 'lane:%' GROUP BY 1, 2, 3, 4
 """
@@ -113,6 +120,8 @@ class Toll:
     crowded: list[str] = field(default_factory=list)  # more than `concurrency` at once
     disordered: list[str] = field(default_factory=list)
     repeated: int = 0
+    overtaken: int = 0  # of them, those whose first outcome a busy node had not stored when its lease ended
+    cancelled: int = 0  # of them, those that a stopping node has cancelled at the end of `shutdown_grace`
     unexplained: list[str] = field(default_factory=list)  # repetitions of attempts that were not in flight
     most_at_once: int = 0
     pauses: dict[str, tuple[float, float]] = field(default_factory=dict)  # by fault: the longest, the limit
@@ -148,7 +157,8 @@ class Toll:
         return (
             f"{self.acknowledged} acknowledged, {len(self.lost)} lost, {self.raced} raced keys, "
             f"{self.undelivered} undelivered, {self.unaccounted} unaccounted, {len(self.late)} late and "
-            f"{self.frozen} frozen attempts, at most {self.most_at_once} at once, {self.repeated} repeated; "
+            f"{self.frozen} frozen attempts, at most {self.most_at_once} at once, {self.repeated} repeated, "
+            f"of them {self.overtaken} overtaken and {self.cancelled} cancelled; "
             f"longest pauses: {self.shown_pauses}; the machine was late by up to {self.machine:.2f} s"
         )
 
@@ -195,16 +205,16 @@ async def audit(cluster: Cluster, toll: Toll, *, failover: float | None = None) 
     near = NEAR + receiver.lag
     attempts = await cluster.fetch(ATTEMPTS_SQL)
     leases = await cluster.fetch(LEASES_SQL)
+    lanes = Lanes(await cluster.fetch(SLOTS_SQL), await cluster.fetch(SHARDS_SQL))
     if failover is None:  # else the history of the leases has a gap
-        lanes = Lanes(await cluster.fetch(SLOTS_SQL), await cluster.fetch(SHARDS_SQL))
         _find_late(cluster, toll, attempts, leases, lanes, frozen=frozen, near=near)
     for moment, name, count in receiver.crowds:
         if not any(_around(fault, moment) for fault in frozen) or count > 2 * CONCURRENCY:
             toll.crowded.append(f"{count} at {name}")
     by_id = {id_: subject for id_, (_, subject) in events.items()}
     _find_disorder(cluster, toll, by_id, row_ids, frozen=frozen)
-    failed = Counter((row["destination"], row["event_id"]) for row in attempts if row["result"] != "ok")
-    _find_unexplained(cluster, toll, failed, near=near, failover=failover)
+    trail = Trail(receiver.arrivals, attempts, leases, lanes, near=near)
+    _find_unexplained(cluster, toll, trail, near=near, is_exact=failover is None)
 
 
 def _around(fault: Fault, moment: float) -> bool:
@@ -299,24 +309,141 @@ def _place(sent: Sent, arrival: Arrival, row: int) -> str:
     )
 
 
-def _find_unexplained(
-    cluster: Cluster,
-    toll: Toll,
-    failed: Mapping[tuple[str, str], int],
-    *,
-    near: float,
-    failover: float | None,
-) -> None:
-    """Find repeated requests although the one before had not failed, and was not in flight at a fault."""
-    for place, arrivals in cluster.receiver.by_delivery.items():
-        toll.repeated += len(arrivals) - 1
-        for before in arrivals[: len(arrivals) - 1 - failed.get(place, 0)]:
-            explained = any(
-                fault.kind in BREAKS
-                and before.node in fault.nodes
-                and before.began <= fault.ended + near
-                and before.ended >= fault.began - SETTLING
-                for fault in cluster.faults
+@dataclass
+class Request:
+    """One request at the receiver, and the attempt that made it."""
+
+    arrival: Arrival
+    started: float  # when the attempt began; without a stored outcome, when the request arrived
+    result: str | None  # None: its outcome was never stored
+    stored: float | None  # when its outcome was committed
+
+
+class Trail:
+    """The requests of each delivery in the order of their attempts, and what the nodes had stored when."""
+
+    def __init__(
+        self,
+        arrivals: Iterable[Arrival],
+        attempts: Sequence[Any],
+        leases: Sequence[Any],
+        lanes: Lanes,
+        *,
+        near: float,
+    ) -> None:
+        self.requests: dict[tuple[str, str], list[Request]] = defaultdict(list)
+        self._leases: dict[tuple[str, str], list[Any]] = defaultdict(list)
+        self._lanes = lanes
+        self._near = near
+        nodes: dict[int, set[str]] = defaultdict(set)
+        for lease in leases:
+            nodes[lease["slot"]].add(lease["node"])
+            self._leases[lease["lane"], lease["node"]].append(lease)
+        rows: dict[tuple[str, str], list[Any]] = defaultdict(list)
+        for row in attempts:
+            rows[row["destination"], row["event_id"]].append(row)
+        progress: dict[str, list[tuple[float, float]]] = defaultdict(list)
+        for arrival in arrivals:
+            place = arrival.destination, arrival.event_id
+            found = [
+                row for row in rows[place] if arrival.node in nodes[row["slot"]] and self._fits(row, arrival)
+            ]
+            if not found:
+                self.requests[place].append(Request(arrival, arrival.began, None, None))
+                continue
+            row = max(found, key=lambda each: each["started_at"])
+            rows[place].remove(row)
+            request = Request(arrival, row["started_at"] / 1_000_000, row["result"], row["stored"])
+            self.requests[place].append(request)
+            if request.stored is not None:
+                progress[arrival.node].append((request.stored, arrival.ended))
+        self._stored = {node: sorted(pairs) for node, pairs in progress.items()}
+        self._newest = {
+            node: list(accumulate((ended for _, ended in pairs), max)) for node, pairs in self._stored.items()
+        }
+        for requests in self.requests.values():
+            requests.sort(key=lambda each: each.started)
+
+    def _fits(self, row: Any, arrival: Arrival) -> bool:
+        """Return whether an attempt may have made a request; a frozen node sends it much later."""
+        return bool(row["started_at"] / 1_000_000 <= arrival.began + self._near)
+
+    def was_in_flight(self, request: Request, moment: float) -> bool:
+        """Return whether a node may not have stored an outcome at a moment.
+
+        Nodes store outcomes in the order in which they get the responses.
+        """
+        if request.stored is not None and request.stored < moment - self._near:
+            return False
+        node = request.arrival.node
+        number = bisect_right(self._stored.get(node, []), (moment, float("inf")))
+        newest = self._newest[node][number - 1] if number else 0.0
+        return request.arrival.ended >= newest - OVERDUE - self._near
+
+    def leases_of(self, request: Request, moment: float) -> list[Any]:
+        """Return the leases of a request's lane that its node had taken before a moment, oldest first."""
+        arrival = request.arrival
+        names = self._lanes.of(arrival.destination, arrival.event_id, moment, self._near)
+        found = [lease for name in names for lease in self._leases[name, arrival.node]]
+        return sorted(
+            (each for each in found if each["began"] <= moment + self._near), key=lambda each: each["began"]
+        )
+
+
+def _find_unexplained(cluster: Cluster, toll: Toll, trail: Trail, *, near: float, is_exact: bool) -> None:
+    """Find repeated requests whose attempt had not failed, and was not in flight at a loss of the lane.
+
+    An attempt is in flight until its outcome is stored. `is_exact`: the history of the leases has no gap.
+    """
+    cancelled = Counter(cluster.cancelled)
+    for requests in trail.requests.values():
+        toll.repeated += len(requests) - 1
+        for first, again in pairwise(requests):
+            if first.result not in (None, "ok") and (first.stored or 0.0) <= again.started + near:
+                continue  # a retry
+            place = first.arrival.node, first.arrival.destination
+            taken = trail.leases_of(again, again.started)
+            was_known = (
+                is_exact and first.stored is not None and taken and taken[-1]["began"] > first.stored + near
             )
-            if not explained and not (failover is not None and before.ended >= failover - SETTLING):
-                toll.unexplained.append(f"{place[0]}: {place[1]} by {before.node} at {before.began:.3f}")
+            if not was_known and _was_cut_off(cluster, trail, first, near):
+                continue
+            if not was_known and _was_overtaken(trail, first, again, near):
+                toll.overtaken += 1
+            elif first.result is None and cancelled[place]:
+                cancelled[place] -= 1
+                toll.cancelled += 1
+            else:
+                toll.unexplained.append(f"{_shown(first)}; again {_shown(again)}")
+
+
+def _was_cut_off(cluster: Cluster, trail: Trail, request: Request, near: float) -> bool:
+    """Return whether an attempt was in flight at a fault of its node."""
+    return any(
+        fault.kind in BREAKS
+        and request.arrival.node in fault.nodes
+        and request.started <= fault.ended + near
+        and trail.was_in_flight(request, fault.began)
+        for fault in cluster.faults
+    )
+
+
+def _was_overtaken(trail: Trail, first: Request, again: Request, near: float) -> bool:
+    """Return whether an attempt was in flight when its lease ended: a busy node renews it too late."""
+    leases = trail.leases_of(first, first.started)
+    if not leases or leases[-1]["given"]:  # a node gives a lane after it has stored all outcomes
+        return False
+    ended = leases[-1]["ended"]
+    return bool(
+        first.started <= ended + near and ended <= again.started + near and trail.was_in_flight(first, ended)
+    )
+
+
+def _shown(request: Request) -> str:
+    arrival, stored = request.arrival, "never stored"
+    if request.result is not None:
+        stored = f"stored as {request.result} at {request.stored or 0.0:.3f}"
+    return (
+        f"{arrival.destination}: {arrival.event_id} by {arrival.node}, began at {request.started:.3f},"
+        f" arrived at {arrival.began:.3f}, ended at {arrival.ended:.3f}, {stored}"
+    )

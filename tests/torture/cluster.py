@@ -18,7 +18,7 @@ from typing import Self
 import click
 from postgres import Server, start
 
-from torture.audit import MARGIN, Toll, audit, pause
+from torture.audit import COMMIT_TIMES, MARGIN, Toll, audit, pause
 from torture.nodes import LEASE, Cluster, Proxy, Setup
 
 LOAD = 0.5  # seconds of load before and after a fault
@@ -222,7 +222,7 @@ def server_in(name: str) -> Iterator[tuple[Server, Path]]:
     """Run a server that may crash, in a new folder; yields it with that folder."""
     with tempfile.TemporaryDirectory(prefix=f"relay-{name}-") as folder:
         Path(folder).chmod(0o711)  # the server runs as another user
-        server = start(Path(folder) / "postgres", keep=True)
+        server = start(Path(folder) / "postgres", settings=(COMMIT_TIMES,), keep=True)
         try:
             yield server, Path(folder)
         finally:

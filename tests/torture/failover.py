@@ -20,7 +20,7 @@ from relay.base.clock import SystemClock
 from relay.store.postgres import doctor
 from relay.store.postgres.connection import connect, read_url
 from relay.store.postgres.observing import observe
-from torture.audit import MARGIN, Toll, audit, pause
+from torture.audit import COMMIT_TIMES, MARGIN, Toll, audit, pause
 from torture.nodes import LEASE, Cluster, Setup
 
 LOAD = 0.5  # seconds of load before and after the failover
@@ -33,8 +33,8 @@ CANCEL_SQL = "SELECT pg_cancel_backend(pid) FROM pg_stat_activity WHERE wait_eve
 async def failover(folder: Path, *, is_synchronous: bool) -> Toll:
     """Lose the primary, promote the standby, and count what that cost."""
     settings = ("synchronous_standby_names=*",) if is_synchronous else ()
-    primary = start(folder / "primary", settings=settings, keep=True)
-    standby = await asyncio.to_thread(primary.make_standby, folder / "standby")
+    primary = start(folder / "primary", settings=(*settings, COMMIT_TIMES), keep=True)
+    standby = await asyncio.to_thread(primary.make_standby, folder / "standby", (COMMIT_TIMES,))
     try:
         return await _fail_over(primary, standby, folder, is_synchronous=is_synchronous)
     finally:

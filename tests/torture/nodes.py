@@ -6,10 +6,11 @@ so an audit can compare both.
 
 import asyncio
 import itertools
+import re
 import signal
 import sys
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
@@ -38,6 +39,7 @@ ANSWER = 0.01  # seconds until the receiver answers
 TICK = 0.02  # seconds between two looks at how late the event loop is
 
 READY = request("GET", "/ready")
+CANCELLED = re.compile(r"(\w+): cancelled (\d+) attempts; they will be repeated")
 
 HISTORY = """
 CREATE TABLE torture_leases (id bigserial, name text, incarnation uuid, epoch bigint, until timestamptz,
@@ -233,6 +235,7 @@ class Cluster:
         self.raced: list[dict[str, float]] = []  # ids of two nodes for one idempotency key, with their times
         self.faults: list[Fault] = []
         self.refused = 0  # requests that were not acknowledged
+        self.cancelled: Counter[tuple[str, str]] = Counter()  # attempts by node and destination, at its stop
         self.out: set[int] = set()  # nodes that the load balancer has noticed to be out
         self.nodes: list[Daemon] = []
         self._folder = folder
@@ -272,6 +275,8 @@ class Cluster:
         """Start a node again after its process has ended."""
         self.out.add(number)
         former, self.nodes[number] = self.nodes[number], self._make(number)
+        for name, count in CANCELLED.findall(former.output):
+            self.cancelled[f"n{number}", name] += int(count)
         self.nodes[number].url = former.url  # until it listens, senders are refused there
         await self.run(number)
         self.out.discard(number)
