@@ -112,6 +112,7 @@ class Lane:
         self.node = ""  # the node that owns this lane, if it is another one and known
         self.shards: Shards | None = None  # shards that this node owns; None: the destination is not divided
         self.others: tuple[ShardElsewhere, ...] = ()  # the other shards
+        self._term = 0  # counts the times that this node has begun to own the lane
         self._reports = False  # whether this node reports the circuits of all shards
         self._by_slot: Counter[int] = Counter()  # attempts in flight
         self._outcomes_wait = False  # for a store that cannot be written; logged once
@@ -160,8 +161,7 @@ class Lane:
         if state is not None:
             self.health.restore(state)
         if not was_owned:
-            for window in self._windows:
-                window.due = 0
+            self._begin_term()
             self.turn()
 
     def disown(self, node: str = "") -> None:
@@ -192,6 +192,7 @@ class Lane:
             state = self.health.state  # may be newer
         if shards.numbers and not was_owned:
             self.health.restore(state)
+            self._begin_term()
         else:
             self.health.follow(state)
         gains = former is None or shards.count != former.count or shards.numbers - former.numbers
@@ -284,6 +285,14 @@ class Lane:
     def is_keeper(self) -> bool:
         """Whether this node keeps the state of the destination, and so handles operators' requests."""
         return self.is_owned if self.shards is None else self.health.is_keeper
+
+    def _begin_term(self) -> None:
+        """Use no delivery that was claimed before: another node may have owned the lane since, and sent it.
+
+        A node that was suspended notices in one renewal that it has lost the lane and owns it again.
+        """
+        self._term += 1
+        self._release_windows()
 
     def _set_shards(self, shards: Shards | None) -> None:
         """Limit the lane to the deliveries of some shards, and to their part of the limits."""
@@ -514,7 +523,7 @@ class Lane:
         self._latest = window
         if delivery.slot is not None:
             self._by_slot[delivery.slot] += 1
-        self._spawn(self._work(window, delivery))
+        self._spawn(self._work(window, delivery, self._term))
 
     def _spawn(self, work: Coroutine[None, None, T]) -> asyncio.Task[T]:
         task = self._loop.create_task(work)
@@ -522,14 +531,14 @@ class Lane:
         task.add_done_callback(self._tasks.discard)
         return task
 
-    async def _work(self, window: Window, delivery: Delivery) -> None:
-        """Fill one slot with one delivery.
+    async def _work(self, window: Window, delivery: Delivery, term: int) -> None:
+        """Fill one slot with one delivery that was claimed in a term.
 
         If this machine runs out of resources or the store cannot be read, the delivery stays pending. Any
         other error counts as a failed attempt.
         """
         try:
-            await self._deliver(delivery)
+            await self._deliver(delivery, term)
         except OutOfResourcesError as error:
             line = f"{error}; deliveries are held and no attempt is counted"
             self._resource_log.warning(error.what, line, destination=self.name, held=error.what)
@@ -571,9 +580,9 @@ class Lane:
 
     # --- one delivery ---
 
-    async def _deliver(self, delivery: Delivery) -> None:
+    async def _deliver(self, delivery: Delivery, term: int) -> None:
         if delivery.followers:
-            await self._deliver_group(delivery)
+            await self._deliver_group(delivery, term)
             return
         event = delivery.event
         if event is None and (event := await self._load_one(delivery)) is None:
@@ -582,6 +591,7 @@ class Lane:
             self._store.failure is not None
             or ((until := self.health.owned_until) != FOREVER and until <= self._clock.steady())
             or (self.shards is not None and not self.shards.covers(delivery.slot))
+            or term != self._term
             or not self._store.deliveries.begin_attempt(delivery.id)
         ):
             # Another node may own the lane now, or a transaction is ending the delivery. If that fails, the
@@ -607,13 +617,13 @@ class Lane:
                 outcome = unspent(outcome, circuit.open_until)
         await self._record(outcome)
 
-    async def _deliver_group(self, first: Delivery) -> None:
+    async def _deliver_group(self, first: Delivery, term: int) -> None:
         """Send one message about a group of deliveries, and settle them together."""
-        members = await self._ready(first.members)
+        members = await self._ready(first.members, term)
         if len(members) < 2:  # noqa: PLR2004 - the others have ended
             for each in members:
                 each.followers = ()
-                await self._deliver(each)
+                await self._deliver(each, term)
             return
         circuit, runner = self.health.circuit, self._runner
         probing, openings = circuit.open_until is not None, circuit.openings
@@ -631,7 +641,7 @@ class Lane:
                 outcomes = [unspent(outcome, circuit.open_until) for outcome in outcomes]
         await self._record_group(outcomes, is_split=result.is_split)
 
-    async def _ready(self, members: Sequence[Delivery]) -> list[Delivery]:
+    async def _ready(self, members: Sequence[Delivery], term: int) -> list[Delivery]:
         """Return the deliveries of a group that can be sent now, with their events; mark them as in flight.
 
         Deliveries that have expired or whose stored body is damaged end here.
@@ -652,6 +662,7 @@ class Lane:
                 self._store.failure is not None
                 or not self.is_owned
                 or not self._covers(each)
+                or term != self._term
                 or not self._store.deliveries.begin_attempt(each.id)
             ):
                 self._store.deliveries.release((each.id,))  # as in `_deliver`
@@ -775,7 +786,7 @@ class Lane:
         try:
             wanted = 1 if self.health.circuit.is_open else window.size - len(window.deliveries)
             together = self.config.group_max if self.config.group_by is not None else 1
-            shards = self.shards
+            shards, term = self.shards, self._term
             claim = await self._store.deliveries.claim(
                 self.name, wanted, retries=window.retries, together=together, shards=shards
             )
@@ -783,7 +794,7 @@ class Lane:
                 window.due = min(window.due, claim.next_due)
             if together == 1:
                 await self._load(claim.deliveries)
-            if self._stopping or self.held is not None or shards != self.shards:
+            if self._stopping or self.held is not None or (shards, term) != (self.shards, self._term):
                 self._store.deliveries.release(each.id for d in claim.deliveries for each in d.members)
                 window.due = 0
             else:

@@ -22,7 +22,7 @@ from relay.jobs.ledger_check import LedgerCheck
 from relay.jobs.retention import Upkeep
 from relay.jobs.scheduler import Jobs
 from relay.metrics import Metrics
-from relay.model import DestinationState, Heartbeat, Node, Register, Target
+from relay.model import Attempt, DestinationState, Heartbeat, Node, Outcome, Register, Target
 from relay.store import FOREVER, Acceptance, Ownership
 from relay.store.nodes import OneNode
 from relay.store.retention_policy import Policy
@@ -225,6 +225,82 @@ async def test_a_lease_that_ends_while_a_body_is_read_stops_the_attempt(store, r
         assert not store.claims.of("crm")
         await owner.renew()
         await ended(store)
+
+
+REGAINED = [
+    pytest.param("claim", {}, id="claim"),
+    pytest.param("load", {}, id="body"),
+    pytest.param("load", {"format": "slack", "group_by": "type", "group_wait": 0.02}, id="group"),
+]
+
+
+@pytest.mark.parametrize(("step", "options"), REGAINED)
+async def test_a_lane_that_was_lost_and_taken_again_sends_nothing_that_it_had_claimed_before(
+    store, receiver, step, options
+):
+    """In between, another node has sent it; this node notices both in one renewal."""
+    crm = destination("crm", receiver.url, **options)
+    async with dispatcher_for(store, crm, body_bytes=0) as dispatcher:
+        owner, lane, claimed = Owner(dispatcher, store, set), dispatcher.lanes["crm"], []
+        claim, load = store.deliveries.claim, store.events.load
+
+        async def move():
+            lane.health.owned_until = CLOCK.steady() - 1
+            await sent_elsewhere(store, claimed)
+            claimed.clear()
+            store.nodes.ownership = owned("crm")
+            await owner.renew()
+
+        async def note(*args, **fields):
+            found = await claim(*args, **fields)
+            claimed.extend(each for first in found.deliveries for each in first.members)
+            if claimed and step == "claim":
+                await move()
+            return found
+
+        async def read(ids):
+            found = await load(ids)
+            if claimed:
+                await move()
+            return found
+
+        await send_many(store, 2)
+        with patch.object(store.deliveries, "claim", note), patch.object(store.events, "load", read):
+            store.nodes.ownership = owned("crm")
+            await owner.renew()
+            await ended(store, 2)
+            await until(lambda: not lane.in_flight and not lane._tasks)
+        assert not receiver.requests
+        assert not store.claims.of("crm")
+        await send(store)
+        await until(lambda: len(receiver.requests) == 1)
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+async def test_a_lane_that_was_lost_and_taken_again_empties_its_window(store, receiver, shards):
+    receiver.gate.clear()
+    crm = destination("crm", receiver.url, concurrency=shards, shards=shards)
+    async with dispatcher_for(store, crm) as dispatcher:
+        owner, lane = Owner(dispatcher, store, set), dispatcher.lanes["crm"]
+        store.nodes.ownership = owned("crm") if shards == 1 else owned_shards(0, 1, count=2)
+        await owner.renew()
+        await send_many(store, 9)
+        await until(lambda: receiver.busy == shards and lane._first.deliveries)
+        lane.health.owned_until = CLOCK.steady() - 1
+        await sent_elsewhere(store, lane._first.deliveries)
+        await owner.renew()
+        receiver.gate.set()
+        await ended(store, 9)
+        await until(lambda: not lane.in_flight)
+        assert len(receiver.requests) == shards
+        assert not store.claims.of("crm")
+
+
+async def sent_elsewhere(store, deliveries):
+    """Record that another node has sent deliveries."""
+    attempt = Attempt(started_at=CLOCK.wall(), duration_ms=1.0, result="ok", status=200)
+    for each in tuple(deliveries):
+        assert await store.deliveries.settle(Outcome(delivery=each, attempt=attempt, state="delivered"))
 
 
 async def test_a_lane_is_handed_over_after_its_attempts_in_flight(store, receiver):
