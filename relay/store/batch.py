@@ -71,6 +71,7 @@ class Scope(msgspec.Struct, frozen=True):
     has_orphans: bool  # whether this node also ends the deliveries of destinations that no node knows
     kept: frozenset[str] = frozenset()  # destinations whose state this node keeps
     shards: Mapping[str, int] = {}  # numbers in force of destinations that are divided; 0: it is changing
+    epochs: Mapping[str, int] = {}  # of the leases of the owned lanes
 
     def owns(self, destination: str, slot: int | None) -> bool:
         """Return whether a delivery belongs to a lane of this node."""

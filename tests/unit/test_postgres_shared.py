@@ -52,7 +52,7 @@ class Node:
     """A store of a cluster whose ownership the test decides."""
 
     def __init__(self, url, folder, name, clock=CLOCK):
-        self.fresh, self.attendant = [], Attendant()
+        self.fresh, self.woken, self.attendant = [], set(), Attendant()
         self.options = {"crm": {}, "erp": {}}
         folder.mkdir(exist_ok=True)
         self.store = opening.make_store(
@@ -71,6 +71,7 @@ class Node:
 
     def listen(self, news):
         self.fresh += news.deliveries
+        self.woken |= news.woken
 
     async def open(self):
         await self.store.open()
@@ -331,6 +332,36 @@ async def test_a_lane_that_returns_to_a_node_is_read_from_the_beginning(nodes):
     await second.own("erp")
     await first.own("crm")
     assert len(await first.claim("crm")) == 1
+
+
+@needs_postgres
+async def test_a_new_delivery_that_another_node_has_sent_before_its_commit_was_answered_is_not_sent_again(
+    nodes,
+):
+    """The lane has moved to the other node and back meanwhile."""
+    first, second = nodes
+    commit, committed, allowed = PostgresWriter.commit, asyncio.Event(), asyncio.Event()
+
+    async def commit_and_wait(writer, *args):
+        await commit(writer, *args)
+        if writer is first.store.database.writer and not committed.is_set():
+            committed.set()
+            await allowed.wait()
+
+    with patch.object(PostgresWriter, "commit", commit_and_wait):
+        sending = asyncio.ensure_future(first.send())
+        await asyncio.wait_for(committed.wait(), 30)
+        await first.own()
+        await second.own("crm", "erp")
+        [delivery] = await second.claim("crm")
+        assert await second.settle(delivery)
+        await second.own("erp")
+        await first.own("crm")
+        allowed.set()
+        await sending
+    assert first.fresh == []
+    assert "crm" in first.woken
+    assert await first.claim("crm") == ()
 
 
 @needs_postgres

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from relay.model import DestinationState, Outcome
-from relay.store.batch import LEDGER, Batch, count_transitions
+from relay.store.batch import LEDGER, Batch, Scope, count_transitions
 from relay.store.claims import Claims
 from relay.store.dedupe import Key, Keys
 from relay.store.postgres import transitions
@@ -281,10 +281,30 @@ class PostgresCommitter(Committer):
         names = {delivery.destination for delivery in batch.due}
         if names - mine:
             batch.due = [each for each in batch.due if scope.owns(each.destination, each.slot)]
+        if batch.due and batch.scope is not scope:
+            self._leave_regained(batch, scope, nodes)
         if others := (names | batch.woken | batch.later.keys()) - mine:
             nodes.announce(others, since=batch.steady)
         if hurried := set(batch.made_due.values()) - mine:
             nodes.announce(hurried, since=batch.steady, retries=True)
+
+    def _leave_regained(self, batch: Batch, scope: Scope, nodes: PostgresNodes) -> None:
+        """Let the lanes that this node has taken during the transaction read their new deliveries.
+
+        Another node may have sent them between the commit and its answer.
+        """
+        before = {} if batch.scope is None else batch.scope.epochs
+        kept, names = [], set()
+        for delivery in batch.due:
+            lane = scope.lane_of(delivery.destination, delivery.slot)
+            if before.get(lane) == scope.epochs.get(lane):
+                kept.append(delivery)
+            else:
+                names.add(delivery.destination)
+        if names:
+            batch.due = kept
+            batch.woken |= names
+            nodes.on_due(names, batch.steady, retries=False)
 
     async def _look_up(self, transaction: Transaction, keys: Keys, used: Sequence[Key]) -> None:
         rows = await transaction.connection.fetch(

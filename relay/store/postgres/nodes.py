@@ -421,6 +421,7 @@ class PostgresNodes:
                 self.lead(ORPHANS),
                 owned,
                 dict(self._shards),
+                {name: self._held.get(_lane(name), 0) for name in owned},
             )
             self._scope_until = min((until for until in self._trusted.values() if until > now), default=now)
         return self._scope
