@@ -215,6 +215,56 @@ MUTANTS = {
         ],
         [OWNER],
     ),
+    "use-deliveries-of-a-former-lease": Mutant(
+        [
+            Change(
+                "relay/delivery/lane.py",
+                "        self._term += 1\n        self._release_windows()\n",
+                "        self._term += 1\n",
+            )
+        ],
+        [OWNER],
+    ),
+    "use-a-claim-of-a-former-lease": Mutant(
+        [
+            Change(
+                "relay/delivery/lane.py",
+                "(shards, term) != (self.shards, self._term)",
+                "(shards, term) != (self.shards, term)",
+            )
+        ],
+        [OWNER],
+    ),
+    "send-under-a-former-lease": Mutant(
+        [
+            Change(
+                "relay/delivery/lane.py",
+                "            or term != self._term\n            or not self._store",
+                "            or not self._store",
+            )
+        ],
+        [OWNER],
+    ),
+    "send-a-group-under-a-former-lease": Mutant(
+        [
+            Change(
+                "relay/delivery/lane.py",
+                "                or term != self._term\n                or not self._store",
+                "                or not self._store",
+            )
+        ],
+        [OWNER],
+    ),
+    "offer-a-delivery-of-a-former-lease": Mutant(
+        [
+            Change(
+                f"{POSTGRES}/commit.py",
+                "if batch.due and batch.scope is not scope:",
+                "if batch.due and batch.scope is None:",
+            )
+        ],
+        [SHARED],
+    ),
     "late-commits-unannounced": Mutant(
         [
             Change(

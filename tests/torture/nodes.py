@@ -63,6 +63,14 @@ SELECT name, incarnation, epoch, until, coalesce((standing ->> 'shards')::int, 1
 """
 
 
+PENDING_SQL = """
+    SELECT destination, attempts, count(*), min(id) AS first, min(slot) AS slot, min(order_key) AS order_key,
+           min(next_attempt_at) / 1e6 - extract(epoch FROM clock_timestamp()) AS due_in,
+           min(last_error) AS error
+      FROM owed GROUP BY 1, 2
+"""
+
+
 @dataclass
 class Arrival:
     """One request at the receiver; times are seconds since the Unix epoch."""
@@ -369,9 +377,18 @@ class Cluster:
 
     async def drained(self, seconds: float = 90.0) -> None:
         """Wait until no delivery is pending."""
-        async with asyncio.timeout(seconds):
-            while (await self.fetch("SELECT count(*) FROM owed"))[0][0]:  # noqa: ASYNC110
-                await asyncio.sleep(0.1)
+        deadline = time.monotonic() + seconds
+        while (await self.fetch("SELECT count(*) FROM owed"))[0][0]:
+            if time.monotonic() > deadline:
+                raise AssertionError(await self._pending())
+            await asyncio.sleep(0.1)
+
+    async def _pending(self) -> str:
+        """Describe the deliveries that are pending, and the nodes."""
+        lines = [f"pending: {dict(row)}" for row in await self.fetch(PENDING_SQL)]
+        lines += [f"lane {lane}: {node}" for lane, node in sorted((await self.owners()).items())]
+        lines += [f"{node.config}: {node.output[-3000:]}" for node in self.nodes]
+        return "\n".join(lines)
 
     def begin(self, kind: str, *numbers: int, out: bool) -> Fault:
         """Note that a fault begins; with `out`, the load balancer notices."""
