@@ -38,6 +38,10 @@ MOST_EVENTS = 100  # in one transaction, so that it does not delay the transacti
 MOST_BYTES = 8 * 2**20  # of bodies in memory at once; a single larger event is allowed
 
 
+Pages = Callable[[int], AsyncIterator[Sequence[Chosen]]]
+"""Reads the events of a request after a row id, page by page; 0: all of them."""
+
+
 class ReplayRequest(msgspec.Struct, kw_only=True, frozen=True):
     """The events to replay, their destination (see `Repeater.repeat`) and the rate."""
 
@@ -151,11 +155,11 @@ class Replay:
         """Stop after the transaction in progress."""
         self._stop.set()
 
-    async def run(self, pages: AsyncIterator[Sequence[Chosen]]) -> None:
+    async def run(self, pages: Pages) -> None:
         """Replay the events of all pages, until the last page or a cancellation."""
         log.info("replay %s: %d events at %s", self.id, self.total, render_rate(self.request.rate))
         try:
-            async for page in pages:
+            async for page in self._read(pages):
                 await self._page(page)
                 if self._stop.is_set():
                     break
@@ -171,6 +175,20 @@ class Replay:
                 "replay %s is %s: %d of %d events, %d deliveries, %d events skipped",
                 *(self.id, self._state, self.done, self.total, self.created, self.skipped),
             )
+
+    async def _read(self, pages: Pages) -> AsyncIterator[Sequence[Chosen]]:
+        """Read all pages; wait while the storage is unavailable, and continue after the last event."""
+        after = 0
+        while not self._stop.is_set():
+            try:
+                async for page in pages(after):
+                    yield page
+                    after = page[-1].event_id if page else after
+            except StorageUnavailableError as error:
+                log.warning("replay %s waits for the store: %s", self.id, error.message)
+                await self._rest(STORAGE_PAUSE)
+            else:
+                return
 
     async def _page(self, page: Sequence[Chosen]) -> None:
         at = 0
@@ -246,7 +264,11 @@ class Replays:
         for ended in [id_ for id_ in self._replays if id_ not in self._tasks][: -KEPT + 1]:
             del self._replays[ended]
         self._replays[replay.id] = replay
-        task = asyncio.create_task(replay.run(self._pages(request, span)), name=f"replay {replay.id}")
+
+        def pages(after: int) -> AsyncIterator[Sequence[Chosen]]:
+            return self._pages(request, Span(max(span.first, after + 1), span.last))
+
+        task = asyncio.create_task(replay.run(pages), name=f"replay {replay.id}")
         self._tasks[replay.id] = task
         task.add_done_callback(lambda _: self._tasks.pop(replay.id))
         return replay

@@ -15,6 +15,7 @@ from relay.jobs.replay import ROUTES, ReplayRequest, Replays, portion
 from relay.model import Attempt, Chosen, Outcome, Selection
 from relay.routing.router import Router
 from relay.routing.subscription import Subscription, SubscriptionOptions
+from relay.store.queries import selection
 
 FAST = Rate(1_000_000, 1)
 ALL = Selection(since=0)
@@ -210,6 +211,31 @@ async def test_a_replay_waits_for_a_full_disk_and_continues(shop, monkeypatch):
     monkeypatch.setattr(shop.store.deliveries, "repeat", fail_at_first)
     assert summary(await shop.run()) == ("done", 1, 1, 1, 0)
     assert failures == []
+
+
+async def test_a_replay_waits_for_events_that_cannot_be_read_and_continues_after_the_last_one(
+    shop, monkeypatch
+):
+    monkeypatch.setattr(replay_module, "STORAGE_PAUSE", 0.01)
+    monkeypatch.setattr(selection, "PAGE", 2)
+    sent = [await shop.send(number) for number in range(7)]
+    await shop.end()
+    select, reads = shop.store.queries.select, []
+
+    async def fail_between_pages(*args):
+        reads.append(1)
+        pages = 0
+        async for page in select(*args):
+            pages += 1
+            if len(reads) in {2, 3} and pages == 2:  # the first read counts
+                raise StorageUnavailableError("the server restarts")
+            yield page
+
+    monkeypatch.setattr(shop.store.queries, "select", fail_between_pages)
+    replay = await shop.run()
+    assert len(reads) == 4
+    assert (replay.state, replay.done, replay.created) == ("done", 7, 7)
+    assert [d.event.public_id for d in shop.fresh] == [event.public_id for event in sent]
 
 
 async def test_an_unexpected_error_fails_a_replay_visibly(shop, monkeypatch, caplog):
