@@ -184,6 +184,21 @@ async def test_a_session_that_became_read_only_is_replaced(store, clock):
     assert reader.is_closed  # it would read from the former primary
 
 
+async def test_transactions_do_not_follow_the_isolation_of_the_server(store):
+    """A statement after a lock would not see the commits of others."""
+
+    async def look(connection):
+        await connection.execute("SET default_transaction_isolation = 'serializable'")
+        async with connection.transaction():
+            found = [await connection.value("SHOW transaction_isolation")]
+        [row] = await transaction.Transaction(connection, "on").fetch("SHOW transaction_isolation")
+        await connection.roll_back()
+        await connection.execute("RESET default_transaction_isolation")
+        return [*found, row[0]]
+
+    assert await store.database.writer.call(look) == ["read committed"] * 2
+
+
 async def test_a_reader_that_is_lent_while_the_writer_connects_again_is_not_used_again(store, clock):
     async with store.database.reader() as reader:
         (await store.connect()).terminate()

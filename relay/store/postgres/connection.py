@@ -32,6 +32,9 @@ CONNECT_TIMEOUT = 10.0  # seconds, for all hosts of the URL together
 CALL_TIMEOUT = 30.0  # seconds of one statement; a silent network would stop the relay for ever
 READERS = 3
 
+BEGIN = "BEGIN ISOLATION LEVEL READ COMMITTED"
+"""A statement that has waited for a lock must see the commits meanwhile, whatever the server's default is."""
+
 SHORT = "SET LOCAL idle_in_transaction_session_timeout = 30000"
 """Sent with BEGIN: if this machine fails or loses the network in a transaction, its locks end after 30 s.
 
@@ -276,9 +279,9 @@ class Connection:
         return rows[0][0] if rows else None
 
     @asynccontextmanager
-    async def transaction(self, begin: str = "BEGIN") -> AsyncIterator[None]:
+    async def transaction(self, begin: str = f"{BEGIN}; {SHORT}") -> AsyncIterator[None]:
         """Run the statements inside in one transaction."""
-        await self.execute(f"{begin}; {SHORT}" if begin == "BEGIN" else begin)
+        await self.execute(begin)
         try:
             yield
         except BaseException:

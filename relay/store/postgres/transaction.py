@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import asyncpg
 
 from relay.store.batch import Batch
-from relay.store.postgres.connection import SHORT, Connection
+from relay.store.postgres.connection import BEGIN, SHORT, Connection
 
 SYNC_SQL = "(set_config('synchronous_commit', $1, true) = '')::int::bigint"
 """Each transaction sets its durability, because a pooler forgets the settings of a session."""
@@ -51,7 +51,7 @@ class Transaction:
     async def begin(self) -> None:
         """Begin the transaction if it has not begun yet."""
         if not self.has_begun:
-            await self.connection.execute(f"BEGIN; {SHORT}; SET LOCAL synchronous_commit = {self._sync}")
+            await self.connection.execute(f"{BEGIN}; {SHORT}; SET LOCAL synchronous_commit = {self._sync}")
             self.has_begun = True
 
     async def fetch(self, sql: str, *values: Any) -> list[asyncpg.Record]:
