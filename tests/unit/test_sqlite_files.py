@@ -11,6 +11,7 @@ import stores
 from stores import rows
 
 from relay.errors import StorageError, StorageUnavailableError
+from relay.store.sqlite import connection
 from relay.store.sqlite import store as sqlite
 from relay.store.sqlite.schema import MIGRATIONS
 
@@ -81,6 +82,25 @@ async def test_a_file_of_the_first_version_is_copied_and_migrated(tmp_path, cloc
     with closing(sqlite3.connect(copy)) as db:
         assert db.execute("PRAGMA user_version").fetchone() == (1,)
         assert db.execute("SELECT count(*) FROM events").fetchone() == (3,)
+
+
+async def test_an_interrupted_migration_keeps_the_copy_of_the_former_version(tmp_path, clock, monkeypatch):
+    """A copy of the half migrated file would be useless for the former program."""
+    path = tmp_path / "relay.db"
+    with closing(sqlite3.connect(path)) as db:
+        db.executescript(f"{MIGRATIONS[0]} PRAGMA user_version = 1;")
+    monkeypatch.setattr(connection, "MIGRATIONS", (*MIGRATIONS[:-1], "SELECT power_failure;"))
+    with pytest.raises(StorageError, match="power_failure"):
+        await make_store(path, clock).open()
+    monkeypatch.undo()
+    store = make_store(path, clock)
+    await store.open()
+    await store.close()
+    found = []
+    for each in (path, path.with_name(f"relay.db.before-v{len(MIGRATIONS)}")):
+        with closing(sqlite3.connect(each)) as db:
+            found += db.execute("PRAGMA user_version").fetchone()
+    assert found == [len(MIGRATIONS), 1]
 
 
 async def test_the_copy_before_a_migration_is_for_its_owner_only_from_the_first_byte(

@@ -18,8 +18,10 @@ import aiosqlite
 
 from relay.base.units import render_size
 from relay.errors import StorageError, StorageUnavailableError
+from relay.store.sqlite.backup import sync
 from relay.store.sqlite.schema import MIGRATIONS
 from relay.store.sqlite.transaction import WriterConnection
+from relay.store.sqlite.wal import open_plain
 
 OLDEST = (3, 37, 0)
 """The oldest SQLite with STRICT tables; it also has RETURNING and UPDATE … FROM."""
@@ -33,6 +35,8 @@ OURS_SQL = """
 
 TEMPORARY = {errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.EROFS}
 """System errors that may end by themselves: the start waits and retries."""
+
+HEAD, VERSION_AT = 100, 60  # bytes of a file's header, and the position of the user version in it
 
 LOCK_TIMEOUT = 1.0  # seconds that opening waits for another program's lock
 
@@ -211,10 +215,21 @@ async def migrate(connection: aiosqlite.Connection, path: Path) -> None:
             f"{path} has schema version {version}, this program knows {newest}",
             hint="run the newer hookferry that wrote it, or restore the copy made before the upgrade",
         )
-    if 0 < version < newest:
-        await _keep_copy(connection, path, path.with_name(f"{path.name}.before-v{newest}"))
+    copy = path.with_name(f"{path.name}.before-v{newest}")
+    # After an interrupted migration, the former program can still use the first copy, but not this file.
+    if 0 < version < newest and not 0 < _version_in(copy) < version:
+        await _keep_copy(connection, path, copy)
     for number, script in enumerate(MIGRATIONS[version:], start=version + 1):
         await connection.executescript(f"BEGIN IMMEDIATE;{script}PRAGMA user_version = {number};COMMIT;")
+
+
+def _version_in(path: Path) -> int:
+    """Return the schema version in the header of a database file; 0 if there is no such file."""
+    try:
+        with open_plain(path) as file:
+            return int.from_bytes(file.read(HEAD)[VERSION_AT : VERSION_AT + 4], "big")
+    except OSError:
+        return 0
 
 
 async def _keep_copy(connection: aiosqlite.Connection, path: Path, copy: Path) -> None:
@@ -236,7 +251,9 @@ async def _keep_copy(connection: aiosqlite.Connection, path: Path, copy: Path) -
     os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600))
     try:
         await connection.execute("VACUUM INTO ?", (str(part),))
+        sync(part)
         part.replace(copy)
+        sync(copy.parent)
     finally:
         part.unlink(missing_ok=True)
 
