@@ -39,7 +39,11 @@ from relay.routing.router import explained
 from relay.store import Store
 
 LONGEST_LINE = 64 * 2**20
-"""Bytes of one exported event. The largest possible body in base64 is far smaller."""
+"""Bytes of one exported event that every import accepts, unless a source has a larger `max_body`."""
+
+MOST_COPIES = 4
+"""Maximum length of the line of an event, as a multiple of its body: text is up to twice as long, and so is
+data that is not part of the body."""
 
 CHUNK = 64 * 1024
 
@@ -215,9 +219,9 @@ class EventsApi:
         query=ImportQuery, body=LINES, returns=Imported, scope="admin",
     )  # fmt: skip
     async def _import(self, request: web.Request, query: ImportQuery) -> Imported:
-        steps = [
-            done async for done in self._store.events.import_lines(_lines(request), deliver=query.deliver)
-        ]
+        largest = max((mount.config.max_body for mount in self._ingest.mounts.values()), default=0)
+        lines = _lines(request, max(LONGEST_LINE, MOST_COPIES * largest))
+        steps = [done async for done in self._store.events.import_lines(lines, deliver=query.deliver)]
         return steps[-1]
 
     @endpoint(
@@ -302,11 +306,11 @@ async def _expunge(store: Store, event_ids: list[int]) -> AsyncIterator[Expunged
     yield await store.events.expunge(event_ids)
 
 
-async def _lines(request: web.Request) -> AsyncIterator[bytes]:
+async def _lines(request: web.Request, most: int) -> AsyncIterator[bytes]:
     """Yield the lines of a request body, without empty lines.
 
     Raises:
-        RelayError: a line is longer than any event, or the body ends early.
+        RelayError: a line has more than `most` bytes, or the body ends early.
     """
     parts: list[bytes] = []  # of a line that has not ended
     size = 0
@@ -319,9 +323,9 @@ async def _lines(request: web.Request) -> AsyncIterator[bytes]:
                     yield line
             parts.append(rest)
             size += len(rest)
-            if size > LONGEST_LINE:
-                hint = "import the output of `relay events export`"
-                raise RelayError("a line is longer than any event", hint=hint)
+            if size > most:
+                hint = "import the output of `relay events export`; larger events need a larger `max_body`"
+                raise RelayError("a line is longer than any event of this relay's sources", hint=hint)
     except (web.RequestPayloadError, ConnectionError) as error:
         hint = "run it again: events that are already stored are skipped"
         raise RelayError(f"the import stopped: {error}", hint=hint) from None

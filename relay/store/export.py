@@ -1,7 +1,7 @@
 """Exported events: one line of JSON each, from which an import restores the same event byte for byte.
 
-A body is written as text, or in base64 if it is not UTF-8. The data is written as its place in the body, as
-in the database, or in full if it is not part of the body.
+A body is written as text, or in base64 if it is not UTF-8 or has many control characters. The data is written
+as its place in the body, as in the database, or in full if it is not part of the body.
 """
 
 import base64
@@ -66,6 +66,10 @@ class EventLine(msgspec.Struct, kw_only=True, omit_defaults=True):
     deliveries: list[DeliveryLine] | None = None
 
 
+_LONG_ESCAPES = bytes({*range(0x20), 0x7F} - {*b"\b\t\n\f\r"})  # six bytes each in JSON
+MOST_ESCAPES = 0.05
+"""Share of such bytes in a body that is written as text."""
+
 _encode = msgspec.json.Encoder().encode
 _decoder = msgspec.json.Decoder(EventLine)
 
@@ -73,10 +77,9 @@ _decoder = msgspec.json.Decoder(EventLine)
 def write_line(event: StoredEvent, deliveries: list[DeliveryLine] | None = None) -> bytes:
     """Return the line of an event, with its newline."""
     at = event.body.find(event.data)
-    try:
-        text, encoded = event.body.decode(), None
-    except UnicodeDecodeError:
-        text, encoded = None, base64.b64encode(event.body).decode()
+    text, encoded = _text_of(event.body), None
+    if text is None:
+        encoded = base64.b64encode(event.body).decode()
     line = EventLine(
         id=event.public_id,
         source=event.source,
@@ -95,6 +98,16 @@ def write_line(event: StoredEvent, deliveries: list[DeliveryLine] | None = None)
         deliveries=deliveries,
     )
     return _encode(line) + b"\n"
+
+
+def _text_of(body: bytes) -> str | None:
+    """Return a body as text; None: it must be written in base64."""
+    if len(body) - len(body.translate(None, _LONG_ESCAPES)) > MOST_ESCAPES * len(body):
+        return None
+    try:
+        return body.decode()
+    except UnicodeDecodeError:
+        return None
 
 
 def read_line(line: bytes) -> StoredEvent:

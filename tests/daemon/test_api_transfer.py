@@ -3,11 +3,13 @@
 import asyncio
 import json
 
+import msgspec
 import pytest
 from daemons import SOURCES, adorn, destination, running, write_config
 from support import until
 from wire import Wire, exchange, request
 
+from relay.api import events as events_api
 from relay.api.events import Deletion
 
 
@@ -114,6 +116,25 @@ async def test_an_import_may_be_split_into_any_chunks(relay, events):
     pieces = [exported[at : at + 7] for at in range(0, len(exported), 7)]
     body = b"".join(b"%x\r\n%b\r\n" % (len(piece), piece) for piece in pieces)
     answer = await exchange(relay.addresses.socket, head + body + b"0\r\n\r\n")
+    assert answer.json == {"lines": 3, "new": 3}
+
+
+async def test_the_longest_line_of_an_import_follows_the_bodies_that_the_sources_accept(
+    relay, events, monkeypatch
+):
+    monkeypatch.setattr(events_api, "LONGEST_LINE", 10)
+    monkeypatch.setattr(events_api, "CHUNK", 100)
+    mounts = relay.app.ingest.mounts.values()
+    exported = (await ask(relay, "GET", "/api/export")).body
+    await ask(relay, "POST", "/api/events/delete", {"events": events})
+    for mount in mounts:
+        monkeypatch.setattr(mount, "config", msgspec.structs.replace(mount.config, max_body=2))
+    raw = request("POST", "/api/import", exported)
+    refused = await exchange(relay.addresses.socket, raw)
+    assert (refused.status, "larger `max_body`" in refused.json["error"]["hint"]) == (400, True)
+    for mount in mounts:
+        monkeypatch.setattr(mount, "config", msgspec.structs.replace(mount.config, max_body=len(exported)))
+    answer = await exchange(relay.addresses.socket, raw)
     assert answer.json == {"lines": 3, "new": 3}
 
 

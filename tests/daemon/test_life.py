@@ -80,6 +80,8 @@ async def until_refused(daemon):
                 wire = await Wire.open(daemon.url)
             except ConnectionRefusedError:
                 return True
+            except ConnectionResetError:  # the listener was closed at this moment
+                continue
             await wire.hang_up()
 
 

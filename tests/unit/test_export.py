@@ -71,6 +71,15 @@ def test_a_line_restores_the_same_event(clock, fields):
     assert read_line(line) == event
 
 
+@pytest.mark.parametrize("body", [b"\0" * 1000, b'"\\\n\t' * 1000, b"\xff" * 1000, b"\x01" * 40 + b"a" * 960])
+def test_a_line_is_never_much_longer_than_its_body(clock, body):
+    """So that the limit for the lines of an import admits every event of the relay."""
+    event = make_event(clock, body, data=b"{}")
+    line = write_line(event)
+    assert len(line) < 2 * len(body) + 600
+    assert read_line(line) == event
+
+
 def test_line_breaks_of_data_outside_the_body_become_spaces(clock):
     event = make_event(clock, body=b"x", data=b'{"a":\r\n "b\\n"}', context=b'{\n"c": 1}')
     line = write_line(event)
