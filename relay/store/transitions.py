@@ -3,6 +3,7 @@
 An engine reads rows, asks for the decision, and writes it in the same transaction.
 """
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -13,11 +14,17 @@ from relay.model import OPERATOR_SOURCE, Delivery, GeneratedEvent, Outcome, Targ
 from relay.store.batch import Batch, Ending, HeldDestinations
 from relay.store.claims import Claims
 
+log = logging.getLogger("relay.store")
+
 EXPIRE_AT_ONCE = 1000
 """Deliveries that one transaction expires; the next transaction follows at once."""
 
 HELD_AT_ONCE = 500
 """Held deliveries that one transaction ends for a destination: waiting, first attempts and retries each."""
+
+AHEAD = 60 * SECOND
+"""Microseconds by which stored times may be later than now. A later one shows that the clock was wrong before
+this start; then the due times of its deliveries are wrong as well, perhaps by years."""
 
 NOTICE = 86_400 * SECOND
 """Microseconds between the warning to the operator and the first delivery that expires."""
@@ -179,6 +186,12 @@ def is_warning_due(batch: Batch, since: int, kept: int, first: int | None) -> in
     if first is None or max(first, since) > batch.steady - kept + min(NOTICE, kept // 2):
         return None
     return max(0, max(first, since) + kept - batch.steady) // SECOND
+
+
+def report_ahead(count: int) -> None:
+    """Log that deliveries from a time when the clock was ahead are due now."""
+    if count:
+        log.warning("the clock was ahead when %d deliveries were stored or tried: they are due now", count)
 
 
 def warn_of_expiry(batch: Batch, destination: str, seconds: int, kept: int) -> None:

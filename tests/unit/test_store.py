@@ -215,6 +215,51 @@ async def test_everything_survives_a_reopening(tmp_path, clock):
         await again.close()
 
 
+async def test_deliveries_from_when_the_clock_was_ahead_are_due_after_a_restart(tmp_path, clock, caplog):
+    path, stores = tmp_path / "relay.db", []
+
+    async def reopened():
+        if stores:
+            await stores.pop().close()
+        store = make_store(path, clock)
+        store.fresh = []
+        hooks(store).route = lambda _event: (Target("crm"),)
+        hooks(store).listener = lambda news: store.fresh.extend(news.deliveries)
+        await store.open()
+        stores.append(store)
+        return store
+
+    async def fail(store, at):
+        attempt = Attempt(started_at=clock.wall(), duration_ms=1.0, result="5xx", status=500)
+        due = clock.steady() + 3600 * SECOND
+        await store.deliveries.settle(
+            Outcome(delivery=store.fresh[at], attempt=attempt, state="pending", next_attempt_at=due)
+        )
+
+    try:
+        store = await reopened()
+        for _ in range(2):
+            await store.events.append(accept(clock))
+        await fail(store, 0)  # it waits for an hour, rightly
+        clock.advance(20 * 3600)  # the clock jumps
+        await fail(store, 1)
+        for _ in range(2):
+            await store.events.append(accept(clock))
+        await fail(store, 2)
+        clock.advance(-19.9 * 3600)  # and is corrected
+        store = await reopened()
+        made = await ids(store, "deliveries")
+        claims = [(await store.deliveries.claim("crm", 9, retries=retries)) for retries in (False, True)]
+        assert [[each.id for each in claim.deliveries] for claim in claims] == [made[3:], made[1:3]]
+        assert claims[1].next_due - clock.steady() == 3240 * SECOND
+        assert "the clock was ahead when 3 deliveries were stored or tried: they are due now" in caplog.text
+        caplog.clear()
+        await reopened()
+        assert "ahead" not in caplog.text
+    finally:
+        await stores[0].close()
+
+
 async def test_a_faulty_request_fails_alone(store, clock):
     bad = accept(clock, received_at=2**70)
     results = await asyncio.gather(

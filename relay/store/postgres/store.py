@@ -46,13 +46,15 @@ from relay.store.postgres.owner import RENEW_EVERY, Owner, place_of, refuse_sing
 from relay.store.postgres.partitions import LOCK_SQL, make_partitions
 from relay.store.postgres.queries import PostgresQueries
 from relay.store.postgres.refused import PostgresRefused
-from relay.store.postgres.rows import IdSequences
+from relay.store.postgres.rows import IdSequences, first_id
 from relay.store.postgres.schema import META, MIGRATIONS, REMOVALS, problem_of
 from relay.store.postgres.shards import assign_for_ever
+from relay.store.postgres.transitions import AHEAD_SQL
 from relay.store.postgres.upkeep import PostgresUpkeep
 from relay.store.postgres.worker_rows import load_roster
 from relay.store.postgres.workers import SharedWorkers
 from relay.store.postgres.writer import PostgresWriter
+from relay.store.transitions import AHEAD, report_ahead
 from relay.store.workers import StoredWorkers
 
 log = logging.getLogger("relay.store")
@@ -235,6 +237,8 @@ class PostgresStore:
             await refuse_single(connection, self._folder)
             await self._shared.join()
         await make_partitions(connection, self._clock.wall())
+        ahead = self._clock.wall() + AHEAD
+        report_ahead(len(await connection.fetch(AHEAD_SQL, self._clock.steady(), ahead, first_id(ahead))))
         roster = await load_roster(connection)
         [highest] = await connection.fetch(HIGHEST_SQL)
         self._committer.sequences = IdSequences(highest, 0 if self._shared is None else self._shared.slot)

@@ -46,10 +46,12 @@ from relay.store.sqlite.losses import check_after_open, check_before_open
 from relay.store.sqlite.mark import HIGHEST_SQL, mark_in
 from relay.store.sqlite.queries import SqliteReader
 from relay.store.sqlite.refused import SqliteRefused
+from relay.store.sqlite.transitions import AHEAD_SQL
 from relay.store.sqlite.upkeep import SqliteUpkeep
 from relay.store.sqlite.wal import log_of
 from relay.store.sqlite.workers import load_roster
 from relay.store.sqlite.writer import TRANSIENT, SqliteWriter
+from relay.store.transitions import AHEAD, report_ahead
 from relay.store.workers import StoredWorkers
 
 log = logging.getLogger("relay.store")
@@ -182,6 +184,8 @@ class SqliteStore:
                 await quick_check(self.database.connection, self.path)
             self._is_checked = True  # so that on a full disk, not every attempt reads the whole file
             await self._set_meta("stopped", "not yet")
+            moments = {"now": self._clock.steady(), "ahead": self._clock.wall() + AHEAD}
+            report_ahead((await self.database.connection.execute(AHEAD_SQL, moments)).rowcount)
             roster = await load_roster(self.database.connection)
             [highest] = map(mark_in, await self.database.connection.execute_fetchall(HIGHEST_SQL))
             with suppress(sqlite3.Error):  # the disk is full

@@ -33,6 +33,12 @@ DUE_SQL = """
      WHERE destination = ? AND state = 'pending' AND attempts {share} 0 AND next_attempt_at <= ?
      ORDER BY next_attempt_at, id LIMIT ?
 """
+AHEAD_SQL = """
+    UPDATE deliveries SET next_attempt_at = :now
+     WHERE state = 'pending' AND next_attempt_at > :now
+       AND (event_id IN (SELECT id FROM events WHERE received_at > :ahead)
+            OR id IN (SELECT delivery_id FROM attempts WHERE started_at > :ahead))
+"""
 FIRST_SQL = """
     SELECT min(next_attempt_at) FROM deliveries
      WHERE destination = ? AND state = 'pending' AND attempts {share} 0
