@@ -65,7 +65,7 @@ class DeliveriesApi:
 
     @endpoint(
         "GET", "/api/deliveries", "listDeliveries",
-        "List deliveries, newest first, or in the order of their events.",
+        "List deliveries, newest first; with a filter on events, those of the newest event first.",
         query=DeliveriesQuery, returns=IdPage[DeliveryView],
     )  # fmt: skip
     async def _list(self, _request: web.Request, query: DeliveriesQuery) -> dict[str, Any]:

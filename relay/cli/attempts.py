@@ -40,7 +40,7 @@ def attempts() -> None:
 @page_options
 @reader_options
 def list_(daemon: "Daemon | Offline", *, failed: bool, as_json: bool, quiet: bool, **query: Any) -> None:
-    """List attempts, the latest first.
+    """List attempts, newest first.
 
     Example: relay attempts list --destination crm --failed --since 1h
 

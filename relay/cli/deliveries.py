@@ -71,7 +71,7 @@ def list_(daemon: "Daemon | Offline", *, as_json: bool, quiet: bool, **query: An
 
     Example: relay deliveries list --destination crm --state dead
 
-    With a filter on events, deliveries are in the order of their events.
+    With a filter on events, the deliveries of the newest event come first.
     """
     page = gather(daemon, "deliveries", **query)
     print_page(page, COLUMNS, SHAPE, as_json=as_json, quiet=quiet)

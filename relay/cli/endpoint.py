@@ -88,7 +88,7 @@ def reader_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options of `daemon_options` and `--offline`; `daemon` may then be an `Offline`."""
     online = daemon_options(command)
 
-    @click.option("--offline", is_flag=True, help="Read the database file; no daemon needed.")
+    @click.option("--offline", is_flag=True, help="Read the database itself; no daemon needed.")
     @functools.wraps(online)
     def wrapped(*args: Any, offline: bool, config: Path | None, url: str | None, **options: Any) -> Any:
         if not offline:

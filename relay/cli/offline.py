@@ -1,4 +1,4 @@
-"""Read-only access to the database file for `--offline`; no daemon needed."""
+"""Read-only access to the database for `--offline`; no daemon needed."""
 
 import asyncio
 import os
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 class Offline:
-    """Reads the database file; has the same reading methods as `Daemon`."""
+    """Reads the database; has the same reading methods as `Daemon`."""
 
     def __init__(self, config: Config) -> None:
         self._config = config
