@@ -27,8 +27,8 @@ def doctor(daemon: "Daemon | Offline", *, as_json: bool) -> None:
 
     Read-only. Checks every page of an SQLite database (slow for a large one), the ledger, bodies, disk space,
     the clock, pending and dead deliveries, failed jobs, backups and file permissions. It also checks whether
-    the daemon uses the current config.toml. For each problem it prints the next command. The exit code is 1 if
-    a check fails.
+    the daemon uses the current config.toml. For each problem it prints the next command. The exit code is 1
+    if a check fails.
     """
     if not isinstance(daemon, Daemon):
         print_checks(map(msgspec.structs.asdict, daemon.examine()), as_json=as_json)

@@ -117,7 +117,7 @@ class Sent(msgspec.Struct, frozen=True, gc=False):
 class RecentReplies:
     """The replies to the senders of the latest events since the start, in memory.
 
-    When `recent` is full, it becomes the older part, and the former older part is dropped.
+    When `recent` is full, it becomes the older part, and the previous older part is dropped.
     """
 
     def __init__(self) -> None:
