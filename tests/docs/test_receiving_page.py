@@ -143,8 +143,8 @@ def test_the_other_numbers_on_the_page_are_the_defaults():
     slow = " ".join(section("Slow handlers").split())
     circuit, mine = CircuitConfig(), DestinationConfig(name="", url=Url(""))
     assert f"After {circuit.failures} consecutive failures" in answers
-    probes = f"the first after {circuit.probe:.0f} s, the next ones at growing intervals of at most"
-    assert f"{probes} {circuit.max_probe / 60:.0f} min" in answers
+    assert f"The first one follows after {circuit.probe:.0f} s, the next ones at growing" in answers
+    assert f"intervals of at most {circuit.max_probe / 60:.0f} min" in answers
     assert f"If every attempt fails for {mine.disable_after / 86_400:.0f} days" in answers
     assert f"more than {mine.timeout:.0f} s |" in answers
     connecting = f"of which connecting may take {mine.connect_timeout:.0f} s"
