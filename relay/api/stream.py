@@ -339,7 +339,7 @@ async def stream(
         return error_response(503, "draining", "the relay is stopping", "try again after its restart")
     if followers.full:
         hint = "end a running `relay tail` or `relay top`"
-        return error_response(503, "too_many_followers", f"this stream already has {MOST} followers", hint)
+        return error_response(503, "too_many_followers", f"this stream already has {MOST} clients", hint)
     transport = request.transport
     if transport is None:
         raise ConnectionResetError

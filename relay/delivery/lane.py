@@ -749,7 +749,7 @@ class Lane:
         if not self._outcomes_wait:
             self._outcomes_wait = True
             extra = delivery_fields(delivery)
-            log.warning("%s: outcomes wait for the store: %s", self.name, error.message, extra=extra)
+            log.warning("%s: cannot store results yet: %s", self.name, error.message, extra=extra)
 
     async def _record_group(self, outcomes: Sequence[Outcome], *, is_split: bool) -> None:
         """Store the outcomes of one attempt at several deliveries, as `_record` does for one."""

@@ -281,7 +281,7 @@ class Owner:
             self._failing = False
         except StorageError as error:
             if not self._failing:
-                log.warning("cannot renew the ownership of lanes: %s", error.message)
+                log.warning("cannot renew the leases of lanes: %s", error.message)
             self._failing = True
         except Exception:
-            log.exception("cannot renew the ownership of lanes")
+            log.exception("cannot renew the leases of lanes")

@@ -132,7 +132,7 @@ class Jobs:
         """
         job = self._find(name)
         if job.cluster and not self._lead(name):
-            raise RelayError(f"job {name} runs on another node", hint="run it there: relay nodes")
+            raise RelayError(f"job {name} runs on another node", hint="`relay nodes` lists the nodes")
         return await self._run(job)
 
     def is_led_elsewhere(self, name: str) -> bool:

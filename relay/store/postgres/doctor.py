@@ -278,7 +278,7 @@ async def nodes(_examined: Examined, connection: Connection) -> Check:
     free = [name for (name,) in await connection.fetch(FREE_SQL, IDLE)]
     if free:
         detail = f"no node runs the lanes of {', '.join(free)}, which nodes have configured"
-        return failed("nodes", detail, "relay nodes; restart the node that should run them")
+        return failed("nodes", detail, "restart a node that should run them; list the nodes: relay nodes")
     return passed("nodes", shown)
 
 

@@ -702,7 +702,7 @@ class PostgresNodes:
         rows = await self._fetch(SUCCEED_SQL, self.incarnation, self._place(), LEFT)
         if names := _of_kind(LANE, (row["name"] for row in rows)):
             log.info(
-                "the former process of this node ended without handing over its lanes; they are free now: %s",
+                "an earlier process of this node ended without handing over its lanes; now free: %s",
                 ", ".join(names),
             )
 

@@ -87,6 +87,6 @@ async def assign_for_ever(database: Database, nodes: PostgresNodes) -> None:
                 while (found := await database.value(ASSIGN_SQL, name, last, AT_ONCE)) is not None:
                     last = found
             except Exception as error:  # noqa: BLE001 - the next look tries again
-                log.debug("%s: cannot give slots to its deliveries: %s", name, error)
+                log.debug("%s: cannot divide its deliveries into shards: %s", name, error)
             else:
                 nodes.note_assigned(name)

@@ -114,7 +114,7 @@ def sqlite(_examined: Examined) -> Check:
         wanted = ".".join(map(str, OLDEST))
         return failed("sqlite", version, f"use a Python that was built with SQLite {wanted} or newer")
     bug = (
-        "; this version has the WAL-reset bug: no other program may write the file"
+        "; this version has the WAL-reset bug: no other program may write to the file"
         if has_wal_reset_bug()
         else ""
     )

@@ -147,7 +147,7 @@ class SqliteStore:
         """See `Store.open`."""
         check_library()
         if has_wal_reset_bug() and self._losses is None:
-            log.info("this SQLite has the WAL-reset bug: no other program may write %s", self.path.name)
+            log.info("this SQLite has the WAL-reset bug: no other program may write to %s", self.path.name)
         self._loop = asyncio.get_running_loop()
         try:
             check_companions(self.path)
