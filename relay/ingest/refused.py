@@ -7,9 +7,7 @@ authenticated: otherwise strangers could fill the disk or plant data on it.
 import asyncio
 import logging
 import re
-import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
 from urllib.parse import parse_qsl, urlencode
 
 import msgspec
@@ -18,6 +16,7 @@ from multidict import CIMultiDict, CIMultiDictProxy
 from relay.base.clock import SECOND, Clock
 from relay.base.ids import REFUSED, new_id
 from relay.base.rate import TokenBucket
+from relay.base.threads import in_thread
 from relay.base.units import Rate
 from relay.config.schema import RefusedConfig
 from relay.config.secrets import Credential, Secret, Secrets, digest
@@ -225,13 +224,9 @@ class RefusedRequests:
         cases = [case for _, case in waiting if case is not None]
         found: Sequence[tuple[Finding, ...]] = ()
         if self._explain is not None and cases:
-            done: asyncio.Future[Sequence[tuple[Finding, ...]]] = asyncio.get_running_loop().create_future()
-            work = (self._explain, cases, done)
             try:
-                # The process waits for the threads of a pool before it exits, but not for a daemon thread.
-                threading.Thread(target=_diagnose, args=work, name="diagnosis", daemon=True).start()
                 async with asyncio.timeout(PATIENCE):
-                    found = await done
+                    found = await in_thread("diagnosis", _diagnose, self._explain, cases)
             except TimeoutError:
                 self._explain = None
                 log.error("the diagnosis of refused requests hangs; restart the daemon to enable it again")  # noqa: TRY400 - the traceback is the timer's
@@ -273,31 +268,11 @@ class RefusedRequests:
         return f"{path}?{urlencode(fields, safe='<>', errors='replace')}"[:LONGEST_TARGET]
 
 
-def _diagnose(
-    explain: Explain, cases: Sequence[Case], done: asyncio.Future[Sequence[tuple[Finding, ...]]]
-) -> None:
-    found: Sequence[tuple[Finding, ...]] = ()
-    failure: RuntimeError | None = None
+def _diagnose(explain: Explain, cases: Sequence[Case]) -> Sequence[tuple[Finding, ...]]:
     try:
-        found = explain(cases)
-    except BaseException as error:  # noqa: BLE001 - a plugin may raise anything
-        failure = RuntimeError("a plugin failed")
-        failure.__cause__ = error
-    with suppress(RuntimeError):  # the loop is closed
-        done.get_loop().call_soon_threadsafe(_settle, done, found, failure)
-
-
-def _settle(
-    done: asyncio.Future[Sequence[tuple[Finding, ...]]],
-    found: Sequence[tuple[Finding, ...]],
-    failure: RuntimeError | None,
-) -> None:
-    if done.done():  # cancelled, because the time is over
-        return
-    if failure is None:
-        done.set_result(found)
-    else:
-        done.set_exception(failure)
+        return explain(cases)
+    except TimeoutError as error:  # of a plugin; not that of the diagnosis
+        raise RuntimeError("a plugin timed out") from error
 
 
 def _size(incoming: Incoming) -> int:

@@ -5,6 +5,7 @@ import errno
 import os
 import socket
 import sys
+import threading
 import types
 from pathlib import Path
 
@@ -153,7 +154,7 @@ async def test_a_lookup_without_a_thread_is_not_a_failure_of_the_receiver(client
     def fail(_thread):
         raise RuntimeError("can't start new thread")
 
-    monkeypatch.setattr(resolver_module.threading.Thread, "start", fail)
+    monkeypatch.setattr(threading.Thread, "start", fail)
     with pytest.raises(client_module.OutOfResourcesError, match="out of memory"):
         await send(client_for(), "http://absent.example/")
 

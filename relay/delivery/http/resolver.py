@@ -1,15 +1,13 @@
 """Name look-ups that block neither other work nor the end of the process."""
 
-import asyncio
 import errno
 import socket
-import threading
-from contextlib import suppress
 
 from aiohttp.abc import AbstractResolver, ResolveResult
 
+from relay.base.threads import in_thread
+
 _LITERAL = socket.AI_NUMERICHOST | socket.AI_NUMERICSERV
-_Addresses = asyncio.Future[list[ResolveResult]]
 _Info = tuple[
     socket.AddressFamily,
     socket.SocketKind,
@@ -36,41 +34,23 @@ class Resolver(AbstractResolver):
         Raises:
             OSError: the name has no address, or the resolver failed.
         """
-        future: _Addresses = asyncio.get_running_loop().create_future()
-        look_up = (future, host, port, family)
         try:
-            threading.Thread(target=_look_up, args=look_up, name=f"dns {host}", daemon=True).start()
+            found = in_thread(f"dns {host}", _look_up, host, port, family)
         except RuntimeError as error:  # no more threads, or no more memory
             raise OSError(errno.ENOMEM, str(error)) from error
-        return await future
+        return await found
 
     async def close(self) -> None:
         """Do nothing: the result of a look-up that is still running is ignored."""
 
 
-def _look_up(future: _Addresses, host: str, port: int, family: socket.AddressFamily) -> None:
-    results: list[ResolveResult] = []
-    failure: OSError | None = None
+def _look_up(host: str, port: int, family: socket.AddressFamily) -> list[ResolveResult]:
+    kind, flags = socket.SOCK_STREAM, socket.AI_ADDRCONFIG
     try:
-        infos = socket.getaddrinfo(
-            host, port, family=family, type=socket.SOCK_STREAM, flags=socket.AI_ADDRCONFIG
-        )
-        results = [_result(host, info) for info in infos]
-    except OSError as error:
-        failure = error
+        infos = socket.getaddrinfo(host, port, family=family, type=kind, flags=flags)
     except UnicodeError as error:  # IDNA cannot encode a label
-        failure = OSError(f"not a host name: {error}")
-    with suppress(RuntimeError):  # the loop is closed
-        future.get_loop().call_soon_threadsafe(_settle, future, results, failure)
-
-
-def _settle(future: _Addresses, results: list[ResolveResult], failure: OSError | None) -> None:
-    if future.done():  # cancelled, because the client was closed
-        return
-    if failure is None:
-        future.set_result(results)
-    else:
-        future.set_exception(failure)
+        raise OSError(f"not a host name: {error}") from error
+    return [_result(host, info) for info in infos]
 
 
 def _result(host: str, info: _Info) -> ResolveResult:
