@@ -21,7 +21,8 @@ from relay.api.views import ABSENT, Time, about
 from relay.base.clock import SECOND, rfc3339
 from relay.delivery.destination_health import ELSEWHERE
 from relay.delivery.lane import Lane
-from relay.metrics import STATUSES, Reading
+from relay.metrics import OUTCOMES, STATUSES, Reading, Row
+from relay.model import RESULTS
 from relay.store import Answers
 
 log = logging.getLogger("relay.api")
@@ -34,11 +35,7 @@ SHOW = "show figures"
 FOLLOWED = 3.0  # seconds after such a request during which this node computes its figures
 FIRST = 2.5  # seconds within which the other nodes must answer first; later, within `EVERY`
 
-_EVENTS, _ATTEMPTS = "relay_events_received_total", "relay_delivery_attempts_total"
-_FINISHED = "relay_deliveries_finished_total"
-_COMMIT = "relay_storage_commit_duration_seconds"
-_LAG = "relay_event_loop_lag_seconds"
-_NAMES = (_EVENTS, _ATTEMPTS, _FINISHED, f"{_COMMIT}_sum", f"{_COMMIT}_count", _LAG)
+METRICS = ("received", "attempts", "finished", "commit_seconds", "lag")
 
 
 class TopSource(msgspec.Struct):
@@ -148,10 +145,10 @@ class TopApi:
             self._computed.clear()
 
     async def _send_snapshots(self) -> None:
-        before = await self._context.metrics.read(_NAMES)
+        before = await self._context.metrics.read(*METRICS)
         others = await self._pause(FIRST)
         while self._is_followed:
-            now = await self._context.metrics.read(_NAMES)
+            now = await self._context.metrics.read(*METRICS)
             try:
                 self._latest = self._snapshot(before, now)
                 self._computed.set()
@@ -192,7 +189,7 @@ class TopApi:
             "events_per_second": rates.of_sources(),
             **rates.of_destinations(),
             "commit_ms": rates.commit_ms(),
-            "loop_lag_ms": round(now.of(_LAG) * 1000, 2),
+            "loop_lag_ms": round(now.row("lag")[0] * 1000, 2),
             "sources": [
                 {"name": name, "paused": mount.paused, "events_per_second": rates.of_source(name)}
                 for name, mount in context.ingest.mounts.items()
@@ -209,6 +206,10 @@ class TopApi:
         return {status: number for status, number in found.items() if number}
 
 
+_OK, _DELIVERED = RESULTS.index("ok"), OUTCOMES.index("delivered")
+"""Places in the rows of attempts and of finished deliveries."""
+
+
 class _Rates:
     """Changes between two readings, per second."""
 
@@ -218,22 +219,23 @@ class _Rates:
         self._seconds = now.at - before.at
         self._all = _Flow()
         self._flows: dict[str, _Flow] = {}
-        for (name, result), rate in self._per_second(_ATTEMPTS):
+        for name, gained in self._gained("attempts"):
+            attempts, succeeded = sum(gained), gained[_OK]
             for flow in (self._all, self._flows.setdefault(name, _Flow())):
-                flow.attempts += rate
-                flow.failed += 0 if result == "ok" else rate
-        for (name, outcome), rate in self._per_second(_FINISHED):
-            if outcome == "delivered":
-                for flow in (self._all, self._flows.setdefault(name, _Flow())):
-                    flow.delivered += rate
+                flow.attempts += attempts / self._seconds
+                flow.failed += (attempts - succeeded) / self._seconds
+        for name, gained in self._gained("finished"):
+            for flow in (self._all, self._flows.setdefault(name, _Flow())):
+                flow.delivered += gained[_DELIVERED] / self._seconds
 
     def of_source(self, name: str) -> float:
         """Return the rate of events from a source."""
-        return round((self._now.of(_EVENTS, name) - self._before.of(_EVENTS, name)) / self._seconds, 1)
+        gained = self._now.growth(self._before, "received", name)
+        return 0.0 if gained is None else round(gained[0] / self._seconds, 1)
 
     def of_sources(self) -> float:
         """Return the rate of events from all sources, removed ones included."""
-        return round(sum(rate for _, rate in self._per_second(_EVENTS)), 1)
+        return round(sum(gained[0] for _, gained in self._gained("received")) / self._seconds, 1)
 
     def of_destination(self, name: str) -> dict[str, float]:
         """Return the rates of a destination."""
@@ -245,15 +247,17 @@ class _Rates:
 
     def commit_ms(self) -> float | None:
         """Return the mean duration of a transaction, None if no transaction was committed."""
-        commits = self._now.of(f"{_COMMIT}_count") - self._before.of(f"{_COMMIT}_count")
-        took = self._now.of(f"{_COMMIT}_sum") - self._before.of(f"{_COMMIT}_sum")
-        return round(took / commits * 1000, 2) if commits else None
+        gained = self._now.growth(self._before, "commit_seconds")
+        if gained is None:
+            return None
+        *commits, took = gained
+        return round(took / sum(commits) * 1000, 2)
 
-    def _per_second(self, name: str) -> Iterator[tuple[tuple[str, ...], float]]:
-        """Yield the labels and rates of the series that changed."""
-        for labels, value in self._now.all(name).items():
-            if amount := value - self._before.of(name, *labels):
-                yield labels, amount / self._seconds
+    def _gained(self, metric: str) -> Iterator[tuple[str, Row]]:
+        """Yield the rows of a metric that have grown, and by how much."""
+        for name in self._now.rows[metric]:
+            if (gained := self._now.growth(self._before, metric, name)) is not None:
+                yield name, gained
 
 
 class _Flow:

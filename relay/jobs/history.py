@@ -8,12 +8,14 @@ import asyncio
 import math
 from array import array
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
+from itertools import accumulate
 
 import msgspec
 
 from relay.base.clock import SECOND, Clock
 from relay.base.turns import Turns
-from relay.metrics import Metrics, Reading
+from relay.metrics import Metrics, Reading, declared
+from relay.model import RESULTS
 
 EVERY = 10.0
 """Seconds of one slot."""
@@ -38,12 +40,14 @@ DESTINATION = ("succeeded", "failed", "p50", "p95", "pending")
 """Figures of a slot: attempts by result, their duration in seconds, and deliveries that wait at its end."""
 
 _FIGURES = {"sources": SOURCE, "destinations": DESTINATION}
-_EVENTS, _REFUSED = "relay_events_received_total", "relay_events_rejected_total"
-_ATTEMPTS, _BUCKETS = "relay_delivery_attempts_total", "relay_delivery_attempt_duration_seconds_bucket"
-_NAMES = (_EVENTS, _REFUSED, _ATTEMPTS, _BUCKETS)
+_METRICS = ("received", "rejected", "attempts", "attempt_seconds")
+_OK = RESULTS.index("ok")
+_BOUNDS = (*declared()["attempt_seconds"].options["buckets"], math.inf)
 _SUMS = frozenset({"events", "refused", "succeeded", "failed"})
 _UNKNOWN = math.nan
 _NOTHING = array("d", [_UNKNOWN])
+_IDLE = (0.0, 0.0, _UNKNOWN, _UNKNOWN)
+"""Figures of a destination without an attempt."""
 
 
 class Ring:
@@ -84,6 +88,38 @@ class Figure:
     def __init__(self) -> None:
         self.short = Ring(SLOTS)
         self.long = Ring(LONG_SLOTS)
+
+
+class Figures:
+    """The figures of a source or destination."""
+
+    __slots__ = ("_last", "_of")
+
+    def __init__(self, names: Iterable[str], last: int) -> None:
+        """Create figures with unknown values up to the slot `last`."""
+        self._last = last
+        self._of = {name: Figure() for name in names}
+
+    def of(self, name: str) -> Figure:
+        """Return one figure."""
+        return self._of[name]
+
+    def note(self, slot: int, values: Iterable[float], *, is_complete: bool) -> None:
+        """Record the values of a slot. The running slot does not count in its long slot yet."""
+        before, long = self._last, _long(slot)
+        if is_complete:
+            self._last = slot
+        for (name, figure), value in zip(self._of.items(), values, strict=True):
+            if is_complete:
+                if slot - before > 1:  # the machine was suspended
+                    figure.short.forget(before, slot)
+                if _long(before) != long:
+                    figure.long.forget(_long(before), long)
+                if not math.isnan(value):
+                    known = figure.long.get(long)
+                    joined = value if math.isnan(known) else _joined(name, (known, value))
+                    figure.long.set(long, _UNKNOWN if joined is None else joined)
+            figure.short.set(slot, value)
 
 
 class View(msgspec.Struct, frozen=True):
@@ -148,7 +184,7 @@ class History:
         self._clock = clock
         self._names = {"sources": sources, "destinations": destinations}
         self._pending = pending
-        self._figures: dict[tuple[str, str, str], Figure] = {}  # by kind, name and name of the figure
+        self._figures: dict[tuple[str, str], Figures] = {}  # by kind and name
         self._made: dict[Hashable, Past] = {}  # cached results, see `MOST_MADE`
         self._before: Reading | None = None
         self._slot = 0  # the last complete one
@@ -165,52 +201,38 @@ class History:
             before = self._before
             if before is not None and not passed:  # an operator has just run this job
                 return
-            self._before = now = await self._metrics.read(_NAMES)
+            self._before = now = await self._metrics.read(*_METRICS)
             self._ran_at, self._read_at, self._until = steady, steady, self._clock.wall()
             self._made.clear()
             known = {(kind, name) for kind, names in self._names.items() for name in names()}
-            for key in [key for key in self._figures if key[:2] not in known]:
+            for key in self._figures.keys() - known:
                 del self._figures[key]
-            if before is None:
-                return
-            last, self._slot = self._slot, self._slot + passed
-            for figure in self._figures.values():
-                figure.short.forget(last, self._slot)  # several slots if the machine was suspended
-                figure.long.forget(_long(last), _long(self._slot))
-            await self._note_slot(self._slot, before, now)
+            if before is not None:
+                self._slot += passed
+                await self._note_slot(self._slot, before, now)
 
     async def _note_slot(self, slot: int, before: Reading, now: Reading) -> None:
         """Record the figures of a slot: the last complete one, or the running one."""
-        turns = Turns()
-        sources = _of_sources(before, now)
-        await turns.give()
-        destinations = _of_destinations(before, now)
-        pending = self._pending()
+        turns, pending = Turns(), self._pending()
         for name in tuple(self._names["sources"]()):
             await turns.give()
-            self._note("sources", name, slot, sources.get(name) or dict.fromkeys(SOURCE, 0.0))
+            self._note("sources", name, slot, _of_source(name, before, now))
         for name in tuple(self._names["destinations"]()):
             await turns.give()
-            values = destinations.get(name) or _values((0.0, 0.0), ())
-            self._note("destinations", name, slot, {**values, "pending": float(pending.get(name, 0))})
+            values = _of_destination(name, before, now)
+            self._note("destinations", name, slot, (*values, float(pending.get(name, 0))))
 
-    def _note(self, kind: str, name: str, slot: int, values: Mapping[str, float]) -> None:
-        for figure, value in values.items():
-            key = (kind, name, figure)
-            if (found := self._figures.get(key)) is None:
-                found = self._figures[key] = Figure()
-            found.short.set(slot, value)
-            if slot == self._slot and not math.isnan(value):
-                before = found.long.get(_long(slot))
-                joined = value if math.isnan(before) else _joined(figure, (before, value))
-                found.long.set(_long(slot), _UNKNOWN if joined is None else joined)
+    def _note(self, kind: str, name: str, slot: int, values: Iterable[float]) -> None:
+        if (found := self._figures.get((kind, name))) is None:
+            found = self._figures[kind, name] = Figures(_FIGURES[kind], self._slot)
+        found.note(slot, values, is_complete=slot == self._slot)
 
     async def _note_running(self) -> None:
         """Record the running slot so far. When the slot ends, its final figures replace these."""
         before, steady = self._before, self._clock.steady()
         if before is None or steady - self._read_at < FRESH * SECOND:
             return
-        now = await self._metrics.read(_NAMES)
+        now = await self._metrics.read(*_METRICS)
         self._read_at = steady
         self._made.clear()
         await self._note_slot(self._slot + 1, before, now)
@@ -282,8 +304,9 @@ class History:
     async def _series(self, kind: str, names: Collection[str], view: View) -> tuple[Series, ...]:
         turns, found = Turns(), list[Series]()
         for name in tuple(names):
+            known = self._figures.get((kind, name))
             figures = {
-                figure: view.values(figure, self._figures.get((kind, name, figure)))
+                figure: view.values(figure, None if known is None else known.of(figure))
                 for figure in _FIGURES[kind]
             }
             found.append(Series(name, figures))
@@ -356,32 +379,21 @@ def _joined(figure: str, values: Sequence[float]) -> float | None:
     return sum(values) if figure in _SUMS else max(values)
 
 
-def _of_sources(before: Reading, now: Reading) -> dict[str, dict[str, float]]:
-    """Return the growth of each source's counters between two readings."""
-    found: dict[str, dict[str, float]] = {}
-    for figure, metric in zip(SOURCE, (_EVENTS, _REFUSED), strict=True):
-        for labels, value in now.all(metric).items():
-            figures = found.setdefault(labels[0], dict.fromkeys(SOURCE, 0.0))
-            figures[figure] += value - before.of(metric, *labels)
-    return found
+def _of_source(name: str, before: Reading, now: Reading) -> tuple[float, float]:
+    """Return the figures `SOURCE` of the time between two readings."""
+    events, refused = (now.growth(before, metric, name) for metric in ("received", "rejected"))
+    return sum(events or ()), sum(refused or ())
 
 
-def _of_destinations(before: Reading, now: Reading) -> dict[str, dict[str, float]]:
-    """Return the growth of each destination's counters between two readings."""
-    attempts: dict[str, list[float]] = {}
-    for (name, result), value in now.all(_ATTEMPTS).items():
-        attempts.setdefault(name, [0.0, 0.0])[result != "ok"] += value - before.of(_ATTEMPTS, name, result)
-    buckets: dict[str, list[tuple[float, float]]] = {}
-    for (name, bound), value in now.all(_BUCKETS).items():
-        gained = value - before.of(_BUCKETS, name, bound)
-        buckets.setdefault(name, []).append((float(bound), gained))
-    return {name: _values(counts, buckets.get(name, ())) for name, counts in attempts.items()}
-
-
-def _values(counts: Sequence[float], buckets: Sequence[tuple[float, float]]) -> dict[str, float]:
-    succeeded, failed = counts
-    p50, p95 = quantile(0.5, buckets), quantile(0.95, buckets)
-    return {"succeeded": succeeded, "failed": failed, "p50": p50, "p95": p95}
+def _of_destination(name: str, before: Reading, now: Reading) -> tuple[float, float, float, float]:
+    """Return the figures `DESTINATION` without `pending` of the time between two readings."""
+    attempts = now.growth(before, "attempts", name)
+    if attempts is None:
+        return _IDLE
+    *counts, _ = now.growth(before, "attempt_seconds", name) or (0.0,)
+    buckets = tuple(zip(_BOUNDS, accumulate(counts), strict=False))
+    succeeded = attempts[_OK]
+    return succeeded, sum(attempts) - succeeded, quantile(0.5, buckets), quantile(0.95, buckets)
 
 
 def quantile(share: float, buckets: Sequence[tuple[float, float]]) -> float:

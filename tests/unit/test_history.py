@@ -2,9 +2,11 @@
 
 import pytest
 
+from relay import metrics as metrics_module
 from relay.base.clock import SECOND
 from relay.jobs.history import LONG, LONG_SLOTS, SLOTS, History, Past, Series, merged, quantile
 from relay.metrics import Metrics
+from relay.model import RESULTS
 
 
 class Daemon:
@@ -262,3 +264,28 @@ async def test_a_day_has_a_gap_where_the_machine_was_suspended(daemon):
     assert events[-26:] == [None, 3, *[None] * 23, 0]
     await daemon.run(48 * 3600)
     assert (await daemon.figures(**asked))["events"] == [None] * (LONG_SLOTS - 1) + [0]
+
+
+async def test_a_reading_has_the_values_of_a_scrape(monkeypatch):
+    metrics = Metrics(sources=("shop",), destinations=("crm", "erp"))
+    metrics.attempts.labels("crm", "5xx").inc(3)
+    metrics.commit_seconds.observe(0.004)
+    metrics.lag.set(0.25)
+    before = await metrics.read("attempts", "attempt_seconds", "commit_seconds", "lag", "finished")
+    for seconds in (0.001, 0.2, 11):
+        metrics.attempts.labels("crm", "ok").inc()
+        metrics.attempt_seconds.labels("crm").observe(seconds)
+    names = ("attempts", "attempt_seconds", "commit_seconds", "lag")
+    now = await metrics.read(*names)
+    family = {each.name: each for each in metrics.registry.collect()}
+    counts = [each.value for each in family["relay_delivery_attempts"].samples]
+    assert [*now.row("attempts", "crm"), *now.row("attempts", "erp")] == counts
+    assert (sum(now.row("attempts", "crm")), now.row("lag")) == (6, (0.25,))
+    *buckets, total = now.row("attempt_seconds", "crm")
+    assert (buckets[0], buckets[-1], sum(buckets), total) == (1, 1, 3, 11.201)
+    assert now.growth(before, "attempts", "crm") == tuple(3.0 * (each == "ok") for each in RESULTS)
+    assert now.growth(before, "attempts", "erp") is None
+    assert now.growth(before, "attempts", "gone") is None
+    # A later version of prometheus_client may keep its values elsewhere.
+    monkeypatch.setattr("relay.metrics._values", metrics_module._collected)
+    assert (await metrics.read(*names)).rows == now.rows
