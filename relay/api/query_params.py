@@ -7,7 +7,7 @@ its condition in the store. This module needs no aiohttp, because `relay --help`
 
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import msgspec
@@ -407,6 +407,7 @@ class ListFilter(msgspec.Struct, frozen=True):
         return value if self.reader is None else self.reader(value, now)
 
 
+@cache
 def filters_of(kind: str) -> tuple[ListFilter, ...]:
     """Return the filters of a list of `LISTS`, without the parameters that select no rows."""
     return tuple(each for each in _described(LISTS[kind]) if each.name not in _PAGING)

@@ -107,8 +107,8 @@ def shards_text(shards: Iterable[Mapping[str, Any]]) -> str:
     return "; ".join(f"{node}: {', '.join(numbers)}" for node, numbers in sorted(nodes.items()))
 
 
-_HEARD = "·▄█"
-"""Bars of two minutes, by the number of those with a heartbeat."""
+_BARS = {"00": "·", "01": "▄", "10": "▄", "11": "█", "0": "·", "1": "▄"}
+"""Bars of two minutes, by the minutes with a heartbeat."""
 
 
 def heard_bars(minutes: str) -> tuple[str, str]:
@@ -117,8 +117,7 @@ def heard_bars(minutes: str) -> tuple[str, str]:
     >>> heard_bars("00011101")
     ('·▄█▄', '4 of 8 minutes with a heartbeat')
     """
-    pairs = (minutes[at : at + 2] for at in range(0, len(minutes), 2))
-    bars = "".join(_HEARD[pair.count("1")] for pair in pairs)
+    bars = "".join([_BARS[minutes[at : at + 2]] for at in range(0, len(minutes), 2)])
     return bars, f"{minutes.count('1')} of {len(minutes)} minutes with a heartbeat"
 
 

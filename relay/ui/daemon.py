@@ -1,12 +1,13 @@
 """The daemon itself: jobs and backups, the configuration, the doctor's checks, and the nodes."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from typing import Any
 
+import msgspec
 from aiohttp import web
 
 from relay.config.effective import with_origins
-from relay.ui.markup import Content, escape, maker, tag
+from relay.ui.markup import Content, Markup, escape, join, maker, tag
 from relay.ui.page import Visit
 from relay.ui.parts import (
     NONE,
@@ -119,6 +120,43 @@ _set = maker("b")
 """Makes the element of a setting that config.toml sets."""
 
 
+class Settings:
+    """The latest effective configuration and its lines, which take some milliseconds and rarely change."""
+
+    def __init__(self) -> None:
+        self._shown = b""  # as JSON, because 1 and true are equal in Python
+        self._lines = Markup()
+
+    async def lines(self, visit: Visit, shown: Mapping[str, Any]) -> Markup:
+        """Return the lines; other tasks run between the parts."""
+        config, origins = shown["config"], shown["origins"]
+        if (now := msgspec.json.encode((config, origins))) != self._shown:
+            lines = join(*[part async for part in _parts(visit, config, origins)])
+            self._shown, self._lines = now, lines
+            return lines
+        return self._lines
+
+
+async def _parts(
+    visit: Visit, tables: Mapping[str, Any], origins: Mapping[str, str]
+) -> AsyncIterator[Markup]:
+    defaults: list[str] = []
+    for line, place in with_origins(tables, origins):
+        is_set = place not in ("", "default")
+        if is_set or len(defaults) == _LINES:
+            yield escape("".join(defaults))
+            defaults.clear()
+            await visit.turns.give()
+        if is_set:
+            yield _set(f"{line}  # {place}\n")
+        else:
+            defaults.append(f"{line}\n")
+    yield escape("".join(defaults))
+
+
+_settings = Settings()
+
+
 async def config(visit: Visit) -> web.Response:
     """Show the effective configuration, and what a reload would change."""
     shown = await visit.ask("showConfig")
@@ -130,19 +168,6 @@ async def config(visit: Visit) -> web.Response:
         visit, "Compare with the file", "reload", "--dry-run", call="POST reload", body={"dry_run": True},
         scope="admin",
     )  # fmt: skip
-    lines: list[Content] = []  # escaped here, so that other tasks run between the parts
-    defaults: list[str] = []
-    for line, place in with_origins(shown["config"], shown["origins"]):
-        is_set = place not in ("", "default")
-        if is_set or len(defaults) == _LINES:
-            lines.append(escape("".join(defaults)))
-            defaults.clear()
-            await visit.turns.give()
-        if is_set:
-            lines.append(_set(f"{line}  # {place}\n"))
-        else:
-            defaults.append(f"{line}\n")
-    lines.append(escape("".join(defaults)))
     return visit.page(
         "Configuration",
         tag(
@@ -159,7 +184,14 @@ async def config(visit: Visit) -> web.Response:
         if shown["warnings"]
         else None,
         tag("p", compare, " ", reload, class_="actions"),
-        tag("pre", "\n", lines, tabindex=0, aria_label="Configuration", class_="settings"),
+        tag(
+            "pre",
+            "\n",
+            await _settings.lines(visit, shown),
+            tabindex=0,
+            aria_label="Configuration",
+            class_="settings",
+        ),
         tag("p", command("config", "show", "--origins")),
         section="config",
     )

@@ -17,7 +17,7 @@ from relay.api.operators import OPERATOR, Operator
 from relay.base.clock import Clock
 from relay.base.turns import Turns
 from relay.config.schema import Scope
-from relay.ui.markup import Content, Markup, join, tag
+from relay.ui.markup import Address, Content, Markup, address, join, tag
 
 SECTIONS = (
     ("Now", ""),
@@ -40,11 +40,11 @@ MOST_ADDRESSES = 1024
 
 
 @lru_cache(MOST_ADDRESSES)
-def _address(path: tuple[str, ...], query: tuple[tuple[str, str | None], ...]) -> str:
-    """Return the address of a page below `/ui/`."""
+def _address(root: str, path: tuple[str, ...], query: tuple[tuple[str, str | None], ...]) -> Address:
+    """Return the address of a page below `/ui/`, whose address is `root`."""
     given = {name: value for name, value in query if value is not None}
-    address = "/".join(quote(each, safe="") for each in path)
-    return f"{address}?{urlencode(given, errors='replace')}" if given else address
+    place = root + "/".join(quote(each, safe="") for each in path)
+    return address(f"{place}?{urlencode(given, errors='replace')}" if given else place)
 
 
 class Ask(Protocol):
@@ -108,9 +108,9 @@ class Visit:
         """Return whether the operator may use endpoints that need this scope."""
         return self.operator is not None and includes(self.operator.scope, scope)
 
-    def link(self, *path: str, **query: str | None) -> str:
+    def link(self, *path: str, **query: str | None) -> Address:
         """Return the relative address of another page; each part of its path is quoted."""
-        return self.root + _address(path, tuple(query.items()))
+        return _address(self.root, path, tuple(query.items()))
 
     def page(
         self,
@@ -133,33 +133,27 @@ class Visit:
         """
         body = tag(
             "body",
-            tag("a", "Skip to content", class_="skip", href="#main"),
+            _SKIP,
             self._header(section) if self.operator else None,
             tag("main", tag("h1", heading or title), *content, id="main", tabindex=-1),
-            tag("p", id="status", role="status", aria_live="polite"),
-            tag("footer", tag("span", f"hookferry {__version__}"), _zone() if self.operator else None),
+            _STATUS,
+            tag("footer", tag("span", f"hookferry {__version__}"), _ZONE if self.operator else None),
             data_root=self.root,
             data_api=f"{self.root}../api/",
         )
         tab = f"({problems}) {title}" if problems else title
         if self.operator:
             tab += f" · {self.node}"
-        head = _head(self.root, tab, ALERT if problems else ICON)
+        files = _files(self.root, ALERT if problems else ICON)
+        head = tag("head", _METAS, tag("title", f"{tab} · hookferry"), files)
         html = join(Markup("<!doctype html>"), tag("html", head, body, lang="en"))
         return web.Response(status=status, body=html.encode(), content_type="text/html", charset="utf-8")
 
     def _header(self, section: str | None) -> Markup:
         """Return the daemon's name, the search and the navigation, which is one scrolling line on a phone."""
         name = tag("a", tag("span", "hookferry · "), tag("b", self.node), href=self.link(), class_="brand")
-        bar = tag("div", self._navigation(section), self._whoami(), class_="bar")
-        return tag("header", tag("div", name, _search(), class_="top"), bar)
-
-    def _navigation(self, section: str | None) -> Markup:
-        items = [
-            tag("li", tag("a", name, href=self.link(path), aria_current="page" if path == section else None))
-            for name, path in SECTIONS
-        ]
-        return tag("nav", tag("ul", items), aria_label="Pages")
+        bar = tag("div", _navigation(self.root, section), self._whoami(), class_="bar")
+        return tag("header", tag("div", name, _SEARCH, class_="top"), bar)
 
     def _whoami(self) -> Content:
         if self.operator is None:
@@ -175,28 +169,42 @@ Screen = Callable[[Visit], Awaitable[web.Response]]
 """Makes a page."""
 
 
-def _head(root: str, title: str, icon: StaticFile) -> Markup:
-    return tag(
-        "head",
-        tag("meta", charset="utf-8"),
-        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        tag("meta", name="color-scheme", content="light dark"),
-        tag("title", f"{title} · hookferry"),
+MOST_FRAMES = 64
+"""Cached parts of the frame of pages, by the depth of their address and by their place in the navigation."""
+
+
+@lru_cache(MOST_FRAMES)
+def _navigation(root: str, section: str | None) -> Markup:
+    items = [
+        tag("li", tag("a", name, href=root + path, aria_current="page" if path == section else None))
+        for name, path in SECTIONS
+    ]
+    return tag("nav", tag("ul", items), aria_label="Pages")
+
+
+@lru_cache(MOST_FRAMES)
+def _files(root: str, icon: StaticFile) -> Markup:
+    return join(
         tag("link", rel="icon", href=f"{root}static/{icon.name}"),
         tag("link", rel="stylesheet", href=f"{root}static/{STYLE.name}"),
         tag("script", src=f"{root}static/{SCRIPT.name}", defer=True),
     )
 
 
-def _zone() -> Markup:
-    """Return the button with which the script shows times in UTC or in the browser's time zone."""
-    return tag("button", "Show local times", type="button", class_="scripted", data_zone=True)
+_METAS = join(
+    tag("meta", charset="utf-8"),
+    tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
+    tag("meta", name="color-scheme", content="light dark"),
+)
+_SKIP = tag("a", "Skip to content", class_="skip", href="#main")
+_STATUS = tag("p", id="status", role="status", aria_live="polite")
 
+_ZONE = tag("button", "Show local times", type="button", class_="scripted", data_zone=True)
+"""The button with which the script shows times in UTC or in the browser's time zone."""
 
-def _search() -> Markup:
-    """Return the search field; the script opens the page that it finds."""
-    field = tag(
-        "input", type="search", name="find", placeholder="Id, subject or type",
-        aria_label="Find an id, subject or type", aria_keyshortcuts="/", autocomplete="off",
-    )  # fmt: skip
-    return tag("form", field, role="search", data_find=True)
+_FIND = tag(
+    "input", type="search", name="find", placeholder="Id, subject or type",
+    aria_label="Find an id, subject or type", aria_keyshortcuts="/", autocomplete="off",
+)  # fmt: skip
+_SEARCH = tag("form", _FIND, role="search", data_find=True)
+"""The search field; the script opens the page that it finds."""

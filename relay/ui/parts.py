@@ -4,6 +4,7 @@ import re
 import shlex
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from datetime import datetime
+from functools import lru_cache
 from typing import Any
 from urllib.parse import urlencode
 
@@ -14,8 +15,11 @@ from relay.base.clock import SECOND
 from relay.base.units import render_size
 from relay.config.schema import Scope
 from relay.routing.condition_text import read_conditions
-from relay.ui.markup import Content, Markup, join, maker, tag
+from relay.ui.markup import Content, Markup, Value, join, maker, tag
 from relay.ui.page import Visit
+
+MOST_BUTTONS = 64
+"""Buttons whose constant attributes are cached."""
 
 NONE = "\N{EN DASH}"
 """Text in place of a value that is missing."""
@@ -38,7 +42,10 @@ def when(visit: Visit, time: str | None) -> Content:
         return NONE
     passed = visit.now / SECOND - datetime.fromisoformat(time).timestamp()
     words = f"in {duration(-passed)}" if passed < 0 else f"{duration(passed)} ago"
-    return tag("time", words, datetime=time, title=f"{time[:19].replace('T', ' ')} UTC")
+    return _time(words, datetime=time, title=f"{time[:10]} {time[11:19]} UTC")
+
+
+_time = maker("time")
 
 
 def exact(visit: Visit, time: str | None) -> Content:
@@ -84,20 +91,29 @@ def duration(seconds: float) -> str:
     ('0 s', '59 s', '1 h 1 min', '2 d 2 h')
     """
     left = int(seconds)
-    parts: list[str] = []
-    for unit, length in (("d", 86_400), ("h", 3600), ("min", 60), ("s", 1)):
-        count, left = divmod(left, length)
-        if count or (unit == "s" and not parts):
-            parts.append(f"{count} {unit}")
-        elif parts:
-            break
-    return " ".join(parts[:2])
+    for unit, length, smaller, part in _UNITS:
+        if left >= length:
+            count, rest = divmod(left // part, length // part)
+            return f"{count} {unit} {rest} {smaller}" if rest else f"{count} {unit}"
+    return f"{left} s"
+
+
+_UNITS = (("d", 86_400, "h", 3600), ("h", 3600, "min", 60), ("min", 60, "s", 1))
+"""Units of a duration and their seconds, each with the next smaller one."""
 
 
 def state(word: str, text: str | None = None) -> Markup:
     """Return a state with its shape and colour."""
-    shape, kind = SHAPES.get(word, ("•", "plain"))
-    return tag("span", tag("span", shape, aria_hidden="true"), " ", text or word, class_=f"state {kind}")
+    make, shape = _STATES.get(word, _OTHER)
+    return make(shape, text or word)
+
+
+def _maker_of(shape: str, kind: str) -> tuple[Callable[..., Markup], Markup]:
+    return maker("span", class_=f"state {kind}"), join(tag("span", shape, aria_hidden="true"), " ")
+
+
+_STATES = {word: _maker_of(*each) for word, each in SHAPES.items()}
+_OTHER = _maker_of("•", "plain")
 
 
 def number(value: float | None) -> str:
@@ -347,15 +363,9 @@ def action(
     """
     if not visit.may(scope):
         return None
-    return tag(
-        "button",
-        label,
-        type="button",
+    make = _button(
         class_="scripted danger" if danger else "scripted",
-        aria_label=f"{label}: {of}" if of else None,
         data_call=call,
-        data_body=msgspec.json.encode(body or {}).decode(),
-        data_command=shlex.join(("relay", *words)),
         data_count=count,
         data_counts=counts,
         data_nouns=nouns,
@@ -363,6 +373,18 @@ def action(
         data_selected=label if selected else None,
         disabled=selected,
     )
+    return make(
+        label,
+        aria_label=f"{label}: {of}" if of else None,
+        data_body=msgspec.json.encode(body or {}).decode(),
+        data_command=shlex.join(("relay", *words)),
+    )
+
+
+@lru_cache(MOST_BUTTONS)
+def _button(**constant: Value) -> Callable[..., Markup]:
+    """Return the maker of a button that is in each row of a page, with the attributes that do not differ."""
+    return maker("button", type="button", **constant)
 
 
 def checkbox(visit: Visit, id_: str, name: str) -> Content:
@@ -561,24 +583,24 @@ def spark(values: Sequence[float | None], title: str, failed: Sequence[float | N
 
     Each number of `failed` is the upper part of a bar, in another colour.
     """
-    most = max((value for value in values if value is not None), default=None)
-    if most is None:
+    known = [value for value in values if value is not None]
+    if not known:
         return None
     sums: Sequence[float | None] = ()
     if any(failed):
         sums = [(good or 0) + bad if bad else good for good, bad in zip(values, failed, strict=True)]
-        most = max(value for value in sums if value is not None)
-    return tag(
-        "svg",
-        tag("path", d=_bars(sums, most), class_="bad") if sums else None,
-        tag("path", d=_bars(values, most)),
-        class_="spark",
+        known = [value for value in sums if value is not None]
+    most = max(known)
+    return _chart(
+        _bad_bars(d=_bars(sums, most)) if sums else None,
+        _good_bars(d=_bars(values, most)),
         viewbox=f"0 0 {len(values)} {_HEIGHT}",
-        preserveaspectratio="none",
-        role="img",
         aria_label=f"{title}, at most {most:,.0f}",
     )
 
+
+_chart = maker("svg", class_="spark", preserveaspectratio="none", role="img")
+_good_bars, _bad_bars = maker("path"), maker("path", class_="bad")
 
 _HEIGHT = 20
 
@@ -586,8 +608,12 @@ _HEIGHT = 20
 def _bars(values: Iterable[float | None], most: float) -> str:
     """Return the outline of bars; a bar of zero is a line."""
     scale = (_HEIGHT - 1) / most if most else 0
-    tops = [_HEIGHT if value is None else _HEIGHT - 1 - int(value * scale) for value in values]
-    return f"M0 {_HEIGHT}{''.join([f'V{top}h1' for top in tops])}V{_HEIGHT}"
+    tops = [_STEPS[_HEIGHT if value is None else _HEIGHT - 1 - int(value * scale)] for value in values]
+    return f"M0 {_HEIGHT}{''.join(tops)}V{_HEIGHT}"
+
+
+_STEPS = [f"V{top}h1" for top in range(_HEIGHT + 1)]
+"""The top of a bar, by its distance from the upper edge."""
 
 
 def charts(span: Span, *parts: tuple[str, Content, Content]) -> Markup:
