@@ -1,14 +1,15 @@
 """The dashboard: bytes and time of each page, its cost for senders, and its work in a real browser."""
 
 import asyncio
+import gc
 import gzip
 import json
 import re
 import shutil
 import statistics
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
 from html import unescape
 from importlib import import_module
 from pathlib import Path
@@ -26,7 +27,7 @@ from bench.loop import run
 from bench.processes import Server, python
 from bench.retention import latencies, percentile
 from bench.subject import PATH, TOKEN, relay
-from relay.app import App
+from relay.app import GC_THRESHOLDS, App
 from relay.plugin_loading.loader import load
 from relay.ui import app as ui
 from relay.ui.page import SCRIPT, STYLE, Screen, Visit
@@ -50,6 +51,7 @@ PACE_TABS, PACE_BROWSER = 500.0, 200.0  # events per second
 SECONDS = 10.0  # of one round with or without tabs
 SAMPLES = 12  # of the heap, over the whole run
 PAINTS = 20  # loads of a page
+SLOWEST = 8  # visits that are printed
 
 _CONFIG = f"""\
 development = true
@@ -99,10 +101,11 @@ class Figure(msgspec.Struct):
     cpu: list[float] = []  # of the thread with the event loop
     markup: list[float] = []
     blocks: list[float] = []
+    collecting: list[float] = []  # the garbage collector's part of a visit
 
 
 class Meter:
-    """Times the screens and the callbacks of the event loop.
+    """Times the screens, the callbacks of the event loop and the garbage collector.
 
     The time for markup and callbacks is CPU time of the thread, so that other processes do not add to it.
     """
@@ -111,6 +114,32 @@ class Meter:
         self.markup = 0.0
         self.total = self.cpu = 0.0
         self.block = 0.0
+        self.collecting = 0.0  # since `begin`
+        self.pauses: dict[int, list[float]] = {0: [], 1: [], 2: []}  # of all collections, by generation
+        self._collects_since = 0.0
+
+    def begin(self) -> None:
+        """Begin a visit."""
+        self.block = self.collecting = 0.0
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Watch the garbage collector, which is set as in `relay serve`."""
+        before = gc.get_threshold()
+        gc.set_threshold(*GC_THRESHOLDS)
+        gc.callbacks.append(self._collection)
+        yield
+        gc.callbacks.remove(self._collection)
+        gc.set_threshold(*before)
+
+    def _collection(self, phase: str, info: Mapping[str, int]) -> None:
+        """Note a collection; one of `gc.callbacks`."""
+        now = time.thread_time()
+        if phase == "start":
+            self._collects_since = now
+        else:
+            self.collecting += now - self._collects_since
+            self.pauses[info["generation"]].append(now - self._collects_since)
 
     def screen(self, screen: Screen) -> Screen:
         """Return a screen that notes its time, and its time beyond the API's queries."""
@@ -200,9 +229,10 @@ async def _addresses(socket: Path, public: str) -> dict[str, str]:
 async def _visit(socket: Path, address: str, meter: Meter, visits: int) -> Figure:
     figure = Figure()
     for number in range(visits + 1):
-        meter.block = 0.0
+        meter.begin()
         text = await fetch(socket, f"/ui{address}")
         if number:  # the first visit fills caches
+            figure.collecting.append(meter.collecting)
             figure.total.append(meter.total)
             figure.cpu.append(meter.cpu)
             figure.markup.append(meter.markup)
@@ -225,6 +255,7 @@ async def pages(database: Path, visits: int) -> None:
     with (
         patch.object(ui, "SCREENS", screens),
         patch.object(asyncio.Handle, "_run", meter.callback(asyncio.Handle._run)),  # noqa: SLF001 - no other hook times each callback
+        meter.watching(),
     ):
         app = App(load(config))
         ready: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
@@ -257,6 +288,25 @@ async def pages(database: Path, visits: int) -> None:
     print(_judge(max(each.requests for each in found.values()) <= MOST_REQUESTS))
     print(f"  markup of all pages, ms: p50 {_ms(markup, 50)}, p99 {_ms(markup, 99)}", end="")
     print(_judge(percentile(markup, 99) <= MOST_MARKUP))
+    visits_ = sorted(
+        (
+            (*pair, path)
+            for path, each in found.items()
+            for pair in zip(each.markup, each.collecting, strict=True)
+        ),
+        reverse=True,
+    )
+    print("  slowest visits, ms of markup, of them for collecting garbage:", end=" ")
+    print("; ".join(f"{path} {markup * 1e3:.1f}, {gc_ * 1e3:.1f}" for markup, gc_, path in visits_[:SLOWEST]))
+    print(
+        "  collections:",
+        "; ".join(
+            f"generation {number}: {len(pauses)}, at most {max(pauses) * 1e3:.1f} ms"
+            for number, pauses in meter.pauses.items()
+            if pauses
+        )
+        or "none",
+    )
     slowest = max(statistics.median(each.total) for each in found.values())
     busiest = max(statistics.median(each.cpu) for each in found.values())
     longest = max(statistics.median(each.blocks) for each in found.values())
