@@ -486,7 +486,7 @@ class Source(msgspec.Struct, metaclass=_SourceMeta):
 
         Raises:
             Unauthenticated: no token or an unknown one.
-            Forbidden: a known one that may not do this.
+            Forbidden: the token is known, but does not permit this.
         """
 
     def is_open(self) -> bool:

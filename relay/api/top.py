@@ -309,7 +309,7 @@ def _without_idle(snapshot: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _merged(mine: dict[str, Any], others: Answers) -> dict[str, Any]:
-    """Return the snapshot of the cluster: that of this node, and those of the others added."""
+    """Return the snapshot of the cluster: the figures of this node plus those of the others."""
     parts = {name: part for name, part in others.given if part is not None}
     silent = [*others.missing, *(name for name, part in others.given if part is None)]
     if not parts and not silent:

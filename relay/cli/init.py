@@ -224,7 +224,7 @@ def _sources(named: Sequence[str], known: Known, *, asks: bool) -> dict[str, str
 
 
 def _targets(urls: Sequence[str], taken: Collection[str], *, asks: bool) -> list[Target]:
-    """Return the destinations; no name is also that of a source, because both name files of secrets."""
+    """Return the destinations. Their names differ from those of sources: both are names of secret files."""
     if not urls and asks:
         urls = (click.prompt("Deliver to this URL", default=RECEIVER),)
     found: dict[str, Target] = {}

@@ -169,7 +169,7 @@ _STRING = re.compile(
 def find_lines(text: str) -> dict[KeyPath, int]:
     """Return the line, counted from 1, of every key, table and array element of a valid TOML text.
 
-    The line of a table is that of its header. A table without a header has the line that names it
+    The line of a table is the line of its header. A table without a header has the line that names it
     first. The text must have passed `tomllib.loads`, because this function does not check it again.
     """
     scanner = _Scanner(text.replace("\r\n", "\n"))

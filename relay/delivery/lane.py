@@ -178,8 +178,8 @@ class Lane:
     ) -> None:
         """Own some shards of the destination until a time (steady clock).
 
-        `is_keeper`: whether this node also keeps the state of the destination; if not, `node` is the one that
-        does. `state` is the stored state.
+        `is_keeper`: whether this node also keeps the state of the destination; if not, `node` does it.
+        `state` is the stored state.
         """
         former, was_owned, held = self.shards, self.is_owned and self.shards is not None, self.held
         was_keeper = former is not None and self.health.is_keeper

@@ -11,7 +11,7 @@ EVERY = 600 * SECOND
 """Microseconds between two samples of the size."""
 
 WINDOW = 86_400 * SECOND
-"""Microseconds: the pace is that of the last day."""
+"""Microseconds: the pace is measured over the last day."""
 
 LEAST = 3600 * SECOND
 """Microseconds that the samples must cover; with less, the pace is unknown."""

@@ -117,7 +117,7 @@ def _changed_keys(old: Config, new: Config) -> tuple[str, ...]:
 def _complete(
     binder: Binder, config: Config, kinds: Mapping[str, Kind], formats: Mapping[str, Format], *, blame: bool
 ) -> Config:
-    """Add the sources. Without `blame`, a missing plugin is no problem: it may be one that failed to import.
+    """Add the sources. Without `blame`, a missing plugin is no problem: its import may have failed.
 
     Raises:
         ConfigError: contains all problems.

@@ -458,8 +458,9 @@ class LedgerReads(Protocol):
     async def outlook_of(self, name: str, row: int) -> Outlook:
         """Return the limits of a destination's pending deliveries.
 
-        It reads at most `relay.store.ledger.MOST_EXPIRING` and `MOST_KEYS` rows. `row` is that of the oldest
-        pending delivery: its expiry counts if the rows that were read contain no delivery of the destination.
+        It reads at most `relay.store.ledger.MOST_EXPIRING` and `MOST_KEYS` rows. `row` is the row id of the
+        oldest pending delivery: its expiry counts if the rows that were read contain no delivery of the
+        destination.
         """
         ...
 

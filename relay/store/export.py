@@ -68,7 +68,7 @@ class EventLine(msgspec.Struct, kw_only=True, omit_defaults=True):
 
 _LONG_ESCAPES = bytes({*range(0x20), 0x7F} - {*b"\b\t\n\f\r"})  # six bytes each in JSON
 MOST_ESCAPES = 0.05
-"""Share of such bytes in a body that is written as text."""
+"""Maximum share of these bytes in a body that is written as text."""
 
 _encode = msgspec.json.Encoder().encode
 _decoder = msgspec.json.Decoder(EventLine)

@@ -34,7 +34,7 @@ ATTEMPT = (
     "group_size", "answer",
 )  # fmt: skip
 LARGE = {"events": EVENT, "deliveries": DELIVERY, "attempts": ATTEMPT}
-"""Tables that are moved in steps, and the columns of their rows. `size` of a delivery is that of the body."""
+"""Tables that are moved in steps, and the columns of their rows. `size` of a delivery: bytes of the body."""
 
 SMALL: Mapping[str, tuple[str, ...]] = {
     "repetitions": ("event_id", "requests"),
@@ -122,7 +122,7 @@ class Source(Side, Protocol):
 
 
 class Target(Side, Protocol):
-    """Writes everything to a new target, or to that of an interrupted move."""
+    """Writes everything to a new target, or to the target of an interrupted move."""
 
     async def position(self) -> Position | None:
         """Return the position of the interrupted move; None: nothing was moved yet.

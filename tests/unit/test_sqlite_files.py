@@ -84,7 +84,7 @@ async def test_a_file_of_the_first_version_is_copied_and_migrated(tmp_path, cloc
         assert db.execute("SELECT count(*) FROM events").fetchone() == (3,)
 
 
-async def test_an_interrupted_migration_keeps_the_copy_of_the_former_version(tmp_path, clock, monkeypatch):
+async def test_an_interrupted_migration_keeps_the_copy_of_the_previous_version(tmp_path, clock, monkeypatch):
     """A copy of the half migrated file would be useless for the former program."""
     path = tmp_path / "relay.db"
     with closing(sqlite3.connect(path)) as db:

@@ -215,7 +215,7 @@ async def test_everything_survives_a_reopening(tmp_path, clock):
         await again.close()
 
 
-async def test_deliveries_from_when_the_clock_was_ahead_are_due_after_a_restart(tmp_path, clock, caplog):
+async def test_deliveries_with_times_of_a_clock_that_was_ahead_become_due_at_a_start(tmp_path, clock, caplog):
     path, stores = tmp_path / "relay.db", []
 
     async def reopened():

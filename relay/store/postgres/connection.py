@@ -33,7 +33,8 @@ CALL_TIMEOUT = 30.0  # seconds of one statement; a silent network would stop the
 READERS = 3
 
 BEGIN = "BEGIN ISOLATION LEVEL READ COMMITTED"
-"""A statement that has waited for a lock must see the commits meanwhile, whatever the server's default is."""
+"""A statement that has waited for a lock must see what others committed meanwhile, whatever the server's
+default is."""
 
 SHORT = "SET LOCAL idle_in_transaction_session_timeout = 30000"
 """Sent with BEGIN: if this machine fails or loses the network in a transaction, its locks end after 30 s.

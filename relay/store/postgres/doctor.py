@@ -153,7 +153,7 @@ async def version(_examined: Examined, connection: Connection) -> Check:
 
 
 async def versions(connection: Connection) -> tuple[int, int]:
-    """Return the schema version of the tables, and the one that a program must know to use them."""
+    """Return the schema version of the tables, and the version that a program must know to use them."""
     meta = dict(map(tuple, await connection.fetch("SELECT name, value FROM meta")))
     return int(meta.get("version", 0)), int(meta.get("least", 1))
 

@@ -103,7 +103,7 @@ class Plan(msgspec.Struct, frozen=True):
 def bar(peers: Sequence[Peer], leases: Iterable[Lease]) -> list[Peer]:
     """Return the peers without the lanes and jobs that they must leave to nodes with the definition in force.
 
-    The definition in force is that of the node that held the lease last, which may change it. When no live
+    The node that held the lease last determines the definition in force, and may change it. When no live
     node has it any more, the lease is free for its `_heirs`, and after `ABSENT` for all. So a daemon that was
     started on the wrong database, with destinations of the same names, gets no lease while the nodes of the
     right cluster are restarted. The shards of a destination follow its own lease.
@@ -255,7 +255,7 @@ def next_shards(destination: str, now: int, wanted: int, leases: Iterable[Lease]
 
 
 def length_of(lease: float, timeout: float) -> float:
-    """Return the length of a lane's lease in seconds; `timeout` is that of one attempt."""
+    """Return the length of a lane's lease in seconds; `timeout` limits one attempt."""
     return max(lease, 2 * timeout)
 
 

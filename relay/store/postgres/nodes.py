@@ -878,7 +878,7 @@ class PostgresNodes:
         return self._trusted.get(name, 0) > self._clock.steady()
 
     def _sends(self, lane: str) -> bool:
-        """Return whether a lane is one that sends, with the numbers of shards in force."""
+        """Return whether a lane sends, with the number of shards in force."""
         name, _, number = lane.partition("/")
         count = self._shards.get(name, 1)
         return int(number) < count if number else count == 1

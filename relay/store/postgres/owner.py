@@ -110,8 +110,9 @@ async def _taken(connection: Connection) -> StorageError:
 def place_of(folder: Path) -> str:
     """Return an id of the state folder that this process has locked; "" if the system has no boot id.
 
-    While a process has the folder open, no other folder gets the same numbers. So if the id is that of an
-    earlier process, that process has ended. A copy of the folder, or of the machine, has another id.
+    While a process has the folder open, no other folder gets the same numbers. So if an
+    earlier process had the same id, that process has ended. A copy of the folder or of the machine has
+    another id.
     """
     try:
         boot, status = BOOT_ID.read_text().strip(), folder.stat()

@@ -216,7 +216,7 @@ async def migrate(connection: aiosqlite.Connection, path: Path) -> None:
             hint="run the newer hookferry that wrote it, or restore the copy made before the upgrade",
         )
     copy = path.with_name(f"{path.name}.before-v{newest}")
-    # After an interrupted migration, the former program can still use the first copy, but not this file.
+    # After an interrupted migration, the previous program can still use the first copy, but not this file.
     if 0 < version < newest and not 0 < _version_in(copy) < version:
         await _keep_copy(connection, path, copy)
     for number, script in enumerate(MIGRATIONS[version:], start=version + 1):
