@@ -300,8 +300,8 @@ class Fleet:
         return request("PUT", path, body=json.dumps(body).encode(), **TOKEN)
 
     async def _ask_all(self, raw: bytes) -> None:
-        """Send a request to all nodes at once."""
-        asked = [self._ask(node, raw) for node in self._cluster.nodes]
+        """Send a request to all nodes at once, while all of them work."""
+        asked = [self._ask(node, raw, 30.0) for node in self._cluster.nodes]
         if not any(await asyncio.gather(*asked)):
             self.faults.append("no node answered")
 
@@ -314,9 +314,9 @@ class Fleet:
         self.refused += 1
         return False
 
-    async def _ask(self, node: Daemon, raw: bytes) -> bool:
+    async def _ask(self, node: Daemon, raw: bytes, seconds: float = 1.0) -> bool:
         try:
-            async with asyncio.timeout(1.0):
+            async with asyncio.timeout(seconds):
                 return (await exchange(node.url, raw)).status == HTTPStatus.OK
         except (OSError, EOFError, TimeoutError, asyncio.IncompleteReadError, ValueError):
             return False
