@@ -111,7 +111,7 @@ async def test_within_a_rate_limit_first_attempts_and_retries_take_turns(store, 
     crm = destination("crm", receiver.url, rate_limit=Rate(20, 1), retry=RetryConfig(schedule=(0.2,)))
     async with dispatcher_for(store, crm):
         refused = await send(store)
-        await until(lambda: store.commits == 2)  # with the event, and with its failed attempt
+        await until(lambda: store.commits >= 2)  # with the event, and with its failed attempt
         await send_many(store, 60)
         await ended(store, 61)
     assert receiver.ids.index(refused, 1) < 58  # about the 24th; behind all others without turns
