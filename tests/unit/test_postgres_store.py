@@ -437,6 +437,10 @@ async def test_texts_with_nul_are_stored_with_its_escape(store, clock):
     await store.close()
     await store.open()
     assert [worker.id for worker in store.workers.all()] == ["w\0 1"]
+    [found] = await store.queries.find("events", subject="x\0y")
+    assert found["id"] == sent.event.public_id
+    assert len(await store.queries.find("events", where=None, source="shop", type="shop.\0*")) == 0
+    assert await store.queries.find("worker_metrics", source="shop", worker_id="w\0 2") == []
 
 
 async def test_an_ordinary_batch_is_one_statement_without_begin_and_commit(store, clock, monkeypatch):

@@ -20,6 +20,7 @@ from asyncpg.protocol import protocol
 
 from relay.config.validators import SYSTEM_CA, postgres_options
 from relay.errors import RelayError, StorageError, StorageUnavailableError
+from relay.store.postgres.rows import text
 from relay.store.writer import Writer
 
 if hasattr(protocol, "IterableABC"):
@@ -344,6 +345,15 @@ async def connect_raw(address: Address, *, writes: bool = False) -> "asyncpg.Con
     raise HostsError(errors)
 
 
+def _storable(value: Any) -> Any:
+    """Return a value of a statement with texts as the database stores them."""
+    if isinstance(value, str):
+        return text(value)
+    if isinstance(value, list | tuple) and value and isinstance(value[0], str):
+        return [text(each) for each in value]
+    return value
+
+
 class _Closed:
     """Replaces the writer of a closed database: any use raises the reason."""
 
@@ -387,18 +397,18 @@ class Database:
         self._lent.clear()
 
     async def fetch(self, sql: str, *values: Any) -> list[asyncpg.Record]:
-        """Run a statement on a reader and return its rows.
+        """Run a statement on a reader and return its rows; texts may contain NUL.
 
         Raises:
             StorageUnavailableError: the database cannot be reached.
         """
         async with self.reader() as connection:
-            return await connection.fetch(sql, *values)
+            return await connection.fetch(sql, *map(_storable, values))
 
     async def value(self, sql: str, *values: Any) -> Any:
         """Run a statement on a reader and return the first column of its first row; None without rows."""
         async with self.reader() as connection:
-            return await connection.value(sql, *values)
+            return await connection.value(sql, *map(_storable, values))
 
     @asynccontextmanager
     async def snapshot(self) -> AsyncIterator[Connection]:
