@@ -14,7 +14,7 @@ from relay.config.schema import Retention, SourceRetention
 from relay.store import pruning
 from relay.store.opening import make_store
 from relay.store.postgres import prune
-from relay.store.postgres.connection import connect
+from relay.store.postgres.connection import CALL_TIMEOUT, connect
 from relay.store.postgres.partitions import make_partitions
 from relay.store.postgres.prune import PostgresRetention
 from relay.store.postgres.rows import first_id
@@ -128,11 +128,14 @@ async def test_a_dump_that_reads_the_tables_delays_the_drop_of_a_day_and_no_send
     await connection.close()
     clock.now += 36 * DAY
     await store.database.writer.call(store.make_partitions)
+    await run(url, "CREATE TABLE events_20200101_old (id bigint)", path="public")  # a pass was cut off
     dump = await asyncpg.connect(url)
-    await dump.execute("BEGIN; SELECT count(*) FROM events; SELECT count(*) FROM attempts")
-    pruned = await store.upkeep.prune(POLICY)
+    await dump.execute("BEGIN; SELECT 1 FROM events, attempts, events_20200101_old")
+    async with asyncio.timeout(CALL_TIMEOUT / 2):
+        pruned = await store.upkeep.prune(POLICY)
     assert (pruned.events, pruned.attempts, pruned.done) == (0, 0, True)
     assert len(await run(url, "SELECT id FROM events", path="public")) == 5
+    assert store.failure is None
     await dump.close()
     assert (await store.upkeep.prune(POLICY)).events == 5
     assert await run(url, prune.LEFT_SQL, path="public") == []

@@ -12,10 +12,12 @@ import re
 import secrets
 from collections import Counter
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Any
 
+import asyncpg
 import msgspec
 
 from relay.base.clock import SECOND, Clock
@@ -465,4 +467,8 @@ async def _delete_orphans(day: Day, connection: Connection) -> bool:
 
 
 async def _drop(name: str, connection: Connection) -> None:
-    await connection.execute(f"DROP TABLE IF EXISTS {name}")
+    """Drop a table, unless another program such as a dump reads it; then a later pass does that."""
+    with suppress(asyncpg.LockNotAvailableError):
+        async with connection.transaction():
+            await connection.execute(LOCK_TIMEOUT_SQL)
+            await connection.execute(f"DROP TABLE IF EXISTS {name}")
