@@ -1,12 +1,12 @@
-"""The oracle of the cluster suite: which repeated requests it excuses, and which it reports."""
+"""The oracle of the cluster suite finds broken promises, and excuses only attempts in flight at a fault."""
 
 from types import SimpleNamespace
 
 import pytest
 
 from relay.base.clock import SECOND
-from torture.audit import Lanes, Toll, Trail, _find_unexplained
-from torture.nodes import Arrival, Fault
+from torture.audit import Lanes, Toll, Trail, _find_disorder, _find_late, _find_unexplained, pause
+from torture.nodes import CONCURRENCY, LANES, ORDERED, Arrival, Fault, Receiver, Sent
 
 NEAR = 0.1
 SLOTS = {"n0": 0, "n1": 1}
@@ -24,7 +24,10 @@ def attempt(node, started, stored, result="ok", *, event="evt_1"):
 
 
 def lease(node, began, ended, *, given=False):
-    return {"lane": "crm", "node": node, "slot": SLOTS[node], "began": began, "ended": ended, "given": given}
+    return {
+        "lane": "crm", "node": node, "slot": SLOTS[node], "began": began, "ended": ended, "longest": ended,
+        "given": given,
+    }  # fmt: skip
 
 
 def judge(arrivals, attempts, leases, *, faults=(), cancelled=()):
@@ -125,3 +128,68 @@ def test_attempts_that_a_stopping_node_has_cancelled_are_excused_as_often_as_it_
     leases = [lease("n0", 0.0, 13.0, given=True), lease("n1", 13.0, 900.0)]
     toll = judge(arrivals, attempts, leases, cancelled={("n0", "crm"): 1})
     assert (toll.cancelled, len(toll.unexplained)) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("node", "moment", "is_late"),
+    [("n0", 11.9, False), ("n0", 12.3, True), ("n1", 12.3, True), ("n1", 13.2, False)],
+)
+def test_no_attempt_may_begin_after_the_deadline_of_its_owner(node, moment, is_late):
+    """A lease until 13 s permits attempts with a timeout of 1 s until 12 s; the next one begins at 13 s."""
+    toll, cluster = Toll(), SimpleNamespace(receiver=SimpleNamespace(arrivals=[]))
+    lanes = Lanes([], [("crm", 1, 0.0)])
+    _find_late(cluster, toll, [attempt(node, moment, moment)], LOST, lanes, frozen=[], near=NEAR)
+    assert [line.split(" at ")[0] for line in toll.late] == [f"an attempt began for crm by {node}"] * is_late
+    assert len([line for line in toll.faults() if line.startswith("without a lease: ")]) == is_late
+
+
+@pytest.mark.parametrize(
+    ("count", "is_frozen", "late"), [(1, False, 1), (CONCURRENCY, True, 0), (9, True, 5)]
+)
+def test_only_as_many_requests_as_were_in_flight_may_arrive_late_from_a_frozen_node(count, is_frozen, late):
+    arrivals = [request("n0", 14.1, event=f"evt_{number}") for number in range(count)]
+    cluster, toll = SimpleNamespace(receiver=SimpleNamespace(arrivals=arrivals)), Toll()
+    lanes = Lanes([], [("crm", 1, 0.0)])
+    _find_late(cluster, toll, [], LOST, lanes, frozen=[FREEZE] * is_frozen, near=NEAR)
+    assert (len(toll.late), toll.frozen) == (late, count - late)
+
+
+@pytest.mark.parametrize(("seconds", "is_fault"), [(4.9, False), (5.1, True)])
+def test_a_lane_that_pauses_for_longer_than_its_limit_is_a_fault(seconds, is_fault):
+    receiver, toll = Receiver(), Toll()
+    for name in LANES:
+        receiver.times[name] = [10.0, 10.1]
+    receiver.times["d1"] = [10.0, 10.0 + seconds]
+    cluster = SimpleNamespace(receiver=receiver)
+    pause(cluster, toll, Fault("kill", ("n0",), 10.0), 5.0, since=10.0, until=10.2)
+    pause(cluster, toll, Fault("kill", ("n0",), 10.0), 5.0, since=10.1, until=10.1 + seconds)
+    assert bool(toll.faults()) == is_fault
+    assert receiver.longest_wait(["d1"], 10.05) == pytest.approx(seconds - 0.05)
+
+
+@pytest.mark.parametrize(
+    ("moments", "count"),
+    [([1.0, 1.1, 1.2], 0), ([1.1, 1.0, 1.2], 1), ([1.0, 1.005, 1.2], 1)],
+    ids=["in order", "overtaken", "at once"],
+)
+def test_the_order_of_a_key_is_kept(moments, count):
+    ids = [f"evt_{number}" for number in range(3)]
+    sent = [Sent(id_, 0, "key", 0.0, 0.0) for id_ in ids]
+    arrivals = [Arrival(ORDERED, id_, "n0", at, at + 0.01) for id_, at in zip(ids, moments, strict=True)]
+    arrivals.sort(key=lambda each: each.began)
+    cluster, toll = SimpleNamespace(receiver=SimpleNamespace(arrivals=arrivals), sent=sent), Toll()
+    _find_disorder(cluster, toll, dict.fromkeys(ids, "key"), dict.fromkeys(ids, 0), frozen=[])
+    assert len(toll.disordered) == count
+
+
+BROKEN = [
+    {"lost": {"evt_1": 5.0}}, {"keys_twice": 1}, {"missing": 1}, {"undelivered": 1}, {"unaccounted": 1},
+    {"crowded": ["5 at d0"]}, {"disordered": ["key"]}, {"unexplained": ["d0"]}, {"failover": 1.0},
+    {"failover": 6.0, "warned": True, "lost": {"evt_1": 5.0}},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("fields", BROKEN, ids=" ".join)
+def test_each_broken_promise_is_a_fault(fields):
+    assert len(Toll(**fields).faults()) == 1
+    assert Toll().faults() == Toll(failover=4.0, warned=True, lost={"evt_1": 5.0}).faults() == []
