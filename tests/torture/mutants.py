@@ -18,7 +18,7 @@ import click
 ROOT = Path(__file__).parents[2]
 COPIED = ("relay", "plugins", "tests", "bench", "pyproject.toml")
 POSTGRES = "relay/store/postgres"
-LIMIT = 120.0  # seconds for the tests of one mutant
+LIMIT = 600.0  # seconds for the tests of one mutant
 
 NODES = "tests/unit/test_postgres_nodes.py"
 SHARED = "tests/unit/test_postgres_shared.py"
@@ -27,6 +27,12 @@ OWNER = "tests/unit/test_owner.py"
 WORKERS = "tests/unit/test_postgres_workers.py"
 SHARDS = "tests/unit/test_postgres_shards.py"
 REPLIES = "tests/unit/test_postgres_replies.py"
+FAILOVER = "tests/torture/test_failover.py"
+CONNECTION = "tests/unit/test_postgres_connection.py"
+CLOCK = "tests/unit/test_server_clock.py"
+CLUSTER_API = "tests/daemon/test_cluster_api.py"
+WAKE_UPS = "tests/unit/test_postgres_wakeups.py"
+REQUESTS = "tests/unit/test_postgres_requests.py"
 
 
 @dataclass(frozen=True)
@@ -40,7 +46,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Mutant:
-    """Changes that make one fault, and the files with tests that must find it."""
+    """Changes that make one fault, and the files with tests, or the tests, that must find it."""
 
     changes: Sequence[Change]
     tests: Sequence[str]
@@ -483,6 +489,268 @@ MUTANTS = {
         ],
         ["tests/unit/test_rate.py"],
     ),
+    "hand-over-before-the-last-outcome": Mutant(
+        [
+            Change(
+                "relay/delivery/owner.py",
+                "            await self._dispatcher.drained(destination_of(name))\n",
+                "            pass\n",
+            )
+        ],
+        [f"{OWNER}::test_a_lane_is_handed_over_after_its_attempts_in_flight"],
+    ),
+    "hand-over-a-shard-before-the-last-outcome": Mutant(
+        [Change("relay/delivery/owner.py", "            await lane.released()\n", "            pass\n")],
+        [f"{OWNER}::test_a_shard_is_handed_over_when_its_part_of_the_limits_is_free"],
+    ),
+    "begin-at-a-failing-destination-with-full-concurrency": Mutant(
+        [
+            Change(
+                "relay/delivery/destination_health.py",
+                "careful=state.failing_since is not None",
+                "careful=False",
+            )
+        ],
+        [f"{OWNER}::test_a_gained_lane_has_the_state_that_the_other_node_stored"],
+    ),
+    "take-a-lease-that-is-held": Mutant(
+        [
+            Change(
+                f"{POSTGRES}/nodes.py",
+                "SELECT name FROM leases WHERE name = ANY($2::text[]) AND until <= clock_timestamp()",
+                "SELECT name FROM leases WHERE name = ANY($2::text[])",
+            )
+        ],
+        [f"{NODES}::test_a_dead_node_is_replaced_when_its_leases_end"],
+    ),
+    "take-a-lease-without-a-lock": Mutant(
+        [
+            Change(
+                f"{POSTGRES}/nodes.py",
+                "until <= clock_timestamp()\n         ORDER BY name FOR UPDATE SKIP LOCKED",
+                "until <= clock_timestamp()",
+            )
+        ],
+        [f"{NODES}::test_two_nodes_never_hold_a_lease_at_once_however_they_race"],
+    ),
+    "move-lanes-to-a-node-that-has-just-started": Mutant(
+        [Change(f"{POSTGRES}/leases.py", "due.age >= settle_in:", "due.age >= 0:")],
+        [f"{NODES}::test_a_joining_node_gets_its_share_one_by_one_after_it_has_settled_in"],
+    ),
+    "leave-a-neglected-lease": Mutant(
+        [Change(f"{POSTGRES}/leases.py", "lease.free_for > NEGLECTED", "lease.free_for > ABSENT")],
+        [f"{NODES}::test_a_node_takes_keeps_or_hands_over_a_lease"],
+    ),
+    "bar-other-settings-for-ever": Mutant(
+        [Change(f"{POSTGRES}/leases.py", "(lease.free_for or 0.0) > ABSENT", "(lease.free_for or 0.0) < 0")],
+        [f"{NODES}::test_a_node_with_other_settings_gets_nothing_until_those_in_force_are_gone"],
+    ),
+    "one-node-agrees-with-itself": Mutant(
+        [
+            Change(
+                f"{POSTGRES}/leases.py",
+                "if counts[peer.defines(lease.name)] > 1]",
+                "if counts[peer.defines(lease.name)] > 0]",
+            )
+        ],
+        [f"{NODES}::test_an_operators_change_comes_into_force_at_once_when_the_former_settings_are_gone"],
+    ),
+    "two-groups-agree-on-different-settings": Mutant(
+        [Change(f"{POSTGRES}/leases.py", "for peer in found}) == 1:", "for peer in found}) >= 1:")],
+        [f"{NODES}::test_an_operators_change_comes_into_force_at_once_when_the_former_settings_are_gone"],
+    ),
+    "leave-without-notice": Mutant(
+        [
+            Change(
+                f"{POSTGRES}/nodes.py",
+                "            await self._fetch(LEAVE_SQL, self.incarnation, LEFT)\n",
+                "            pass\n",
+            )
+        ],
+        [f"{NODES}::test_a_node_that_leaves_keeps_its_leases_until_it_gives_them"],
+    ),
+    "lead-after-the-deadline": Mutant(
+        [
+            Change(
+                f"{POSTGRES}/nodes.py",
+                "return self._trusted.get(_job(job), 0) > self._clock.steady()",
+                "return self._trusted.get(_job(job), 0) > 0",
+            )
+        ],
+        [f"{NODES}::test_without_the_database_a_node_trusts_its_leases_until_their_times"],
+    ),
+    "overwrite-a-key-of-another-node": Mutant(
+        [
+            Change(
+                f"{POSTGRES}/commit.py",
+                "expires_at = CASE WHEN d.expires_at <= $6::bigint THEN excluded.expires_at END)",
+                "expires_at = CASE WHEN $6::bigint > 0 THEN excluded.expires_at END)",
+            )
+        ],
+        [f"{STORE}::test_a_key_that_another_node_stores_meanwhile_is_found"],
+    ),
+    "fail-without-a-partition": Mutant(
+        [Change(f"{POSTGRES}/writer.py", '"40P01", "23502", "23514"}', '"40P01", "23502"}')],
+        [f"{STORE}::test_a_missing_partition_is_made_and_the_batch_written_again"],
+    ),
+    "a-lost-answer-is-a-failure": Mutant(
+        [
+            Change(
+                f"{POSTGRES}/writer.py",
+                "            if not await self._find_out(transaction):\n",
+                "            if transaction is not None:\n",
+            )
+        ],
+        [f"{STORE}::test_a_commit_whose_answer_is_lost_is_found_and_published"],
+    ),
+    "a-cancelled-wait-for-a-standby-is-a-commit": Mutant(
+        [
+            Change(
+                f"{POSTGRES}/writer.py",
+                "            if self._connection.is_unconfirmed:\n                await",
+                "            if transaction is None:\n                await",
+            )
+        ],
+        [f"{FAILOVER}::test_a_failover_loses_only_events_that_an_asynchronous_standby_did_not_have"],
+    ),
+    "durability-of-the-session": Mutant(
+        [
+            Change(
+                f"{POSTGRES}/transaction.py",
+                "(set_config('synchronous_commit', $1, true) = '')",
+                "($1::text = '')",
+            )
+        ],
+        [f"{STORE}::test_every_transaction_sets_its_durability"],
+    ),
+    "keep-the-locks-of-a-lost-machine": Mutant(
+        [
+            Change(
+                f"{POSTGRES}/connection.py",
+                "idle_in_transaction_session_timeout = 30000",
+                "idle_in_transaction_session_timeout = 0",
+            )
+        ],
+        [f"{CONNECTION}::test_a_transaction_of_a_lost_machine_ends_by_itself"],
+    ),
+    "jump-to-the-time-of-the-server": Mutant(
+        [
+            Change(
+                f"{POSTGRES}/clock.py",
+                "return now + self._offset + max(-most, min(most, missing))",
+                "return now + self._offset + missing + 0 * most",
+            )
+        ],
+        [f"{CLOCK}::test_a_step_of_the_server_is_followed_slowly_and_never_back"],
+    ),
+    "allow-the-whole-rate-at-each-node": Mutant(
+        [
+            Change(
+                "relay/ingest/admission.py",
+                "key, rate, now, self.nodes).take(now, self.nodes)",
+                "key, rate, now, self.nodes).take(now, 1)",
+            )
+        ],
+        [f"{CLUSTER_API}::test_the_nodes_share_the_rate_limits_and_pauses_of_sources"],
+    ),
+    "read-a-regained-lane-from-the-cursor": Mutant(
+        [
+            Change(
+                f"{POSTGRES}/nodes.py",
+                "        self.on_due(map(destination_of, taken), 0, retries=True)\n",
+                "        del taken\n",
+            )
+        ],
+        [f"{SHARED}::test_a_lane_that_returns_to_a_node_is_read_from_the_beginning"],
+    ),
+    "no-poll-without-notifications": Mutant(
+        [
+            Change(
+                f"{POSTGRES}/wakeups.py",
+                "            if not self.arrives:\n                self._on_wake_up",
+                "            if not self._tasks:\n                self._on_wake_up",
+            )
+        ],
+        [f"{WAKE_UPS}::test_a_lost_connection_is_noticed_at_once_and_polls_replace_it"],
+    ),
+    "lose-announcements-while-disconnected": Mutant(
+        [
+            Change(
+                f"{POSTGRES}/wakeups.py",
+                "        if not self._can_send.is_set():  # sent once it is connected\n",
+                "        if not self._can_send.is_set():\n            self._lanes = {False: {}, True: {}}\n",
+            )
+        ],
+        [f"{WAKE_UPS}::test_announcements_without_a_connection_are_sent_later"],
+    ),
+    "no-second-look-after-a-claim": Mutant(
+        [Change(f"{POSTGRES}/deliveries.py", "if not retries and (latest :=", "if retries and (latest :=")],
+        [f"{SHARED}::test_a_claim_without_a_look_back_asks_for_another_claim_soon"],
+    ),
+    "cancel-without-the-lane": Mutant(
+        [
+            Change(
+                f"{POSTGRES}/deliveries.py",
+                "            if not scope.covers(name, slot):\n",
+                "            if scope is None:\n",
+            )
+        ],
+        [f"{SHARED}::test_a_cancellation_at_any_node_is_done_by_the_owner"],
+    ),
+    "delete-an-event-that-is-sent-again": Mutant(
+        [
+            Change(
+                f"{POSTGRES}/transitions.py",
+                "\n       FOR KEY SHARE OF e  -- so that retention does not drop the event meanwhile\n",
+                "\n",
+            )
+        ],
+        [f"{SHARED}::test_an_event_that_another_node_sends_again_is_not_deleted"],
+    ),
+    "import-without-a-lock": Mutant(
+        [
+            Change(
+                f"{POSTGRES}/transitions.py",
+                "        await transaction.fetch(IMPORT_LOCK_SQL)\n",
+                "        pass\n",
+            )
+        ],
+        [f"{SHARED}::test_two_nodes_that_import_the_same_event_store_it_once"],
+    ),
+    "execute-a-request-twice": Mutant(
+        [
+            Change(
+                f"{POSTGRES}/requests.py",
+                "AND taken IS NULL\n         ORDER BY asked FOR UPDATE SKIP LOCKED",
+                "AND answered IS NULL\n         ORDER BY asked",
+            )
+        ],
+        [f"{REQUESTS}::test_two_owners_execute_a_request_once"],
+    ),
+    "remove-columns-that-older-nodes-use": Mutant(
+        [
+            Change(
+                f"{POSTGRES}/store.py",
+                "                if wanted > least and (\n",
+                "                if wanted < least and (\n",
+            )
+        ],
+        [f"{STORE}::test_a_migration_that_removes_something_waits_for_nodes_of_older_versions"],
+    ),
+    "join-a-daemon-that-is-alone": Mutant(
+        [Change(f"{POSTGRES}/store.py", "            await refuse_single(connection, self._folder)\n", "")],
+        [f"{SHARED}::test_a_cluster_does_not_join_a_daemon_alone"],
+    ),
+    "sweep-at-once-after-a-node-has-vanished": Mutant(
+        [
+            Change(
+                f"{POSTGRES}/workers.py",
+                "(flushed for (flushed,) in flushes), self._hold)",
+                "(flushed for (flushed,) in flushes), 0)",
+            )
+        ],
+        [f"{WORKERS}::test_after_a_node_vanished_a_sweep_waits_for_one_lease"],
+    ),
 }
 
 
@@ -518,7 +786,7 @@ def run(mutant: Mutant) -> str:
         )
     if done.returncode == 0:
         return ""
-    failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED ", "ERROR "))]
+    failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED tests", "ERROR tests"))]
     if not failed:
         raise RuntimeError(f"the tests did not run:\n{done.stdout}\n{done.stderr}")
     return failed[0].split(" - ")[0].partition(" ")[2]
