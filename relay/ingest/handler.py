@@ -442,16 +442,20 @@ class Ingest:
             raise
         if entry is None:
             return receipt, None
-        end = replies.end
-        return receipt, lambda heard: (end if heard else self._end_unheard)(
-            mark, entry, receipt, gone=not heard
+        end, received_at = replies.end, acceptance.event.received_at if acceptance.event else 0
+        return (
+            receipt,
+            lambda heard: (
+                end(mark, entry, receipt, gone=False)
+                if heard
+                else self._end_unheard(mark, entry, receipt, received_at)
+            ),
         )
 
-    def _end_unheard(self, mark: Fingerprint, entry: Entry, receipt: Receipt | None, *, gone: bool) -> None:
+    def _end_unheard(self, mark: Fingerprint, entry: Entry, receipt: Receipt, received_at: int) -> None:
         """Note the end of a request whose sender did not receive the reply."""
-        self._unheard_replies.end(mark, entry, receipt, gone=gone)
-        if receipt is not None:
-            self.replies.lose([each.event_id for each in receipt.each] or [receipt.event_id])
+        self._unheard_replies.end(mark, entry, receipt, gone=True)
+        self.replies.lose([each.event_id for each in receipt.each] or [receipt.event_id], received_at)
 
     def _sender_of(self, request: Request, mount: Mount) -> tuple[str, bool]:
         """Return the sender's address, and whether the sender is verified before its body is read."""

@@ -2,7 +2,7 @@
 
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from email.utils import formatdate
 from http import HTTPStatus
 from typing import Any
@@ -135,15 +135,25 @@ class RecentReplies:
         """Begin a new part, and drop the older one."""
         self.recent, self._older = {}, self.recent
 
-    def lose(self, event_ids: Iterable[str]) -> None:
-        """Note that the sender did not receive the latest reply about events."""
-        for id_ in event_ids:
-            if (known := self.recent.get(id_)) is not None:
-                self.recent[id_] = (*known[:-1], msgspec.structs.replace(known[-1], heard=False))
+    def lose(self, event_ids: Sequence[str], received_at: int) -> None:
+        """Note that the sender of the request of this time did not receive its reply about events.
+
+        The sender may disconnect seconds after the reply, so other replies may have followed, and the reply
+        may be in the older part.
+        """
+        for part in (self.recent, self._older):
+            for id_ in event_ids:
+                known = part.get(id_, ())
+                if any(each.received_at == received_at for each in known):
+                    part[id_] = tuple([_unheard(each, received_at) for each in known])
 
     def of(self, event_id: str) -> tuple[Sent, ...]:
         """Return the known replies about an event, oldest first."""
         return (*self._older.get(event_id, ()), *self.recent.get(event_id, ()))
+
+
+def _unheard(sent: Sent, received_at: int) -> Sent:
+    return msgspec.structs.replace(sent, heard=False) if sent.received_at == received_at else sent
 
 
 def closing_response(status: int, code: str, message: str, **headers: str) -> bytes:

@@ -88,8 +88,20 @@ def test_the_replies_about_the_latest_events_are_remembered_with_their_repetitio
     for number in range(100):
         table.note(["evt_x"], Sent(number, 200, 5))
     assert [sent.received_at for sent in table.of("evt_x")] == [*range(MOST_REPLIES - 1), 99]
-    table.lose(["evt_x", "evt_unknown"])
+    table.lose(["evt_x", "evt_unknown"], 99)
     assert [sent.heard for sent in table.of("evt_x")] == [*[True] * (MOST_REPLIES - 1), False]
+
+
+def test_a_reply_that_did_not_reach_its_sender_is_marked_after_later_replies():
+    table = RecentReplies()
+    table.note(["evt_a", "evt_b"], Sent(1, 200, 5))
+    table.note(["evt_b"], Sent(2, 200, 5))
+    table.lose(["evt_b"], 1)  # not the latest one
+    assert [sent.heard for sent in table.of("evt_b")] == [False, True]
+    table.drop_older()
+    table.note(["evt_a"], Sent(3, 200, 5))
+    table.lose(["evt_a"], 1)  # in the older part
+    assert [sent.heard for sent in table.of("evt_a")] == [False, True]
 
 
 async def test_a_request_in_progress_is_identified_by_a_bounded_text():
