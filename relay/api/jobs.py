@@ -65,16 +65,15 @@ class JobsApi:
         returns=Page[JobView],
     )  # fmt: skip
     async def _list(self, _request: web.Request) -> Page[JobView]:
-        led: dict[str, dict[str, Any]] = {}
+        led: dict[str, JobView] = {}
         if any(map(self._jobs.is_led_elsewhere, self._jobs.of_cluster)):
-            for node, views in (await self._nodes.ask_others(LED_JOBS, None, PATIENCE)).given:
-                led |= {view["name"]: {**view, "node": node} for view in views}
+            others = await self._nodes.ask_others(LED_JOBS, None, PATIENCE)
+            for node, views in others.read(list[JobView])[0]:
+                led |= {view.name: msgspec.structs.replace(view, node=node) for view in views}
         shown = [self._view(past) for past in self._jobs.all()]
         return Page(
             tuple(
-                msgspec.convert(led[view.name], JobView)
-                if view.name in led and self._jobs.is_led_elsewhere(view.name)
-                else view
+                led[view.name] if view.name in led and self._jobs.is_led_elsewhere(view.name) else view
                 for view in shown
             ),
             None,

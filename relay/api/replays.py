@@ -92,8 +92,9 @@ class ReplaysApi:
     async def _all(self) -> list[ReplayView]:
         """Return the replays of all nodes that answer, newest first."""
         found = await self._list_here()
-        for node, views in (await self._nodes.ask_others(LIST, None, PATIENCE)).given:
-            found += [msgspec.convert({**view, "node": node}, ReplayView) for view in views]
+        others = await self._nodes.ask_others(LIST, None, PATIENCE)
+        for node, views in others.read(list[ReplayView])[0]:
+            found += [msgspec.structs.replace(view, node=node) for view in views]
         return sorted(found, key=lambda view: view.began_at, reverse=True)
 
     async def _whole_id(self, id_: str) -> str:
@@ -128,14 +129,16 @@ class ReplaysApi:
             StorageUnavailableError: no node knows it, but some do not answer.
         """
         answers = await self._nodes.ask_others(verb, id_, patience)
-        for node, view in answers.given:
-            if view is not None:
-                return msgspec.convert({**view, "node": node}, ReplayView)
-        if answers.missing:
-            names = ", ".join(answers.missing)
-            raise StorageUnavailableError(
-                f"cannot {verb} {id_}: it is not on this node, and {names} did not answer", hint="relay nodes"
-            )
+        known = tuple((node, view) for node, view in answers.given if view is not None)
+        found, unable = msgspec.structs.replace(answers, given=known).read(ReplayView)
+        for node, view in found:
+            return msgspec.structs.replace(view, node=node)
+        for names, why in ((answers.silent, "did not answer"), (unable, "cannot tell: another version")):
+            if names:
+                raise StorageUnavailableError(
+                    f"cannot {verb} {id_}: it is not on this node, and {', '.join(names)} {why}",
+                    hint="relay nodes",
+                )
         return replay_view(self._replays.get(id_))  # raises
 
     async def _list_here(self, _to: str = "", _argument: None = None) -> list[ReplayView]:

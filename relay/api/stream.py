@@ -4,13 +4,14 @@ import asyncio
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, Generic, TypeVar
+from typing import Annotated, Any, Generic, TypeVar
 
 import msgspec
 from aiohttp import web
 
 from relay.api.operators import OPERATOR
 from relay.api.responses import error_response
+from relay.api.views import about
 from relay.base.json_text import encode
 
 T = TypeVar("T")
@@ -58,9 +59,12 @@ class NewItemsView(msgspec.Struct):
 
 
 class SilentView(msgspec.Struct):
-    """The nodes of a cluster whose items are missing, because they do not answer; empty: all answer again."""
+    """The nodes of a cluster whose items are missing; none: all answer again."""
 
-    nodes: tuple[str, ...]
+    nodes: Annotated[tuple[str, ...], about("Nodes that do not answer.")]
+    unable: Annotated[
+        tuple[str, ...], about("Nodes of another version, which does not know this stream.")
+    ] = ()
 
 
 def frame(event: str, data: Any, id_: str | None = None) -> bytes:

@@ -258,7 +258,7 @@ class TailApi:
         self._nodes.handle(COLLECT, self._collect_here)
         self._numbers = itertools.count(1)
         self._asked: dict[Wanted, _Wish] = {}  # the items that the other nodes collect
-        self._silent: dict[Follower[Wanted], tuple[str, ...]] = {}  # silent nodes, as last sent to it
+        self._silent: dict[Follower[Wanted], SilentView] = {}  # as last sent to it
         self._collecting: asyncio.Task[None] | None = None
         self._lock = asyncio.Lock()  # held while the other nodes are asked
         self._remote: dict[str, _Remote] = {}  # followers on other nodes, by incarnation
@@ -348,12 +348,14 @@ class TailApi:
             queries = {number: wanted.query() for wanted, number in numbers.items()}
             asked = {"node": self._nodes.incarnation, "queries": queries}
             answers = await self._nodes.ask_others(COLLECT, asked, PATIENCE)
-            known, self._silent = self._silent, dict.fromkeys(self._followers, answers.missing)
+            parts, unable = answers.read(dict[str, str])
+            missing = SilentView(answers.silent, unable)
+            known, self._silent = self._silent, dict.fromkeys(self._followers, missing)
             for follower in self._followers:
-                if answers.missing != known.get(follower, ()):
-                    follower.put(frame("silent", SilentView(answers.missing)))
+                if missing != known.get(follower, SilentView(())):
+                    follower.put(frame("silent", missing))
             for group in self._followers.groups:
-                for _, found in answers.given:
+                for _, found in parts:
                     for item in _frames_of(found.get(numbers.get(group.wanted, ""), "")):
                         _pass_on(item, group)
 

@@ -68,6 +68,7 @@ class TopNode(msgspec.Struct):
     answers: Annotated[bool, about("Whether it answers in time; if not, its figures are missing.")]
     ready: bool | None
     reasons: tuple[str, ...]
+    unable: Annotated[bool, about("Whether its figures are missing because it runs another version.")] = False
 
 
 class Top(msgspec.Struct):
@@ -89,6 +90,44 @@ class Top(msgspec.Struct):
     destinations: tuple[TopDestination, ...]
     workers: dict[str, int]
     nodes: Annotated[tuple[TopNode, ...], about("The other nodes of the cluster.")]
+
+
+class _SourcePart(msgspec.Struct):
+    """Figures of a source at another node, which may run another version: each may be missing."""
+
+    name: str
+    paused: bool = False
+    events_per_second: float = 0.0
+
+
+class _DestinationPart(msgspec.Struct):
+    """Figures of a destination at another node, in the same way."""
+
+    name: str
+    held: str | None = ELSEWHERE
+    circuit: str = "closed"
+    pending: int = 0
+    in_flight: int = 0
+    attempts_per_second: float = 0.0
+    delivered_per_second: float = 0.0
+    failed_per_second: float = 0.0
+    last_error: str | None = None
+    last_error_at: str | None = None
+
+
+class _Part(msgspec.Struct):
+    """Figures of another node, in the same way."""
+
+    ready: bool = True
+    reasons: tuple[str, ...] = ()
+    events_per_second: float = 0.0
+    attempts_per_second: float = 0.0
+    delivered_per_second: float = 0.0
+    failed_per_second: float = 0.0
+    commit_ms: float | None = None
+    loop_lag_ms: float = 0.0
+    sources: tuple[_SourcePart, ...] = ()
+    destinations: tuple[_DestinationPart, ...] = ()
 
 
 class TopApi:
@@ -310,9 +349,11 @@ def _without_idle(snapshot: Mapping[str, Any]) -> dict[str, Any]:
 
 def _merged(mine: dict[str, Any], others: Answers) -> dict[str, Any]:
     """Return the snapshot of the cluster: the figures of this node plus those of the others."""
-    parts = {name: part for name, part in others.given if part is not None}
-    silent = [*others.missing, *(name for name, part in others.given if part is None)]
-    if not parts and not silent:
+    known = tuple((name, part) for name, part in others.given if part is not None)
+    silent = [*others.silent, *(name for name, part in others.given if part is None)]
+    found, unable = msgspec.structs.replace(others, given=known).read(_Part)
+    parts: dict[str, dict[str, Any]] = {name: msgspec.to_builtins(part) for name, part in found}
+    if not (parts or silent or unable):
         return mine
     every = [mine, *parts.values()]
     commits = [part["commit_ms"] for part in every if part["commit_ms"] is not None]
@@ -327,6 +368,8 @@ def _merged(mine: dict[str, Any], others: Answers) -> dict[str, Any]:
             *({"name": name, "answers": True, "ready": part["ready"], "reasons": part["reasons"]}
               for name, part in parts.items()),
             *({"name": name, "answers": False, "ready": None, "reasons": []} for name in silent),
+            *({"name": name, "answers": False, "ready": None, "reasons": [], "unable": True}
+              for name in unable),
         ],
     }  # fmt: skip
 

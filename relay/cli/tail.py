@@ -113,9 +113,10 @@ def _show(what: str, item: dict[str, Any], ids: ShortIds, *, as_json: bool) -> N
         click.echo(f"dropped {count(item['count'], 'item')}: the output is slower than the events", err=True)
         return
     if what == "silent":
-        names = ", ".join(map(screen.one_line, item["nodes"]))
-        missing = f"no answer from {names}: their events and attempts are missing"
-        click.echo(missing if names else "all nodes answer again", err=True)
+        reasons = ((item["nodes"], "no answer from"), (item.get("unable", ()), "another version runs on"))
+        causes = [f"{why} {', '.join(map(screen.one_line, names))}" for names, why in reasons if names]
+        missing = f"{'; '.join(causes)}: their events and attempts are missing"
+        click.echo(missing if causes else "all nodes answer again", err=True)
         return
     if sys.stdout.isatty():
         print_line(line_for_people(what, item, screen.terminal_width(), ids))

@@ -383,7 +383,9 @@ def _nodes(snapshot: Mapping[str, Any], *, colour: bool) -> list[str]:
     problems = []
     for node in nodes:
         name = screen.one_line(node["name"])
-        if not node["answers"]:
+        if node.get("unable"):
+            problems.append(f"{name} runs another version, so its figures are missing")
+        elif not node["answers"]:
             problems.append(f"{name} does not answer, so its figures are missing")
         elif not node["ready"]:
             problems.append(f"{name} is not ready: {screen.one_line(', '.join(node['reasons']))}")

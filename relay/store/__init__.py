@@ -707,12 +707,7 @@ class Answers(msgspec.Struct, frozen=True):
 
     given: tuple[tuple[str, Any], ...] = ()  # name of a node, and its answer
     silent: tuple[str, ...] = ()  # names of the nodes that did not answer in time, or failed
-    unable: tuple[str, ...] = ()  # names of the nodes of another version that do not know the request
-
-    @property
-    def missing(self) -> tuple[str, ...]:
-        """The names of all nodes without an answer."""
-        return self.silent + self.unable
+    unable: tuple[str, ...] = ()  # names of the nodes whose version does not know the request or its form
 
     def read(self, kind: type[T]) -> tuple[list[tuple[str, T]], tuple[str, ...]]:
         """Return the answers as objects of a type, and the names of nodes of another version.

@@ -192,10 +192,32 @@ async def test_any_node_adds_up_the_figures_of_all(nodes, receiver, monkeypatch)
             problems = (await first.operator("GET", "/api/status"))["problems"]
             assert problems[0]["what"] == "node two does not answer, so its problems are unknown"
         with pytest.MonkeyPatch.context() as patch_second:
+            await check_older_version(second, reader, patch_second)
+        with pytest.MonkeyPatch.context() as patch_second:
             await check_another_version(first, second, patch_second)
     receiver.open.set()
     await until(second.app.api._top._ticking.done)  # nobody looks any more
     await check_problems(first, second)
+
+
+async def check_older_version(second, reader, patches):
+    """Check the figures while another node runs an older version, with fewer and with other fields."""
+
+    async def of_older_version(_to, _argument):
+        return {"events_per_second": 2.5, "former": 1, "destinations": [{"name": "d2", "held": "paused"}]}
+
+    async def of_another_kind(_to, _argument):
+        return [2.5]
+
+    handlers = second.app.store.nodes._requests.handlers
+    for older, rate, held in ((of_older_version, 2.5, "paused"), (of_another_kind, 0.0, "on another node")):
+        patches.setitem(handlers, top.SHOW, older)
+        _, item = await reader.next()
+        async with asyncio.timeout(60):
+            while (item["destinations"][1]["held"], item["nodes"][0]["answers"]) != (held, rate > 0):
+                _, item = await reader.next()
+        assert item["events_per_second"] == rate
+    assert item["nodes"] == [{"name": "two", "answers": False, "ready": None, "reasons": [], "unable": True}]
 
 
 async def check_another_version(first, second, patches):
@@ -259,6 +281,26 @@ async def send(relay, session):
     return answer.json["event_id"]
 
 
+async def check_tail_of_another_version(second, reader):
+    """Check that a client gets the name of a node whose version has other streams, and no error."""
+
+    async def of_another_kind(_to, _argument):
+        return {"1": ["an item"]}
+
+    async def missing(**wanted):
+        async with asyncio.timeout(60):
+            while await reader.next() != ("silent", wanted):
+                pass
+
+    handlers = second.app.store.nodes._requests.handlers
+    for change in ("delitem", "setitem"):
+        with pytest.MonkeyPatch.context() as patches:
+            more = [of_another_kind] if change == "setitem" else []
+            getattr(patches, change)(handlers, tail.COLLECT, *more)
+            await missing(nodes=[], unable=["two"])
+        await missing(nodes=[], unable=[])
+
+
 async def test_any_node_follows_the_events_and_attempts_of_all(nodes, monkeypatch):
     monkeypatch.setattr(tail, "COLLECT_EVERY", 0.05)
     first, second = nodes
@@ -297,20 +339,19 @@ async def test_any_node_follows_the_events_and_attempts_of_all(nodes, monkeypatc
 
         monkeypatch.setattr(tail, "PATIENCE", 0.2)
         with silent(second):
-            assert await attempts.next() == ("silent", {"nodes": ["two"]})
-            assert await reader.next() == ("silent", {"nodes": ["two"]})
+            assert await attempts.next() == ("silent", {"nodes": ["two"], "unable": []})
+            assert await reader.next() == ("silent", {"nodes": ["two"], "unable": []})
             late = await send(first, "late")
             finished = {"destination": "d2", "outcome": "delivered"}
             await until(lambda: second.counted("relay_deliveries_finished_total", **finished) == 6)
-        assert await attempts.next() == ("silent", {"nodes": []})
+        assert await attempts.next() == ("silent", {"nodes": [], "unable": []})
         assert (await attempts.next())[1]["event_id"] == late  # it was kept
         while stored + new != Counter(events=6, attempts=12):
             name, item = await numbers.next()
-            if name == "count":
-                new.update(item)
-            else:
-                assert name == "silent"
+            assert name in {"count", "silent"}
+            new.update(item if name == "count" else {})
         assert new["events"]  # at least the late one: the store had been read before
+        await check_tail_of_another_version(second, attempts)
     api = second.app.api._tail
     assert api._remote
     monkeypatch.setattr(tail, "FOLLOWED", 0.01)

@@ -617,12 +617,13 @@ def cluster_snapshot(ago):
     snapshot = top_snapshot(ago)
     node = {"name": "eu-2", "answers": True, "ready": True, "reasons": []}
     silent = {"name": "eu-3", "answers": False, "ready": None, "reasons": []}
+    older = {"name": "eu-4", "answers": False, "ready": None, "reasons": [], "unable": True}
     divided = snapshot["destinations"][0] | {
         "name": "warehouse", "circuit": "open", "pending": 90, "in_flight": 6,
         "last_error": "HTTP 503 Service Unavailable", "last_error_at": at(-ago - 3),
     }  # fmt: skip
     others = snapshot["destinations"][1:4]
-    return snapshot | {"nodes": [node, silent], "destinations": [divided, *others]}
+    return snapshot | {"nodes": [node, silent, older], "destinations": [divided, *others]}
 
 
 def top_view(snapshot=top_snapshot, *, seconds=400):

@@ -746,6 +746,9 @@ async def test_a_node_asks_all_others_and_names_those_that_do_not_answer(cluster
     assert await asked() == Answers(given=given, unable=("c",))  # as if its version were older
     third.handle("show", fail)
     assert await asked() == Answers(given=given, silent=("c",))
+    await cluster.run("UPDATE nodes SET version = '0.0.9' WHERE name = 'c'")
+    await own(first)
+    assert await asked() == Answers(given=given, unable=("c",))  # it does not know the form of the request
     assert await cluster.run("SELECT FROM requests") == []
     with pytest.raises(StorageUnavailableError, match='another node did not answer; "show" was not executed'):
         await first.ask_node("00000000-0000-0000-0000-000000000000", "show", None, 0.1)

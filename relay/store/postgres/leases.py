@@ -75,6 +75,7 @@ class Peer(msgspec.Struct, frozen=True):
         """Return whether the node can run a lane or a job."""
         if name.startswith(JOB):
             return name not in self.barred
+    version: str = ""
         return destination_of(name.removeprefix(LANE)) in self.destinations
 
     def has_held(self, lease: Lease) -> bool:

@@ -186,7 +186,7 @@ LEASES_SQL = """
 PEERS_SQL = """
     SELECT incarnation::text, name, destinations, encode(config_digest, 'hex') AS config,
            extract(epoch FROM clock_timestamp() - started)::float8 AS age, shards::text AS shards,
-           definitions::text AS definitions, place, former::text AS former
+           definitions::text AS definitions, place, former::text AS former, version
       FROM nodes WHERE seen > clock_timestamp() - $1::float8 * interval '1 second'
 """
 
@@ -348,18 +348,17 @@ class PostgresNodes:
         except StorageError as error:
             log.debug("cannot ask the other nodes: %s", error)
             return Answers(silent=tuple(peer.name for peer in others))
-        pairs = list(zip(others, outcomes, strict=True))
-        return Answers(
-            given=tuple(
-                (peer.name, each.answer) for peer, each in pairs if each.is_answered and each.error is None
-            ),
-            silent=tuple(
-                peer.name
-                for peer, each in pairs
-                if not each.is_answered or (each.error is not None and not each.is_unsupported)
-            ),
-            unable=tuple(peer.name for peer, each in pairs if each.is_unsupported),
-        )
+        given, silent, unable = [], [], []
+        for peer, outcome in zip(others, outcomes, strict=True):
+            if not outcome.is_answered:
+                silent.append(peer.name)
+            elif outcome.error is None:
+                given.append((peer.name, outcome.answer))
+            elif outcome.is_unsupported or peer.version != __version__:
+                unable.append(peer.name)  # a request of this version may have a form that it does not know
+            else:
+                silent.append(peer.name)
+        return Answers(tuple(given), tuple(silent), tuple(unable))
 
     async def own(
         self,
@@ -957,3 +956,4 @@ def _peer_of(row: Any) -> Peer:
 
 def _of_kind(kind: str, names: Iterable[str]) -> tuple[str, ...]:
     return tuple(sorted(name.removeprefix(kind) for name in names if name.startswith(kind)))
+        version=row["version"],
