@@ -130,6 +130,17 @@ class KeyConflict(Refusal):
     text = "This idempotency key has been used for another request"
 
 
+class AlreadyRetried(Refusal):
+    """An operator retries a refused request that an earlier retry has stored as the event `event_id`."""
+
+    status, reason, code = 409, "invalid", "conflict"
+    text = "This request was already retried"
+
+    def __init__(self, event_id: str) -> None:
+        super().__init__()
+        self.event_id = event_id
+
+
 class Unauthenticated(Refusal):
     """No token, no bearer token, or a token that is not configured.
 

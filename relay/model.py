@@ -243,6 +243,7 @@ class DestinationState(msgspec.Struct, kw_only=True, frozen=True):
     failing_since: int | None = None  # steady clock of the first failure since the last success
     disabled_at: int | None = None  # wall clock; None: enabled
     disabled_reason: str | None = None  # gone (410), asked (by the response's header), failing, operator
+    circuit_opened: str | None = None  # reason in the latest event about the circuit; None: closed since
 
     @property
     def held(self) -> str | None:

@@ -91,9 +91,11 @@ class State:
         The number of live nodes determines this node's share of the rate limits of senders.
         """
         self.ingest.admission.nodes = max(1, int(self._store.nodes.figures().get("nodes", 1)))
+        before = {name: mount.paused for name, mount in self.ingest.mounts.items()}
         paused = await self._store.queries.paused_sources()
         for name, mount in self.ingest.mounts.items():
-            mount.paused = name in paused
+            if mount.paused == before.get(name):  # else an operator has changed it here meanwhile
+                mount.paused = name in paused
 
     async def prepare(self, setup: Setup) -> Draft:
         """Prepare another configuration beside the current one.

@@ -12,7 +12,7 @@ from relay.api.query_params import MOST_ROWS, RefusedQuery, read_filters
 from relay.api.responses import CountView
 from relay.api.views import Time, about, unknown
 from relay.base.clock import rfc3339
-from relay.errors import Refusal, RelayError
+from relay.errors import AlreadyRetried, Refusal, RelayError
 from relay.model import Cause, RefusedRequest
 
 
@@ -94,7 +94,7 @@ class RefusedApi:
         self._store = context.store
         self._ingest = context.ingest
         self._clock = context.clock
-        self._retrying = asyncio.Lock()  # held from the check for an earlier retry until this retry is stored
+        self._retrying = asyncio.Lock()  # held during a retry; the store decides between nodes
 
     @endpoint(
         "GET", "/api/refused", "listRefused", "List refused requests, newest first.",
@@ -165,20 +165,27 @@ class RefusedApi:
 
     async def _pass_on(self, found: RefusedRequest) -> RefusedRetried:
         if found.event_id is not None:
-            hint = f"relay events show {found.event_id}"
-            raise RelayError(f"{found.id} was already retried and stored as an event", hint=hint)
+            raise _stored_before(found, found.event_id)
         try:
             response = await self._ingest.retry(found)
+        except AlreadyRetried as refusal:  # on another node, since the request was read
+            raise _stored_before(found, refusal.event_id) from refusal
         except Refusal as refusal:
-            await self._store.refused.note_retry(found.id, self._clock.wall(), None)
+            await self._store.refused.note_retry(found.id, self._clock.wall())
             note = f": {refusal.note}" if refusal.note else ""
             raise RelayError(
                 f"refused again with {refusal.status}, {refusal.reason}: {refusal.detail}{note}",
                 hint=f"correct the plugin or the configuration; relay refused show {found.id}",
             ) from refusal
-        event_id = response.event_id or None
-        await self._store.refused.note_retry(found.id, self._clock.wall(), event_id)
-        return RefusedRetried(id=found.id, status=response.status, event_id=event_id)
+        if not response.event_id:
+            await self._store.refused.note_retry(found.id, self._clock.wall())
+        return RefusedRetried(id=found.id, status=response.status, event_id=response.event_id or None)
+
+
+def _stored_before(request: RefusedRequest, event_id: str) -> RelayError:
+    return RelayError(
+        f"{request.id} was already retried and stored as an event", hint=f"relay events show {event_id}"
+    )
 
 
 def _view(kept: RefusedRequest) -> dict[str, Any]:

@@ -69,6 +69,10 @@ class CircuitBreaker:
         if careful:
             self._set_ramp(1)
 
+    def open_again(self, probe_at: int) -> None:
+        """Open as before a restart, or as on the node that ran the lane before; probe at `probe_at`."""
+        self.open_until, self.ramp = probe_at, None
+
     @property
     def is_open(self) -> bool:
         """Whether the destination counts as down: at most one probe is in flight."""

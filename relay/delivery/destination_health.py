@@ -1,7 +1,7 @@
 """The health of a destination: paused, disabled, resting, failing, and the state of its circuit breaker."""
 
 import logging
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
@@ -12,7 +12,7 @@ from relay.errors import RelayError, StorageError
 from relay.metrics import Metrics
 from relay.model import OPERATOR_SOURCE, PAUSED_IN_CONFIG, DestinationState, GeneratedEvent, StoredEvent
 from relay.process.logs import fields
-from relay.store import FOREVER, Store
+from relay.store import FOREVER, Standing, Store
 
 log = logging.getLogger("relay.delivery")
 
@@ -48,13 +48,14 @@ class DestinationHealth:
         self.is_keeper = True
         self.is_divided = False
         self.opened_by: tuple[str, bool] | None = None  # why the circuit opened, and `Standing.is_quiet`
-        self.reported_by: tuple[str, bool] | None = None  # the same for any shard, as reported to operators
+        self.has_news = False  # whether `standing` may differ from that of a destination that works
         self._rest_reason = RESTING
         self._stored_hold = PAUSED_IN_CONFIG if config.paused else state.held
         self._config = config
         self._store = store
         self._clock = clock
         self._metrics = metrics
+        self._open_as_reported(Standing())
         self._set_gauges()
 
     def limit(self, now: int) -> int:
@@ -133,15 +134,49 @@ class DestinationHealth:
         self._set_gauges()
         await self._store.deliveries.set_destination(state, event)
 
-    def restore(self, state: DestinationState) -> None:
-        """Apply the state that another node stored, because this node owns the lane from now on.
+    def restore(self, state: DestinationState, standing: Standing | None) -> None:
+        """Apply what another node stored and reported, because this node owns the lane from now on.
 
         If the destination was failing, attempts begin one at a time, and the next failure opens the circuit.
+        `standing` is that of the former owner; None: no node has owned the lane yet.
         """
         self.note(state)
-        self.rest_until = 0
         self.circuit.restart(careful=state.failing_since is not None)
+        self._open_as_reported(standing)
+        self.rest_until, self._rest_reason = 0 if standing is None else standing.rest_until, RESTING
+        self.has_news = self.has_news or standing not in (None, Standing())
         self._set_gauges()
+
+    def _open_as_reported(self, standing: Standing | None) -> None:
+        """Open the circuit if the former owner of the lane left it open.
+
+        The stored state has that of the whole destination, and the standing that of a shard.
+        """
+        reported = self.state.circuit_opened
+        self.opened_by = None if reported is None else (reported, False)
+        if standing is not None and standing.circuit is not None and (standing.is_quiet or self.is_divided):
+            self.opened_by = (standing.circuit, standing.is_quiet)
+        elif standing is not None and self.is_divided:
+            self.opened_by = None
+        if self.opened_by is not None:
+            probe_at = None if standing is None else standing.probe_at
+            self.circuit.open_again(self._clock.steady() if probe_at is None else probe_at)
+
+    @property
+    def standing(self) -> dict[str, Any]:
+        """The state to report to other nodes, as fields of `Standing`."""
+        reason, is_quiet = self.opened_by or (None, False)
+        return {
+            "circuit": reason,
+            "is_quiet": is_quiet,
+            "probe_at": self.circuit.open_until,
+            "rest_until": self.rest_until if self._rest_reason == RESTING else 0,
+        }
+
+    def _report_standing(self) -> None:
+        """Let other nodes know soon that the standing has changed."""
+        self.has_news = True
+        self._store.nodes.report_soon()
 
     def follow(self, state: DestinationState) -> None:
         """Apply the state that another node keeps, to the shards that this node owns."""
@@ -183,12 +218,12 @@ class DestinationHealth:
         rested = self.rest_until > self._clock.steady()
         self.rest_until = 0
         change = self.circuit.close()
-        self.opened_by = None
         if change is not None:
-            await self._report_circuit(change, None, reason)
+            await self._note_change(change, None, reason)
         elif rested:
             name = self._config.name
             log.info("%s: its pause has ended: %s", name, reason, extra=fields(destination=name))
+            self._report_standing()
         else:
             return False
         await self.forget_failures()
@@ -198,18 +233,20 @@ class DestinationHealth:
         """Hold deliveries for `micros` microseconds from now, unless a longer rest is set already."""
         until = self._clock.steady() + micros
         if until > self.rest_until:
+            is_longer = until - self.rest_until >= SECOND  # the next renewal reports a few milliseconds
             self.rest_until, self._rest_reason = until, reason
+            if is_longer and reason == RESTING:
+                self._report_standing()
 
     async def succeed(self, event: StoredEvent, openings: int) -> None:
         """Record a successful attempt; see `CircuitBreaker.record` for `openings`."""
         if self.state.failing_since is not None:
             await self.forget_failures()
         circuit = self.circuit
-        if circuit.failures == 0 and circuit.ramp is None and circuit.open_until is None:
+        is_closed = circuit.failures == 0 and circuit.ramp is None and circuit.open_until is None
+        if is_closed and self.state.circuit_opened is None:
             return  # a success changes nothing
-        change = circuit.record("ok", self._clock.steady(), openings)
-        if change is not None:
-            await self._report_circuit(change, event, "ok")
+        await self._record("ok", event, "ok", openings)
 
     async def fail(
         self, result: str, event: StoredEvent, reason: str, openings: int, *, disable: str | None
@@ -227,9 +264,7 @@ class DestinationHealth:
             disable = "failing"
         if disable is not None and self.state.disabled_at is None:
             await self.disable(disable, is_quiet=event.source == OPERATOR_SOURCE)
-        change = self.circuit.record(result, self._clock.steady(), openings)
-        if change is not None:
-            await self._report_circuit(change, event, reason)
+        await self._record(result, event, reason, openings)
 
     async def disable(self, reason: str, *, is_quiet: bool) -> None:
         """Disable the destination because of a response; with `is_quiet`, without an operator event."""
@@ -255,48 +290,65 @@ class DestinationHealth:
             except RelayError as error:  # the next attempt gets the same response, and asks again
                 extra = fields(destination=name)
                 log.warning("%s: cannot disable the destination: %s", name, error.message, extra=extra)
+        await self._record(result, event, reason, openings)
+
+    async def _record(self, result: str, event: StoredEvent, reason: str, openings: int) -> None:
+        """Record the result of an attempt in the circuit."""
         change = self.circuit.record(result, self._clock.steady(), openings)
         if change is not None:
-            await self._report_circuit(change, event, reason)
+            await self._note_change(change, event, reason)
+        elif not self.is_divided:  # an earlier report may have failed
+            await self.report(self.opened_by)
 
-    async def _report_circuit(self, change: Change, event: StoredEvent | None, reason: str) -> None:
-        """Log that the circuit changed, and send an operator event; `event` is None if an operator closed it.
+    async def _note_change(self, change: Change, event: StoredEvent | None, reason: str) -> None:
+        """Log that the circuit changed, and report it; `event` is None if an operator closed it.
 
-        If the lane has shards, `report_shards` sends the event.
+        If the lane has shards, the keeper of the destination's state reports it.
         """
         event_id = None if event is None else event.public_id
         extra = fields(destination=self._config.name, circuit=change, event_id=event_id)
         log.warning("%s: circuit %s: %s", self._config.name, change, reason, extra=extra)
         is_quiet = event is not None and event.source == OPERATOR_SOURCE
         self.opened_by = (reason, is_quiet) if change == "opened" else None
+        self._report_standing()
         self._set_gauges()
         if not self.is_divided:
-            await self._report(change, reason, is_quiet=is_quiet)
+            await self.report(self.opened_by, reason)
 
-    async def report_shards(self, opened_by: tuple[str, bool] | None) -> None:
-        """Send an operator event when the first circuit of the shards opens, and when all are closed again.
+    async def report(self, opened_by: tuple[str, bool] | None, reason: str = "ok") -> None:
+        """Send an operator event if the circuit has opened or closed since the latest event.
 
-        `opened_by` is from any shard whose circuit is open; None: all circuits are closed.
+        `opened_by` is from any shard whose circuit is open; None: all circuits are closed. The state and the
+        event are stored together, so a node that takes over the lane does not report the change again. If
+        they cannot be stored, the next call reports it.
         """
-        before, self.reported_by = self.reported_by, opened_by
-        if (before is None) == (opened_by is None):
+        reported, opened = self.state.circuit_opened, None
+        if opened_by is not None and not opened_by[1]:
+            opened = opened_by[0]
+        if (reported is None) == (opened is None):
             return
-        self._set_gauges()
-        reason, is_quiet = opened_by or ("ok", before is not None and before[1])
-        await self._report("recovered" if opened_by is None else "opened", reason, is_quiet=is_quiet)
-
-    async def _report(self, change: Change, reason: str, *, is_quiet: bool) -> None:
-        type_ = "circuit_opened" if change == "opened" else "recovered"
-        await self._change_if_possible(self.state, self._operator_event(type_, reason, is_quiet=is_quiet))
+        type_, why = ("recovered", reason) if opened is None else ("circuit_opened", opened)
+        try:
+            await self.change(
+                msgspec.structs.replace(self.state, circuit_opened=opened),
+                self._operator_event(type_, why, is_quiet=False),
+            )
+        except StorageError as error:
+            if self.state.circuit_opened == opened:
+                self.state = msgspec.structs.replace(self.state, circuit_opened=reported)
+            self._warn_unstored(error)
 
     async def _change_if_possible(self, state: DestinationState, event: GeneratedEvent | None = None) -> None:
         """Apply a state; while the store cannot be written, keep it in memory only."""
         try:
             await self.change(state, event)
         except StorageError as error:
-            name = self._config.name
-            extra = fields(destination=name)
-            log.warning("%s: cannot store the destination's state: %s", name, error.message, extra=extra)
+            self._warn_unstored(error)
+
+    def _warn_unstored(self, error: StorageError) -> None:
+        name = self._config.name
+        extra = fields(destination=name)
+        log.warning("%s: cannot store the destination's state: %s", name, error.message, extra=extra)
 
     def _operator_event(self, type_: str, reason: str, *, is_quiet: bool) -> GeneratedEvent | None:
         """Return an operator event; None if a delivery of an operator event is the cause, to avoid a loop."""
@@ -313,7 +365,7 @@ class DestinationHealth:
     def _set_gauges(self) -> None:
         name = self._config.name
         self._metrics.disabled.labels(name).set(self.is_keeper and self.state.disabled_at is not None)
-        is_open = self.reported_by is not None if self.is_divided else self.circuit.is_open
+        is_open = self.state.circuit_opened is not None if self.is_divided else self.circuit.is_open
         self._metrics.circuit.labels(name).set(self.is_keeper and is_open)
 
 

@@ -33,7 +33,7 @@ from relay.errors import StorageError
 from relay.metrics import Metrics
 from relay.model import RESULTS, Delivery, DestinationState, Outcome, StoredEvent
 from relay.process.logs import RateLimitedLog, fields
-from relay.store import FOREVER, Store
+from relay.store import FOREVER, Standing, Store
 
 log = logging.getLogger("relay.delivery")
 T = TypeVar("T")
@@ -113,7 +113,6 @@ class Lane:
         self.shards: Shards | None = None  # shards that this node owns; None: the destination is not divided
         self.others: tuple[ShardElsewhere, ...] = ()  # the other shards
         self._term = 0  # counts the times that this node has begun to own the lane
-        self._reports = False  # whether this node reports the circuits of all shards
         self._by_slot: Counter[int] = Counter()  # attempts in flight
         self._outcomes_wait = False  # for a store that cannot be written; logged once
         self._stopping = False
@@ -145,10 +144,11 @@ class Lane:
         """Whether this node owns the lane, so that no other node begins attempts."""
         return self.health.owned_until > self._clock.steady()
 
-    def own(self, until: int, state: DestinationState | None) -> None:
+    def own(self, until: int, state: DestinationState | None, standing: Standing | None = None) -> None:
         """Own this lane until a time (steady clock), from now on or for longer than before.
 
-        `state` is the stored state of the destination; None: the lane has read it already.
+        `state` is the stored state of the destination; None: the lane has read it already. `standing` is the
+        report of the lane's former owner.
         """
         was_owned = self.is_owned
         if self.shards is not None:
@@ -159,7 +159,7 @@ class Lane:
             self._set_share(1.0)
         self.health.owned_until, self.node = until, ""
         if state is not None:
-            self.health.restore(state)
+            self.health.restore(state, standing)
         if not was_owned:
             self._begin_term()
             self.turn()
@@ -174,12 +174,19 @@ class Lane:
         self._release_windows()
 
     def own_shards(
-        self, shards: Shards, until: int, state: DestinationState, *, is_keeper: bool, node: str = ""
+        self,
+        shards: Shards,
+        until: int,
+        state: DestinationState,
+        standing: Standing | None = None,
+        *,
+        is_keeper: bool,
+        node: str = "",
     ) -> None:
         """Own some shards of the destination until a time (steady clock).
 
         `is_keeper`: whether this node also keeps the state of the destination; if not, `node` does it.
-        `state` is the stored state.
+        `state` is the stored state, `standing` the report of the shards' former owners.
         """
         former, was_owned, held = self.shards, self.is_owned and self.shards is not None, self.held
         was_keeper = former is not None and self.health.is_keeper
@@ -191,7 +198,7 @@ class Lane:
         if is_keeper and was_keeper:
             state = self.health.state  # may be newer
         if shards.numbers and not was_owned:
-            self.health.restore(state)
+            self.health.restore(state, standing)
             self._begin_term()
         else:
             self.health.follow(state)
@@ -237,36 +244,33 @@ class Lane:
 
     @property
     def standing(self) -> dict[str, dict[str, Any]]:
-        """The state of the owned shards, and the one reported to operators, as fields of `Standing`."""
+        """The states of the lane or of the owned shards, as fields of `Standing`."""
+        standing = self.health.standing
         if self.shards is None:
-            return {}
+            return {self.name: standing} if self.health.has_news else {}
         found: dict[str, dict[str, Any]] = {
-            f"{self.name}/{number}": {"in_flight": self.in_flight_of(number), **_circuit(self._opened_by)}
+            f"{self.name}/{number}": {"in_flight": self.in_flight_of(number), **standing}
             for number in self.shards.numbers
         }
-        if self.health.is_keeper:
-            found[self.name] = _circuit(self.health.reported_by)
+        if self.health.is_keeper:  # an older version reads the latest report there
+            found[self.name] = {"circuit": self.health.state.circuit_opened, "is_quiet": False}
         return found
 
-    def report_shards(self, reported_by: tuple[str, bool] | None) -> None:
+    def final_standing(self, name: str) -> dict[str, dict[str, Any]]:
+        """The state of the lane or a shard that another node gets, after its last attempt; as `standing`."""
+        return {} if self.shards is not None and name == self.name else {name: self.health.standing}
+
+    def report_shards(self, opened: str | None) -> None:
         """Report to operators that the circuit of any shard has opened, or that all are closed again.
 
-        Only the node that keeps the destination's state reports. `reported_by` is the stored report, for a
-        node that has become the keeper.
+        Only the node that keeps the destination's state reports. `opened` is why the circuit of a shard is
+        open, as the owners have stored it; None: all are closed. What this node alone knows does not count:
+        a new keeper would not know it either.
         """
-        health = self.health
-        if self.shards is None or not health.is_keeper:
-            self._reports = False
+        if self.shards is None or not self.health.is_keeper:
             return
-        if not self._reports:
-            self._reports, health.reported_by = True, reported_by
-        opened = [] if self._opened_by is None else [self._opened_by]
-        opened += [(each.circuit, each.is_quiet) for each in self.others if each.circuit is not None]
-        self._spawn(health.report_shards(opened[0] if opened else None))
-
-    @property
-    def _opened_by(self) -> tuple[str, bool] | None:
-        return self.health.opened_by if self.health.circuit.is_open else None
+        if (self.health.state.circuit_opened is None) != (opened is None):
+            self._spawn(self.health.report(None if opened is None else (opened, False)))
 
     @property
     def leases(self) -> list[str]:
@@ -298,7 +302,7 @@ class Lane:
         """Limit the lane to the deliveries of some shards, and to their part of the limits."""
         before, self.shards = self.shards, shards
         if shards is None:
-            self.others, self._reports = (), False
+            self.others = ()
             self.health.divide(is_divided=False, is_keeper=True)
         if before is None or not before.numbers:
             self._set_share(0.0)
@@ -870,8 +874,3 @@ def _is_stopping(error: BaseException) -> bool:
     """Return whether an error is the cancellation of this task, and not of something that it awaits."""
     task = asyncio.current_task()
     return isinstance(error, asyncio.CancelledError) and (task is None or task.cancelling() > 0)
-
-
-def _circuit(opened_by: tuple[str, bool] | None) -> dict[str, Any]:
-    reason, is_quiet = opened_by or (None, False)
-    return {"circuit": reason, "is_quiet": is_quiet}

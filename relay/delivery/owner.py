@@ -164,8 +164,12 @@ class Owner:
         store, lanes = self._store, self._dispatcher.lanes
         wanted = {name: lane.config.timeout for name, lane in lanes.items()}
         shards = {name: lane.config.shards for name, lane in lanes.items() if lane.config.shards > 1}
-        divided = [lane for lane in lanes.values() if lane.shards is not None]
-        standing = {name: each for lane in divided for name, each in lane.standing.items()}
+        standing = {
+            name: each
+            for lane in lanes.values()
+            if lane.health.has_news or lane.shards is not None
+            for name, each in lane.standing.items()
+        }
         owned = await store.nodes.own(wanted, self._jobs(), shards, standing)
         gained = {name for name in owned.until if name in lanes and not lanes[name].is_owned}
         # The states of all other lanes are only shown.
@@ -193,7 +197,7 @@ class Owner:
                 # A single daemon always gets its lanes when it starts: not worth a line at INFO.
                 level = logging.INFO if self._has_lanes or self._has_company else logging.DEBUG
                 log.log(level, "%s: this node runs the lane", name, extra=fields(destination=name))
-                lane.own(until, state)
+                lane.own(until, state, owned.standing.get(name))
             else:
                 lane.own(until, None)
         for name in owned.hand_over:
@@ -218,6 +222,7 @@ class Owner:
             Shards(count, frozenset(mine)),
             min((owned.until[name] for name in mine.values()), default=0),
             state,
+            _joined([owned.standing.get(name) for name in mine.values()]),
             is_keeper=lane.name in owned.until and lane.name not in leaving,
             node=owned.elsewhere.get(lane.name, ""),
         )
@@ -234,8 +239,10 @@ class Owner:
             if number not in mine
             for standing in (owned.standing.get(name, none),)
         )
-        reported = owned.standing.get(lane.name, none)
-        lane.report_shards(None if reported.circuit is None else (reported.circuit, reported.is_quiet))
+        stored = [owned.standing.get(name, none) for name in names]
+        lane.report_shards(
+            next((each.circuit for each in stored if each.circuit is not None and not each.is_quiet), None)
+        )
 
     def _begin_to_hand_over(self, name: str) -> None:
         if name in self._hand_overs:
@@ -259,7 +266,7 @@ class Owner:
         elif name != lane.name:
             await lane.released()
         try:
-            await self._store.nodes.give((name,))
+            await self._store.nodes.give((name,), {} if lane is None else lane.final_standing(name))
         except StorageError as error:
             extra = fields(destination=name)
             log.warning("%s: cannot hand over the lane: %s", name, error.message, extra=extra)
@@ -285,3 +292,12 @@ class Owner:
             self._failing = True
         except Exception:
             log.exception("cannot renew the leases of lanes")
+
+
+def _joined(shards: Collection[Standing | None]) -> Standing | None:
+    """Return the reports of several shards as one; None: no node has owned one of them yet."""
+    known = [each for each in shards if each is not None]
+    if len(known) < len(shards):
+        return None
+    opened = next((each for each in known if each.circuit is not None), Standing())
+    return msgspec.structs.replace(opened, rest_until=max((each.rest_until for each in known), default=0))

@@ -85,6 +85,7 @@ class _Call(msgspec.Struct):
     match: Match
     incoming: Incoming
     verified: bool = False  # whether the source has verified the sender
+    retry_of: str | None = None  # id of the kept request
 
 
 class Ingest:
@@ -224,6 +225,7 @@ class Ingest:
         """Handle a kept request as if its sender had just been verified, and return the source's reply.
 
         Raises:
+            AlreadyRetried: it became an event before, on this node or on another one.
             Refusal: it is refused again.
             RelayError: it cannot be handled again.
         """
@@ -232,7 +234,8 @@ class Ingest:
         if mount.name != kept.source or handler is None:
             raise NotFound(f"{kept.source} no longer has a route for {kept.method} on this path")
         incoming = incoming_of(kept, mount.config.prefix, match.params)
-        return await self._accept(_Call(None, self._clock.steady(), match, incoming), handler)
+        call = _Call(None, self._clock.steady(), match, incoming, retry_of=kept.id)
+        return await self._accept(call, handler)
 
     def _answer_unowned(self, request: Request, path: str, refusal: Refusal) -> Response:
         """Answer and keep a request on a path that no source owns."""
@@ -323,6 +326,7 @@ class Ingest:
             change=change,
             returns_worker=accepted.asks,
             request_id=traced,
+            retry_of=call.retry_of,
         )
         receipt, on_heard = await self._append(acceptance, call.request)
         try:
@@ -367,7 +371,7 @@ class Ingest:
         has = len(incoming.body) + (0 if incoming.compressed is None else len(incoming.compressed))
         extra = Extra(self._budget, has)
         try:
-            acceptances = await _acceptances_of(mount, events, incoming, extra, request_id)
+            acceptances = await _acceptances_of(call, events, extra, request_id)
             each = tuple([Receipt(event_id=a.event.public_id) for a in acceptances if a.event is not None])
             expected = Receipt(event_id=each[0].event_id, each=each)
             response = answer(accepted, expected)
@@ -581,7 +585,7 @@ def _key(event: Event, incoming: Incoming | None) -> str | None:
 
 
 async def _acceptances_of(
-    mount: Mount, events: Sequence[Event], incoming: Incoming, extra: Extra, request_id: str | None
+    call: _Call, events: Sequence[Event], extra: Extra, request_id: str | None
 ) -> list[Acceptance]:
     """Return the acceptances of a request with several events; `extra` reserves the memory that they take.
 
@@ -593,6 +597,7 @@ async def _acceptances_of(
         Invalid: an event is invalid; `field` has its position.
         PluginFailed: as `make_event`.
     """
+    mount, incoming = call.match.mount, call.incoming
     acceptances, size, most = [], 0, MOST_COPIES * mount.config.max_body
     due = time.monotonic() + TURN
     for at, event in enumerate(events):
@@ -615,6 +620,7 @@ async def _acceptances_of(
                 is_key_alone=mount.config.key_conflict == "duplicate",
                 rejects_conflict=mount.config.key_conflict == "reject",
                 request_id=request_id,
+                retry_of=call.retry_of if at == 0 else None,
             )
         )
         if time.monotonic() > due:

@@ -109,6 +109,7 @@ class Acceptance(msgspec.Struct, kw_only=True, gc=False):
     change: WorkerChange | None = None
     returns_worker: str | None = None  # id of a worker whose row the receipt contains
     request_id: str | None = None  # for the log lines of the event's deliveries; not stored
+    retry_of: str | None = None  # id of the refused request that an operator retries
 
 
 class Cancelled(msgspec.Struct, frozen=True):
@@ -147,6 +148,7 @@ class Events(Protocol):
             DiskFull: less than the disk's floor would stay free; nothing was queued.
             Conflict: the worker change contradicts the registry.
             KeyConflict: a different request has used the key, and the acceptance rejects such requests.
+            AlreadyRetried: `retry_of` became an event before, on this node or on another one.
             StorageUnavailableError: the disk is full, busy or failing; nothing was kept.
             StorageError: this request could not be stored; other requests of its transaction were stored.
         """
@@ -156,7 +158,8 @@ class Events(Protocol):
         """Make the events of one request durable in one transaction; raises as `append`.
 
         Each event has its own idempotency key; duplicates are not stored again. The
-        receipt names the first event and has the receipts of all in `each`.
+        receipt names the first event and has the receipts of all in `each`. The first acceptance may have a
+        `retry_of`, which is then that of the whole request.
         """
         ...
 
@@ -269,7 +272,11 @@ class Deliveries(Protocol):
         ...
 
     async def set_destination(self, state: DestinationState, event: GeneratedEvent | None = None) -> None:
-        """Store a destination's state and, in the same transaction, an operator event about it."""
+        """Store a destination's state and, in the same transaction, an operator event about it.
+
+        The event is about the beginning or the end of `disabled_at` or `circuit_opened`. It is left out if
+        the stored state shows that change already, so that each change has one event.
+        """
         ...
 
 
@@ -498,8 +505,11 @@ class Refused(Protocol):
         """
         ...
 
-    async def note_retry(self, id_: str, at: int, event_id: str | None) -> None:
-        """Store when a request was retried (wall clock), and the event that it became."""
+    async def note_retry(self, id_: str, at: int) -> None:
+        """Store when a request was retried (wall clock), unless it became an event meanwhile.
+
+        `Events.append` notes a retry that creates an event.
+        """
         ...
 
     async def prune(self, before: int, most_bytes: int) -> int:
@@ -662,6 +672,8 @@ class Standing(msgspec.Struct, frozen=True):
     in_flight: int = 0  # attempts of a shard
     circuit: str | None = None  # why the circuit breaker is open; None: it is closed
     is_quiet: bool = False  # deliveries of the relay's own events opened it: report no further event
+    probe_at: int | None = None  # when the open circuit allows the next probe (steady clock)
+    rest_until: int = 0  # end of the pause that the receiver requested (steady clock)
 
 
 class Ownership(msgspec.Struct, frozen=True):
@@ -675,7 +687,7 @@ class Ownership(msgspec.Struct, frozen=True):
     elsewhere: Mapping[str, str] = {}  # other lanes: name of the node that owns it; "" if no node owns it
     hand_over: frozenset[str] = frozenset()  # owned, but due to another node: end the attempts, then `give`
     shards: Mapping[str, int] = {}  # numbers in force of destinations that are divided; 0: it is changing
-    standing: Mapping[str, Standing] = {}  # of the lanes that are owned by any node
+    standing: Mapping[str, Standing] = {}  # of the lanes, as their latest owners have reported it
 
 
 class SharedReplies(Protocol):
@@ -806,8 +818,15 @@ class Nodes(Protocol):
         """
         ...
 
-    async def give(self, lanes: Collection[str]) -> None:
-        """Let other nodes take lanes; call it after the outcomes of their attempts are stored."""
+    async def give(self, lanes: Collection[str], standing: Mapping[str, Mapping[str, Any]] = {}) -> None:
+        """Let other nodes take lanes; call it after the outcomes of their attempts are stored.
+
+        `standing` has the fields of `Standing` to report, by lane.
+        """
+        ...
+
+    def report_soon(self) -> None:
+        """Let `own` be called at once, because the standing of a lane has changed."""
         ...
 
     def lead(self, job: str) -> bool:

@@ -11,7 +11,7 @@ from relay.base.ids import DELIVERY, EVENT, new_id
 from relay.base.json_text import encode
 from relay.base.shards import SLOTS, lane_of, slot_of
 from relay.config.schema import WorkerRules
-from relay.errors import KeyConflict
+from relay.errors import AlreadyRetried, KeyConflict
 from relay.model import (
     Command,
     Delivery,
@@ -163,7 +163,9 @@ class Batch:
         self.with_groups = False  # whether an outcome belongs to a message for several deliveries
         self.ungrouped: list[int] = []  # deliveries that are sent alone from now on
         self.states: list[DestinationState] = []
+        self.reports: list[tuple[DestinationState, GeneratedEvent]] = []  # events about these states
         self.pauses: list[tuple[str, bool]] = []  # source, whether it is paused
+        self.retried: dict[str, str] = {}  # ids of refused requests, and of the events that they became
         self.ended_early: dict[int, Ending] = {}  # new deliveries that end when they are created
         self.expire_overdue = False  # whether to expire deliveries past their `expires_at`
         self.held: HeldDestinations | None = None  # if set, expire deliveries that were held for too long
@@ -247,6 +249,22 @@ class Batch:
             duplicate=all(receipt.duplicate for receipt in receipts),
             each=receipts,
         )
+
+    def accept_retry(self, key: Key, accept: Callable[["Batch"], Receipt]) -> Receipt:
+        """Add a refused request that an operator retries; `key` has its id.
+
+        Raises:
+            AlreadyRetried: it became an event before; nothing was added.
+            Refusal: as `accept`.
+        """
+        assert self.keys is not None  # noqa: S101 - the job has a key
+        if (first := self.keys.first(key)) is not None:
+            raise AlreadyRetried(first)
+        receipt = accept(self)
+        if receipt.event_id:
+            self.keys.add(key, receipt.event_id, self.steady + DEDUPE_FOR)
+            self.retried[key.text] = receipt.event_id
+        return receipt
 
     def add_delivery(
         self,

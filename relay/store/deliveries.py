@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Sequence
 
 from relay.base.shards import Shards
-from relay.model import OPERATOR_SOURCE, Claim, DestinationState, GeneratedEvent, Outcome, StoredEvent, Target
+from relay.model import Claim, DestinationState, GeneratedEvent, Outcome, StoredEvent, Target
 from relay.store import Cancelled
 from relay.store.batch import Batch, HeldDestinations, Repeat
 from relay.store.claims import Claims
@@ -128,7 +128,7 @@ class StoredDeliveries(ABC):
         def apply_(batch: Batch) -> None:
             batch.states.append(state)
             if event is not None:
-                batch.add_generated(OPERATOR_SOURCE, event)
+                batch.reports.append((state, event))
 
         await self._database.writer.submit(Job(apply_))
 

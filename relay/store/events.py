@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncIterable, AsyncIterator, Sequence
 
 from relay.errors import RelayError, StorageUnavailableError
-from relay.model import Expunged, Imported, Receipt, Selection, StoredEvent
+from relay.model import OPERATOR_SOURCE, Expunged, Imported, Receipt, Selection, StoredEvent
 from relay.store import EVENT_BYTES, Acceptance, Queries, Span
 from relay.store.batch import Batch, Restored
 from relay.store.dedupe import KEY_ALONE, Key, identity
@@ -47,6 +47,8 @@ class StoredEvents(ABC):
             size=len(event.body) if event is not None else 0,
             keys=() if key is None else (key,),
         )
+        if acceptance.retry_of is not None:
+            _make_retry(job, acceptance.retry_of)
         if acceptance.change is not None:
             return await self._workers.submit(acceptance.source, acceptance.change, job)
         return await self._database.writer.submit(job, bounded=True)
@@ -63,6 +65,8 @@ class StoredEvents(ABC):
             ),
             keys=keys,
         )
+        if (retry_of := acceptances[0].retry_of) is not None:
+            _make_retry(job, retry_of)
         return await self._database.writer.submit(job, bounded=True)
 
     @abstractmethod
@@ -121,6 +125,17 @@ class StoredEvents(ABC):
         """See `Events.expunge_selected`."""
         async for page in self._queries.select(selection, span):
             yield await self.expunge([chosen.event_id for chosen in page])
+
+
+def _make_retry(job: Job[Receipt], refused_id: str) -> None:
+    """Let a job fail if a refused request became an event before.
+
+    The id of the request is an idempotency key, so that of two nodes that retry it, one stores an event.
+    Senders cannot use this key, because no source has the name in it.
+    """
+    key, accept = Key(OPERATOR_SOURCE, refused_id, KEY_ALONE, KEY_ALONE), job.apply
+    job.apply = lambda batch: batch.accept_retry(key, accept)
+    job.keys = (*job.keys, key)
 
 
 def _key_of(acceptance: Acceptance) -> Key | None:

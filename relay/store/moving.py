@@ -42,7 +42,7 @@ SMALL: Mapping[str, tuple[str, ...]] = {
     "stats": ("hour", "source", "type", "events", "duplicates", "bytes"),
     "dedupe": ("source", "key", "identity", "event_id", "expires_at"),
     "destinations": (
-        "name", "paused", "paused_until", "failing_since", "disabled_at", "disabled_reason",
+        "name", "paused", "paused_until", "failing_since", "disabled_at", "disabled_reason", "circuit_opened",
     ),
     "sources": ("name", "paused"),
     "held": ("destination", "since", "warned"),

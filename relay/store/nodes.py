@@ -62,8 +62,11 @@ class OneNode:
     def handle(self, verb: str, handle: Callable[[str, Any], Awaitable[Any]]) -> None:
         """See `Nodes.handle`; no other node sends requests."""
 
-    async def give(self, lanes: Collection[str]) -> None:
+    async def give(self, lanes: Collection[str], standing: Mapping[str, Mapping[str, Any]] = {}) -> None:
         """See `Nodes.give`; no other node takes lanes."""
+
+    def report_soon(self) -> None:
+        """See `Nodes.report_soon`; no other node takes lanes."""
 
     def lead(self, job: str) -> bool:
         """See `Nodes.lead`; always True."""

@@ -44,6 +44,13 @@ class Pending(NamedTuple):
     slot: int | None = None  # see `relay.base.shards`
 
 
+class Reported(NamedTuple):
+    """The part of a destination's state whose changes operators hear of."""
+
+    is_disabled: bool
+    is_open: bool  # its circuit
+
+
 class GroupTimes(NamedTuple):
     """When the new deliveries of groups are due."""
 
@@ -59,6 +66,20 @@ class HeldChanges(NamedTuple):
     to_warn: Mapping[str, int]  # destinations that may need a warning, and when each stopped accepting
     to_expire: Sequence[str]
     before: int  # deliveries of `to_expire` that were due before expire
+
+
+def add_reports(batch: Batch, stored: Mapping[str, Reported]) -> None:
+    """Add the operator events about destinations whose stored state does not show the change already.
+
+    `stored` has the states before this batch.
+    """
+    known = dict(stored)
+    for state, event in batch.reports:
+        before = known.get(state.name, Reported(is_disabled=False, is_open=False))
+        after = Reported(state.disabled_at is not None, state.circuit_opened is not None)
+        if after != before:
+            batch.add_generated(OPERATOR_SOURCE, event)
+        known[state.name] = after
 
 
 def end_in_flight(outcomes: Iterable[Outcome], claims: Claims) -> list[Outcome]:

@@ -4,6 +4,7 @@ import asyncio
 import json
 import logging
 import time
+from types import SimpleNamespace
 
 import pytest
 import pytest_asyncio
@@ -292,8 +293,9 @@ async def test_other_requests_run_while_many_events_are_made(relay: Relay):
     extra = Extra(relay.app.ingest._budget, 0)
     task = asyncio.create_task(count())
     began = time.thread_time()
-    mount, incoming = relay.app.ingest.mounts["bulk"], Incoming.of("POST", "/")
-    found = await _acceptances_of(mount, events, incoming, extra, None)
+    match = SimpleNamespace(mount=relay.app.ingest.mounts["bulk"])
+    call = SimpleNamespace(match=match, incoming=Incoming.of("POST", "/"), retry_of=None)
+    found = await _acceptances_of(call, events, extra, None)
     took = time.thread_time() - began
     task.cancel()
     extra.release()

@@ -211,6 +211,55 @@ MUTANTS = {
         ],
         [SHARED],
     ),
+    "report-a-change-of-a-destination-again": Mutant(
+        [Change("relay/store/transitions.py", "        if after != before:\n", "        if state:\n")],
+        [SHARED, OWNER],
+    ),
+    "report-a-change-without-the-lease": Mutant(
+        [
+            Change(
+                f"{POSTGRES}/transitions.py",
+                "mine = {row[0] for row in rows if not row[3]}",
+                "mine = {row[0] for row in rows}",
+            )
+        ],
+        [SHARED],
+    ),
+    "warn-of-expiry-without-lock": Mutant(
+        [Change(f"{POSTGRES}/transitions.py", "    await transaction.fetch(WARNING_LOCK_SQL)\n", "")],
+        [SHARDS],
+    ),
+    "forget-the-standing-of-the-former-owner": Mutant(
+        [
+            Change(
+                "relay/delivery/owner.py",
+                "lane.own(until, state, owned.standing.get(name))",
+                "lane.own(until, state)",
+            )
+        ],
+        [OWNER],
+    ),
+    "take-a-lane-with-other-settings-and-its-standing": Mutant(
+        [
+            Change(
+                f"{POSTGRES}/nodes.py",
+                "lease.definition not in (None, self._definition(lease.name))",
+                "lease.definition is self",
+            )
+        ],
+        [NODES],
+    ),
+    "retry-of-a-refused-request-without-key": Mutant(
+        [
+            Change(
+                "relay/store/batch.py",
+                "            self.keys.add(key, receipt.event_id, self.steady + DEDUPE_FOR)\n"
+                "            self.retried",
+                "            self.retried",
+            ),
+        ],
+        [SHARED],
+    ),
     "attempts-after-the-deadline": Mutant(
         [
             Change(

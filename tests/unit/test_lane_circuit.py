@@ -1,6 +1,7 @@
 """Failing destinations: circuit breaker, disabling, enabling, operator events."""
 
 import asyncio
+from unittest.mock import patch
 
 import msgspec
 import pytest
@@ -10,7 +11,8 @@ from support import until
 
 from relay.base.clock import SECOND
 from relay.config.schema import CircuitConfig, RetryConfig
-from relay.model import DestinationState
+from relay.errors import StorageError
+from relay.model import DestinationState, GeneratedEvent
 
 QUICK = CircuitConfig(failures=3, probe=0.1, max_probe=0.2)
 LASTING = CircuitConfig(failures=3, probe=3600.0, max_probe=3600.0)
@@ -363,3 +365,66 @@ async def test_a_dead_delivery_of_an_operator_event_raises_no_other(store, recei
         [row] = await ended(store, 1, "watch")
         assert (row["state"], row["reason"]) == ("dead", "exhausted")
         assert types(await store.queries.find("events")) == ["shop.order", "relay.delivery.dead"]
+
+
+async def test_a_restart_does_not_report_an_open_circuit_again(store, receiver):
+    receiver.usual = (500, {})
+    crm = destination("crm", receiver.url, circuit=LASTING, retry=OFTEN)
+
+    async def types_of_events():
+        return types(await store.queries.find("events", source="relay"))
+
+    async with dispatcher_for(store, crm) as dispatcher:
+        await send_many(store, 20)
+        await until(lambda: dispatcher.lanes["crm"].health.state.circuit_opened is not None)
+    sent = len(receiver.requests)
+    async with dispatcher_for(store, crm) as dispatcher:
+        lane = dispatcher.lanes["crm"]
+        await until(lambda: len(receiver.requests) > sent and lane.in_flight == 0)
+        assert lane.held == "circuit open"
+        assert len(receiver.requests) == sent + 1  # one probe
+        assert await types_of_events() == ["relay.destination.circuit_opened"]
+    receiver.usual = (200, {})
+    async with dispatcher_for(store, crm):
+        await ended(store, 19)  # the probe waits for the next one
+        assert await types_of_events() == [
+            "relay.destination.circuit_opened",
+            "relay.destination.recovered",
+        ]
+
+
+async def test_a_report_that_could_not_be_stored_is_repeated(store, receiver):
+    crm = destination("crm", receiver.url, circuit=QUICK, retry=OFTEN, concurrency=1)
+    stored, failing = store.deliveries.set_destination, True
+
+    async def fail_reports(state, event=None):
+        if event is not None and failing:
+            raise StorageError("for the test")
+        await stored(state, event)
+
+    with patch.object(store.deliveries, "set_destination", fail_reports):
+        async with dispatcher_for(store, crm) as dispatcher:
+            lane = dispatcher.lanes["crm"]
+            for status, type_ in ((500, "circuit_opened"), (200, "recovered")):
+                receiver.usual, failing = (status, {}), True
+                await send_many(store, 3)
+                await until(lambda status=status: lane.health.circuit.is_open == (status == 500))
+                failing = False
+                await send(store)
+                async with asyncio.timeout(30):
+                    while type_ not in str(await store.queries.find("events", source="relay")):  # noqa: ASYNC110 - the store offers nothing to await
+                        await asyncio.sleep(0.01)
+            await ended(store, 8)
+    rows = await store.queries.find("events", source="relay")
+    assert types(rows) == ["relay.destination.circuit_opened", "relay.destination.recovered"]
+
+
+async def test_a_state_that_is_stored_twice_is_one_event(store):
+    """A node may not know what another one has stored at the same moment."""
+    opened = DestinationState(name="crm", circuit_opened="HTTP 500")
+    both = msgspec.structs.replace(opened, disabled_at=1, disabled_reason="gone")
+    for state in (opened, opened, both, both, DestinationState(name="crm"), DestinationState(name="crm")):
+        event = GeneratedEvent(type="destination.changed", subject="crm", data={})
+        await store.deliveries.set_destination(state, event)
+    assert len(await store.queries.find("events", source="relay")) == 3
+    assert await store.queries.destination_states() == {"crm": DestinationState(name="crm")}

@@ -2,8 +2,11 @@
 
 import asyncio
 import itertools
+from functools import partial
+from types import SimpleNamespace
 from unittest.mock import patch
 
+import msgspec
 import pytest
 from lanes import CLOCK, Receiver, destination, dispatcher_for, ended, send, send_many
 from stores import accept, hooks, make_store
@@ -12,7 +15,7 @@ from support import until
 from relay.base.clock import SECOND
 from relay.base.shards import Shards
 from relay.base.units import Rate
-from relay.config.schema import DestinationConfig, Retention
+from relay.config.schema import CircuitConfig, DestinationConfig, Retention
 from relay.config.secrets import Url
 from relay.delivery.destination_health import ELSEWHERE, NO_STORAGE
 from relay.delivery.dispatcher import Dispatcher
@@ -23,12 +26,15 @@ from relay.jobs.retention import Upkeep
 from relay.jobs.scheduler import Jobs
 from relay.metrics import Metrics
 from relay.model import Attempt, DestinationState, Heartbeat, Node, Outcome, Register, Target
-from relay.store import FOREVER, Acceptance, Ownership
+from relay.state import State
+from relay.store import FOREVER, Acceptance, Ownership, Standing
 from relay.store.nodes import OneNode
 from relay.store.retention_policy import Policy
 from relay.workers.watch import Watch
 
 DAY = 86_400
+ERROR = "HTTP 500 Internal Server Error"
+FAILS_ONCE = CircuitConfig(failures=1, probe=3600.0, max_probe=3600.0)
 
 
 class ScriptedNodes:
@@ -47,12 +53,15 @@ class ScriptedNodes:
         self.owner_there = None
         self.others = ()
         self.live = 2
+        self.reported = {}  # standing of lanes, by the latest `own` and `give`
+        self.is_due = False  # whether `own` should be called at once
 
     def figures(self):
         return {"nodes": self.live}
 
     async def own(self, lanes, jobs, shards, standing):
         self.asked.append((dict(lanes), set(jobs)))
+        self.reported, self.is_due = dict(standing), False
         if self.error is not None:
             raise self.error
         return self.ownership
@@ -67,10 +76,14 @@ class ScriptedNodes:
         self.requests.append((lane, verb, argument))
         return await self.owner_there.answer(lane, verb, argument)
 
-    async def give(self, lanes):
+    async def give(self, lanes, standing):
         if self.error is not None:
             raise self.error
         self.given += lanes
+        self.reported.update(standing)
+
+    def report_soon(self):
+        self.is_due = True
 
     def lead(self, job):
         return job in self.leads
@@ -188,6 +201,114 @@ async def test_a_node_without_the_state_of_a_destination_asks_its_keeper_to_disa
         await owner.answer("crm", "disable", {"reason": "gone", "is_quiet": False})
         assert lane.held == "disabled: gone"
         assert (await store.queries.destination_states())["crm"].disabled_reason == "gone"
+
+
+async def events_about(store, name="crm"):
+    rows = await store.queries.find("events", source="relay", subject=name)
+    return [row["type"].removeprefix("relay.destination.") for row in reversed(rows)]
+
+
+async def opened_circuit(dispatcher, store):
+    """Let a node find that a destination fails."""
+    lane = dispatcher.lanes["crm"]
+    await send_many(store, 3)
+    await until(lambda: lane.health.circuit.is_open and not lane.in_flight)
+
+
+async def test_a_new_keeper_does_not_report_again_what_the_former_one_has_reported(store, receiver):
+    """The former one had no time to tell its standing to the new one."""
+    receiver.usual = (500, {})
+    config, nodes = destination("crm", receiver.url, shards=2, circuit=FAILS_ONCE), store.nodes
+    async with dispatcher_for(store, config) as here, dispatcher_for(store, config) as there:
+        first, second = Owner(here, store, set), Owner(there, store, set)
+        hooks(store).listener = here.listen
+        nodes.ownership = owned_shards(0, count=2)
+        await first.renew()
+        nodes.ownership = owned_shards(count=2, keeps=False)
+        await second.renew()
+        await opened_circuit(here, store)
+        opened = {"crm/0": Standing(circuit=ERROR, probe_at=CLOCK.steady() + 3600 * SECOND)}
+        for stored in ({}, opened):
+            nodes.ownership = owned_shards(0, count=2, standing=stored)
+            await first.renew()
+            await here.drained("crm")
+            assert await events_about(store) == ["circuit_opened"] * len(stored)
+        assert nodes.reported["crm/0"]["circuit"] == ERROR
+        for stored in (opened, opened, {"crm/0": Standing()}, {"crm/0": Standing()}):
+            nodes.ownership = owned_shards(count=2, standing=stored)
+            await second.renew()
+            await there.drained("crm")
+        assert await events_about(store) == ["circuit_opened", "recovered"]
+
+
+@pytest.mark.parametrize("count", [1, 2], ids=["undivided", "shards"])
+async def test_a_new_owner_waits_for_the_probe_of_an_open_circuit(store, receiver, count):
+    receiver.usual = (500, {})
+    config = destination("crm", receiver.url, shards=count, circuit=FAILS_ONCE)
+    mine = partial(owned_shards, 0, 1, count=2) if count > 1 else partial(owned, "crm")
+    async with dispatcher_for(store, config) as here, dispatcher_for(store, config) as there:
+        first, second = Owner(here, store, set), Owner(there, store, set)
+        hooks(store).listener = here.listen
+        store.nodes.ownership = mine()
+        await first.renew()
+        await opened_circuit(here, store)
+        assert store.nodes.is_due
+        await first.renew()
+        reported = store.nodes.reported
+        store.nodes.ownership = mine(standing=msgspec.convert(reported, dict[str, Standing]))
+        await first.renew()
+        probe_at = here.lanes["crm"].health.circuit.open_until
+        assert {each["probe_at"] for name, each in reported.items() if "probe_at" in each} == {probe_at}
+        await until(lambda: here.lanes["crm"].health.state.circuit_opened is not None)
+        store.nodes.ownership, lane = owned(), there.lanes["crm"]
+        await first.renew()
+        sent = len(receiver.requests)
+        store.nodes.ownership = mine(standing=msgspec.convert(reported, dict[str, Standing]))
+        await second.renew()
+        assert (lane.held, lane.health.circuit.open_until) == ("circuit open", probe_at)
+        store.nodes.ownership = owned()
+        await second.renew()
+        receiver.usual = (200, {})
+        reported = {name: {**each, "probe_at": CLOCK.steady()} for name, each in reported.items()}
+        store.nodes.ownership = mine(standing=msgspec.convert(reported, dict[str, Standing]))
+        await second.renew()
+        hooks(store).listener = there.listen
+        await send_many(store, 3)  # SQLite does not store the slots of the others
+        await until(lambda: len(receiver.requests) > sent and not lane.health.circuit.is_open)
+        await second.renew()
+        store.nodes.ownership = mine(standing=msgspec.convert(store.nodes.reported, dict[str, Standing]))
+        await second.renew()
+        await until(lambda: lane.health.state.circuit_opened is None)
+    assert await events_about(store) == ["circuit_opened", "recovered"]
+
+
+async def test_a_new_owner_pauses_as_long_as_the_receiver_has_requested(store, receiver):
+    receiver.usual = (503, {"Retry-After": "600"})
+    config = destination("crm", receiver.url, concurrency=1)
+    async with dispatcher_for(store, config) as here, dispatcher_for(store, config) as there:
+        first, second = Owner(here, store, set), Owner(there, store, set)
+        hooks(store).listener = here.listen
+        store.nodes.ownership = owned("crm")
+        await first.renew()
+        assert store.nodes.reported == {}  # a destination that works needs no report
+        await send_many(store, 3)
+        await until(lambda: here.lanes["crm"].held == "resting" and not here.lanes["crm"].in_flight)
+        assert store.nodes.is_due
+        store.nodes.ownership = owned("crm", hand_over=frozenset({"crm"}))
+        await first.renew()
+        await until(lambda: store.nodes.given == ["crm"])
+        until_ = here.lanes["crm"].health.rest_until
+        assert until_ > CLOCK.steady() + 500 * SECOND
+        assert store.nodes.reported["crm"]["rest_until"] == until_
+        store.nodes.ownership = owned("crm", standing={"crm": Standing(rest_until=until_)})
+        await second.renew()
+        lane = there.lanes["crm"]
+        assert (lane.held, lane.health.held_until) == ("resting", until_)
+        await second.close_circuit(lane, "for the test")
+        assert store.nodes.is_due
+        await second.renew()
+        assert store.nodes.reported["crm"]["rest_until"] == 0
+        await until(lambda: len(receiver.requests) == 2)
 
 
 async def test_no_attempt_begins_after_the_end_of_a_lease(store, receiver):
@@ -444,6 +565,24 @@ async def test_a_node_that_is_alone_owns_every_lane_without_asking(tmp_path):
     [node] = await nodes.all()
     assert node.is_self
     assert node.seen_at >= node.started_at
+
+
+async def test_a_pause_of_a_source_is_not_undone_by_a_look_that_began_before_it():
+    mounts = {name: SimpleNamespace(paused=False) for name in ("here", "there", "neither")}
+
+    async def paused_sources():
+        mounts["here"].paused = True  # by an operator, after the statement has read the rows
+        return frozenset({"there"})
+
+    state = SimpleNamespace(
+        ingest=SimpleNamespace(mounts=mounts, admission=SimpleNamespace(nodes=1)),
+        _store=SimpleNamespace(nodes=ScriptedNodes(), queries=SimpleNamespace(paused_sources=paused_sources)),
+    )
+    await State.refresh(state)
+    assert {name: mount.paused for name, mount in mounts.items()} == {
+        "here": True, "there": True, "neither": False,
+    }  # fmt: skip
+    assert state.ingest.admission.nodes == 2
 
 
 async def test_a_job_of_the_cluster_runs_only_where_it_is_led():

@@ -11,7 +11,7 @@ from support import FakeClock, until
 from relay.base.clock import SECOND, SystemClock
 from relay.config.effective import Digests
 from relay.errors import RelayError, StorageError, StorageUnavailableError
-from relay.store import Answers
+from relay.store import Answers, Standing
 from relay.store.postgres.clock import SLEW, ServerClock
 from relay.store.postgres.leases import (
     ABSENT,
@@ -781,6 +781,30 @@ async def test_a_node_that_the_others_forgot_joins_again(cluster, caplog):
 
 
 @needs_postgres
+@pytest.mark.parametrize("end", ["give", "die"])
+async def test_a_new_owner_knows_the_standing_that_the_former_one_has_reported(cluster, end):
+    first = await cluster.join("a", lanes=("crm",), settings="s")
+    second = await cluster.join("b", lanes=("crm",), settings="s")
+    await own(first, ())
+    standing = {"circuit": "HTTP 500", "is_quiet": False, "probe_at": 5, "rest_until": 6}
+    await first.own(first.lanes, (), {}, {"crm": standing})
+    later = {**standing, "rest_until": 7}
+    if end == "give":
+        await first.leave()
+        await first.give(["crm"], {"crm": later})
+    else:  # by SIGKILL
+        await first.own(first.lanes, (), {}, {"crm": later})
+        await cluster.run("UPDATE leases SET until = clock_timestamp() - interval '1 minute'")
+        await cluster.run("UPDATE nodes SET seen = seen - interval '1 minute' WHERE name = 'a'")
+    assert (await own(second, ())).standing == {"crm": Standing(**later)}
+    assert set(second.owned) == {"crm"}
+    await cluster.run("UPDATE leases SET definition = 'other', until = clock_timestamp() - interval '1 hour'")
+    second._forget("lane:crm")
+    assert (await own(second, ())).standing == {}  # of another destination
+    assert set(second.owned) == {"crm"}
+
+
+@needs_postgres
 async def test_the_clock_follows_the_server(cluster):
     class Ahead(SystemClock):
         def steady(self):
@@ -839,6 +863,11 @@ async def test_shards_are_divided_among_nodes_and_one_of_them_keeps_the_state(cl
     )
     shown = (await divide(a, 4)).standing
     assert [(shown[name].in_flight, shown[name].circuit) for name in numbers(found[1])] == [(3, "503")] * 2
+    await cluster.run("UPDATE nodes SET seen = seen - interval '1 minute' WHERE name = 'b'")
+    await cluster.run("UPDATE leases SET until = clock_timestamp() WHERE incarnation = $1", b.incarnation)
+    shown = (await divide(a, 4)).standing
+    assert [(shown[name].in_flight, shown[name].circuit) for name in numbers(found[1])] == [(0, "503")] * 2
+    assert len(numbers(await divide(a, 4))) == 4
 
 
 @needs_postgres

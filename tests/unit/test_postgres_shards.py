@@ -8,7 +8,7 @@ from postgres import needs_postgres
 from postgres_stores import emptied, url_of
 from stores import accept, check_rows, hooks, make_store, rows
 from support import until
-from test_postgres_shared import Node
+from test_postgres_shared import Node, hold_commits, waits_or_ends
 
 from relay.base.clock import SECOND, SystemClock
 from relay.base.shards import Shards, slot_of
@@ -316,6 +316,26 @@ async def test_deliveries_that_were_held_for_too_long_expire_by_shard_with_one_w
     assert [name for (name,) in await first.store.database.fetch("SELECT destination FROM held")] == list(
         first.mine
     )
+
+
+async def test_two_nodes_that_warn_of_expiry_at_the_same_moment_warn_once(sharers):
+    first, second = sharers
+    await fill_both(sharers)
+    for node in sharers:
+        await node.store.deliveries.expire_held(node.mine, 1000 * SECOND)
+    due = CLOCK.steady() - 600 * SECOND
+    await first.store.database.fetch("UPDATE owed SET next_attempt_at = $1", due)
+    await first.store.database.fetch("UPDATE held SET since = $1", due)
+    written, allowed = hold_commits(first)
+    warnings = [asyncio.ensure_future(first.store.deliveries.expire_held(first.mine, 1000 * SECOND))]
+    await asyncio.wait_for(written.wait(), 30)
+    warnings.append(asyncio.ensure_future(second.store.deliveries.expire_held(second.mine, 1000 * SECOND)))
+    await waits_or_ends(second, warnings[1])
+    allowed.set()
+    assert await asyncio.gather(*warnings) == [0, 0]
+    sql = "SELECT count(*) FROM events WHERE type = 'relay.deliveries.expiring'"
+    assert await first.store.database.value(sql) == 1
+    assert await first.store.database.value("SELECT bool_and(warned) FROM held")
 
 
 async def test_only_the_keeper_changes_the_state_of_the_destination(sharers):

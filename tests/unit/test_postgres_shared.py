@@ -7,14 +7,15 @@ from functools import partial
 from unittest.mock import patch
 
 import asyncpg
+import msgspec
 import pytest
 from postgres import needs_postgres, not_pooled
 from postgres_stores import emptied, listen_url_of, url_of
 from support import until
 
 from relay.base.clock import SECOND, SystemClock
-from relay.errors import StorageError
-from relay.model import Attempt, DestinationState, Outcome, Target
+from relay.errors import AlreadyRetried, StorageError
+from relay.model import Attempt, DestinationState, GeneratedEvent, Outcome, Target
 from relay.store import opening
 from relay.store.postgres import transitions
 from relay.store.postgres.clock import ServerClock
@@ -218,6 +219,21 @@ async def test_two_requests_with_one_key_at_two_nodes_are_one_event(nodes):
 
 
 @needs_postgres
+async def test_two_retries_of_one_refused_request_at_two_nodes_are_one_event(nodes):
+    acceptances = [msgspec.structs.replace(accept(CLOCK), retry_of="ref_1") for _ in nodes]
+    written, allowed = hold_commits(nodes[0])
+    retries = [asyncio.ensure_future(nodes[0].store.events.append(acceptances[0]))]
+    await asyncio.wait_for(written.wait(), 30)
+    retries.append(asyncio.ensure_future(nodes[1].store.events.append(acceptances[1])))
+    await waits_or_ends(nodes[0], retries[1])
+    allowed.set()
+    receipt, error = await asyncio.gather(*retries, return_exceptions=True)
+    assert isinstance(error, AlreadyRetried)
+    assert error.event_id == receipt.event_id
+    assert len(await nodes[0].store.queries.find("events", limit=100)) == 1
+
+
+@needs_postgres
 async def test_the_outcome_of_a_frozen_node_does_not_count(nodes):
     first, second = nodes
     await first.send()
@@ -249,6 +265,28 @@ async def test_a_frozen_node_ends_nothing_and_changes_no_state_of_a_lane_that_it
         assert await first.store.deliveries.expire() == 0
     assert (await first.store.queries.destination_states())["crm"].paused
     assert await second.store.deliveries.expire() == 1
+
+
+@needs_postgres
+async def test_a_change_that_two_owners_report_after_each_other_is_one_event(nodes):
+    """The first one has lost the lane during its commit; the second one has not seen its report."""
+    first, second = nodes
+    opened = DestinationState(name="crm", circuit_opened="HTTP 500")
+    event = GeneratedEvent(type="destination.circuit_opened", subject="crm", data={})
+    written, allowed = hold_commits(first)
+    reports = [asyncio.ensure_future(first.store.deliveries.set_destination(opened, event))]
+    await asyncio.wait_for(written.wait(), 30)
+    scope = first.store.nodes.scope
+    await first.own()
+    await second.own("crm", "erp")
+    reports.append(asyncio.ensure_future(second.store.deliveries.set_destination(opened, event)))
+    await waits_or_ends(second, reports[1])
+    allowed.set()
+    await asyncio.gather(*reports)
+    with patch.object(PostgresNodes, "scope", scope):  # frozen after it has begun another report
+        await first.store.deliveries.set_destination(DestinationState(name="crm"), event)
+    assert (await second.store.queries.destination_states())["crm"] == opened
+    assert len(await second.store.queries.find("events", source="relay")) == 1
 
 
 @pytest.mark.parametrize("seconds", [0, 2, 10])

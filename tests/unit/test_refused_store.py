@@ -1,10 +1,13 @@
 """The store of refused requests: `relay.store.Refused`, on each engine."""
 
+import asyncio
+
+import msgspec
 import pytest
-from stores import KINDS, make_store
+from stores import KINDS, accept, break_disk, count_rows, make_store
 
 from relay.base.ids import REFUSED, new_id
-from relay.errors import RelayError, UnknownError
+from relay.errors import AlreadyRetried, RelayError, StorageError, UnknownError
 from relay.model import RefusedRequest
 
 
@@ -55,11 +58,60 @@ async def test_pages_are_newest_first_and_filtered(store, clock):
         await store.refused.page(limit=9, cursor="x")
 
 
-async def test_a_retry_is_noted(store, clock):
+async def test_a_retry_that_is_refused_again_is_noted(store, clock):
     [added] = await add(store, clock)
-    await store.refused.note_retry(added.id, clock.wall(), "evt_1")
+    await store.refused.note_retry(added.id, clock.wall())
     found = await store.refused.named(added.id)
-    assert (found.retried_at, found.event_id) == (clock.wall(), "evt_1")
+    assert (found.retried_at, found.event_id) == (clock.wall(), None)
+
+
+def retry(refused, acceptance):
+    return msgspec.structs.replace(acceptance, retry_of=refused.id)
+
+
+@pytest.mark.parametrize("key", [None, "k"])
+async def test_a_retry_stores_one_event_and_the_result_in_one_transaction(store, clock, key):
+    [added, other] = await add(store, clock, 2)
+    stored = await store.events.append(retry(added, accept(clock, key=key)))
+    found = await store.refused.named(added.id)
+    assert (found.retried_at, found.event_id) == (clock.wall(), stored.event_id)
+    with pytest.raises(AlreadyRetried) as error:
+        await store.events.append(retry(added, accept(clock, key=key)))
+    assert error.value.event_id == stored.event_id
+    await store.refused.note_retry(added.id, clock.wall())  # refused by a node with another configuration
+    assert (await store.refused.named(added.id)).event_id == stored.event_id
+    same = await store.events.append(retry(other, accept(clock, key=key)))
+    assert same.duplicate == (key is not None)
+    assert (await store.refused.named(other.id)).event_id == same.event_id
+    assert await count_rows(store, "events") == (1 if key else 2)
+
+
+async def test_a_retry_with_several_events_stores_them_once(store, clock):
+    [added] = await add(store, clock)
+
+    def acceptances():
+        first, *others = (accept(clock, key=key) for key in (None, "k", None))
+        return [retry(added, first), *others]
+
+    receipt = await store.events.append_all(acceptances())
+    assert (await store.refused.named(added.id)).event_id == receipt.each[0].event_id
+    with pytest.raises(AlreadyRetried):
+        await store.events.append_all(acceptances())
+    assert await count_rows(store, "events") == 3
+
+
+async def test_a_retry_that_could_not_be_stored_can_be_repeated(store, clock):
+    [added] = await add(store, clock)
+    with pytest.MonkeyPatch.context() as patch:
+        break_disk(store, patch)
+        with pytest.raises(StorageError):
+            await store.events.append(retry(added, accept(clock)))
+    assert (await store.refused.named(added.id)).retried_at is None
+    async with asyncio.timeout(30):
+        while store.failure is not None:  # noqa: ASYNC110 - the writer tries once a second
+            await asyncio.sleep(0.05)
+    stored = await store.events.append(retry(added, accept(clock)))
+    assert (await store.refused.named(added.id)).event_id == stored.event_id
 
 
 async def test_old_requests_and_those_beyond_a_size_are_deleted(store, clock):

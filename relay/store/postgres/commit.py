@@ -211,7 +211,7 @@ REPEATED_HERE = Part("""
 """Repetitions of events that the same statement stores."""
 
 _STATE_COLUMNS = DestinationState.__struct_fields__
-_STATE_TYPES = {"name": "text", "paused": "bool", "disabled_reason": "text"}
+_STATE_TYPES = {"name": "text", "paused": "bool", "disabled_reason": "text", "circuit_opened": "text"}
 STATES = Part(f"""
     new_states AS (
         INSERT INTO destinations ({", ".join(_STATE_COLUMNS)})
@@ -228,6 +228,12 @@ PAUSES = Part("""
     new_pauses AS (
         INSERT INTO sources (name, paused) SELECT * FROM unnest($1::text[], $2::bool[])
         ON CONFLICT (name) DO UPDATE SET paused = excluded.paused)
+""")
+
+RETRIED = Part("""
+    retried AS (
+        UPDATE refused AS r SET retried_at = $3::bigint, event_id = n.event_id
+          FROM unnest($1::text[], $2::text[]) AS n (public_id, event_id) WHERE r.public_id = n.public_id)
 """)
 
 
@@ -323,6 +329,8 @@ class PostgresCommitter(Committer):
     async def write(self, transaction: Transaction, batch: Batch) -> None:
         """Write a batch inside its transaction; parts that nothing depends on are written with the commit."""
         transaction.batch = batch
+        if batch.reports:
+            await transitions.report_changes(batch, transaction)
         if self.shared_workers is not None and batch.worker_changes is not None:
             await self.shared_workers.write(batch.worker_changes, transaction)
         with_workers = self.shared_workers is None
@@ -584,10 +592,13 @@ def _add_others(batch: Batch, transaction: Transaction, *, with_workers: bool) -
     if batch.states:
         states = {state.name: state for state in batch.states}.values()
         columns = [[getattr(s, column) for s in states] for column in _STATE_COLUMNS]
+        columns[-1] = list(map(text, columns[-1]))
         transaction.add(STATES, *columns, batch.incarnation)
     if batch.pauses:
         pauses = dict(batch.pauses)
         transaction.add(PAUSES, list(pauses), list(pauses.values()))
+    if batch.retried:
+        transaction.add(RETRIED, list(batch.retried), list(batch.retried.values()), batch.wall)
 
 
 def _add_keys(batch: Batch, transaction: Transaction) -> None:

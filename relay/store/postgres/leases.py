@@ -46,10 +46,15 @@ class Lease(msgspec.Struct, frozen=True):
     epoch: int
     is_held: bool
     free_for: float | None = None  # seconds since it became free; None: it never was held, or is held
-    standing: Standing = Standing()
+    standing: Standing | None = None  # None: never reported
     definition: str | None = None  # settings of the node that held it last, as a digest; None: older version
     place: str | None = None  # the state folder of that node
     gone_for: float = 0.0  # seconds since that node was alive, if the lease is free
+
+    @property
+    def shards(self) -> int:
+        """The number of shards of its destination in force; 0: it is changing."""
+        return 1 if self.standing is None else self.standing.shards
 
     @property
     def is_shard(self) -> bool:
@@ -70,12 +75,12 @@ class Peer(msgspec.Struct, frozen=True):
     place: str | None = None  # its state folder
     former: Mapping[str, Sequence[str]] = {}  # its definitions before reloads, by the same names
     barred: frozenset[str] = frozenset()  # jobs that it must leave to other nodes
+    version: str = ""
 
     def may_hold(self, name: str) -> bool:
         """Return whether the node can run a lane or a job."""
         if name.startswith(JOB):
             return name not in self.barred
-    version: str = ""
         return destination_of(name.removeprefix(LANE)) in self.destinations
 
     def has_held(self, lease: Lease) -> bool:
@@ -231,9 +236,9 @@ def plan(
 def in_force(leases: Iterable[Lease]) -> dict[str, int]:
     """Return the number of shards of each destination that is divided, or whose number is changing."""
     return {
-        lease.name.removeprefix(LANE): lease.standing.shards
+        lease.name.removeprefix(LANE): lease.shards
         for lease in leases
-        if lease.name.startswith(LANE) and not lease.is_shard and lease.standing.shards != 1
+        if lease.name.startswith(LANE) and not lease.is_shard and lease.shards != 1
     }
 
 

@@ -150,7 +150,7 @@ TAKE_SHARDS_SQL = """
          ORDER BY l.name FOR UPDATE OF l SKIP LOCKED
     )
     UPDATE leases AS l
-       SET incarnation = $1::uuid, epoch = l.epoch + 1, standing = NULL,
+       SET incarnation = $1::uuid, epoch = l.epoch + 1, standing = l.standing - 'in_flight',
            until = clock_timestamp() + free.length * interval '1 second'
       FROM free WHERE l.name = free.name
     RETURNING l.name, l.epoch
@@ -163,8 +163,11 @@ DIVIDE_SQL = """
 """
 
 GIVE_SQL = """
-    UPDATE leases AS l SET until = clock_timestamp()
-      FROM unnest($2::text[], $3::bigint[]) AS h (name, epoch)
+    UPDATE leases AS l
+       SET until = clock_timestamp(),
+           standing = CASE WHEN h.standing IS NULL THEN l.standing
+                           ELSE coalesce(l.standing, '{}') || h.standing::jsonb END
+      FROM unnest($2::text[], $3::bigint[], $4::text[]) AS h (name, epoch, standing)
      WHERE l.name = h.name AND l.epoch = h.epoch AND l.incarnation = $1::uuid AND l.until > clock_timestamp()
 """
 
@@ -391,9 +394,10 @@ class PostgresNodes:
         self._answer_requests()
         return self._ownership(leases, peers)
 
-    async def give(self, lanes: Collection[str]) -> None:
+    async def give(self, lanes: Collection[str], standing: Mapping[str, Mapping[str, Any]] = {}) -> None:
         """See `Nodes.give`; a lane that is being divided stays with this node."""
         async with self._lock:
+            self._standing = {**self._standing, **standing}
             divided = self._dividing.keys() & set(lanes)
             for name in divided:
                 await self._set_shards(name, self._dividing.pop(name))
@@ -402,6 +406,11 @@ class PostgresNodes:
             self._scope_until = 0
         self.announce(leases=True)
         if divided and self._attendant is not None:
+            self._attendant.renew_soon()
+
+    def report_soon(self) -> None:
+        """See `Nodes.report_soon`."""
+        if self._attendant is not None:
             self._attendant.renew_soon()
 
     def lead(self, job: str) -> bool:
@@ -727,8 +736,7 @@ class PostgresNodes:
         asked = self._clock.steady()
         lengths = [self._length(name) for name in names]
         epochs = [self._held[name] for name in names]
-        shown = [self._standing.get(name.removeprefix(LANE)) for name in names]
-        standing = [None if each is None else msgspec.json.encode(each).decode() for each in shown]
+        standing = list(map(self._reported, names))
         definitions = list(map(self._definition, names))
         rows = await self._fetch(RENEW_SQL, self.incarnation, names, epochs, lengths, standing, definitions)
         renewed = {row["name"] for row in rows}
@@ -846,7 +854,8 @@ class PostgresNodes:
             epochs = [self._held[name] for name in names]
             for name in names:
                 self._trusted.pop(name, None)
-            await self._fetch(GIVE_SQL, self.incarnation, list(names), epochs)
+            standing = list(map(self._reported, names))
+            await self._fetch(GIVE_SQL, self.incarnation, list(names), epochs, standing)
             for name in names:
                 self._forget(name)
 
@@ -867,11 +876,27 @@ class PostgresNodes:
             | self._dividing.keys(),
             shards=dict(self._shards),
             standing={
-                lease.name.removeprefix(LANE): lease.standing
+                lease.name.removeprefix(LANE): standing
                 for lease in leases
-                if lease.is_held and lease.name.startswith(LANE)
+                if lease.name.startswith(LANE) and (standing := self._standing_of(lease)) is not None
             },
         )
+
+    def _standing_of(self, lease: Lease) -> Standing | None:
+        """Return the report of a lane's owner or former owner.
+
+        The failures and pauses of a destination with other settings do not count.
+        """
+        if lease.standing is None or lease.is_held:
+            return lease.standing
+        if not lease.is_shard and lease.definition not in (None, self._definition(lease.name)):
+            return None
+        return msgspec.structs.replace(lease.standing, in_flight=0)
+
+    def _reported(self, name: str) -> str | None:
+        """Return the report about a lane of this node, as JSON; None: unchanged."""
+        standing = self._standing.get(name.removeprefix(LANE))
+        return None if standing is None else msgspec.json.encode(standing).decode()
 
     def _is_trusted(self, name: str) -> bool:
         return self._trusted.get(name, 0) > self._clock.steady()
@@ -926,7 +951,7 @@ def _divided(count: int) -> str:
 
 def _lease_of(row: Any) -> Lease:
     given = row["standing"]
-    standing = Standing() if given is None else msgspec.json.decode(given, type=Standing)
+    standing = None if given is None else msgspec.json.decode(given, type=Standing)
     return Lease(
         row["name"],
         row["incarnation"],
@@ -951,9 +976,9 @@ def _peer_of(row: Any) -> Peer:
         None if row["definitions"] is None else msgspec.json.decode(row["definitions"], type=dict[str, str]),
         row["place"],
         {} if row["former"] is None else msgspec.json.decode(row["former"], type=dict[str, list[str]]),
+        version=row["version"],
     )
 
 
 def _of_kind(kind: str, names: Iterable[str]) -> tuple[str, ...]:
     return tuple(sorted(name.removeprefix(kind) for name in names if name.startswith(kind)))
-        version=row["version"],

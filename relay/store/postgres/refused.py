@@ -20,7 +20,7 @@ NAMED_SQL = """
     SELECT head, body, retried_at, event_id FROM refused
      WHERE public_id >= $1 AND public_id < $2 ORDER BY public_id LIMIT $3
 """
-RETRIED_SQL = "UPDATE refused SET retried_at = $1, event_id = $2 WHERE public_id = $3"
+RETRIED_SQL = "UPDATE refused SET retried_at = $1 WHERE public_id = $2 AND event_id IS NULL"
 PRUNE_SQL = """
     DELETE FROM refused WHERE at < $1 OR id <= (
            SELECT max(id) FROM (SELECT id, sum(size) OVER (ORDER BY id DESC) AS total FROM refused) AS sizes
@@ -68,9 +68,9 @@ class PostgresRefused:
             *the_one(given, await self._database.fetch(NAMED_SQL, *range_of(given), MOST_NAMED))
         )
 
-    async def note_retry(self, id_: str, at: int, event_id: str | None) -> None:
+    async def note_retry(self, id_: str, at: int) -> None:
         """See `Refused.note_retry`."""
-        await self._database.writer.call(partial(_run, RETRIED_SQL, (at, event_id, id_)))
+        await self._database.writer.call(partial(_run, RETRIED_SQL, (at, id_)))
 
     async def prune(self, before: int, most_bytes: int) -> int:
         """See `Refused.prune`."""

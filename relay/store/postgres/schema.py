@@ -340,6 +340,10 @@ FORMER = """
 ALTER TABLE nodes ADD COLUMN former jsonb;     -- digests before reloads of its config, as `definitions`
 """
 
+CIRCUITS = """
+ALTER TABLE destinations ADD COLUMN circuit_opened text; -- reason, as reported to operators; NULL: closed
+"""
+
 MIGRATIONS: tuple[str, ...] = (
     EVENTS + DELIVERIES + WORKERS + OTHERS,
     SHARED,
@@ -347,6 +351,7 @@ MIGRATIONS: tuple[str, ...] = (
     CEILINGS,
     PLACES,
     FORMER,
+    CIRCUITS,
 )
 """Each runs in one transaction; never edit one that has been released, append another.
 

@@ -14,7 +14,7 @@ sorted order, and before any other row (`lock_keys`).
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import asyncpg
@@ -30,6 +30,8 @@ from relay.store.transitions import (
     HELD_AT_ONCE,
     SUPERSEDED,
     Pending,
+    Reported,
+    add_reports,
     group_times,
     held_changes,
     is_warning_due,
@@ -48,6 +50,18 @@ LOCK_SQL = """
 BUSY_SQL = """
     SELECT k.destination, k.order_key FROM unnest($1::text[], $2::text[]) AS k (destination, order_key)
      WHERE EXISTS (SELECT 1 FROM owed AS o WHERE o.destination = k.destination AND o.order_key = k.order_key)
+"""
+HELD_SQL = """
+    INSERT INTO held (destination, since) SELECT name, $2 FROM unnest($1::text[]) AS n (name)
+        ON CONFLICT DO NOTHING
+"""
+WARNING_LOCK_SQL = "SELECT pg_advisory_xact_lock(hashtext('hookferry warning'))"
+REPORTED_SQL = """
+    INSERT INTO destinations AS d (name) SELECT * FROM unnest($1::text[]) AS n (name)
+        ON CONFLICT (name) DO UPDATE SET name = excluded.name
+    RETURNING name, disabled_at IS NOT NULL, circuit_opened IS NOT NULL, EXISTS (
+              SELECT FROM leases AS l WHERE l.name = 'lane:' || d.name
+                 AND l.incarnation <> $2::uuid AND l.until > clock_timestamp())
 """
 FREE_SQL = """
     UPDATE owed SET next_attempt_at = $3
@@ -313,6 +327,19 @@ async def end(
     )
 
 
+async def report_changes(batch: Batch, transaction: Transaction) -> None:
+    """Add the operator events about the states of destinations; call it before any other row is locked.
+
+    The rows stay locked until the commit, so that the next owner of a lane knows what this node has reported.
+    A node that has lost the lane meanwhile reports nothing.
+    """
+    names = sorted({state.name for state, _ in batch.reports})
+    rows = await transaction.fetch(REPORTED_SQL, names, batch.incarnation)
+    mine = {row[0] for row in rows if not row[3]}
+    batch.reports = [(state, event) for state, event in batch.reports if state.name in mine]
+    add_reports(batch, {row[0]: Reported(row[1], row[2]) for row in rows})
+
+
 async def free(batch: Batch, transaction: Transaction, keys: Sequence[Key]) -> None:
     """Make the next delivery of each order key due after an earlier one has ended."""
     if not keys:
@@ -449,21 +476,37 @@ async def _expire_held(
     """Expire deliveries of destinations that accept nothing; the rows of shards have the names of lanes."""
     rows = await transaction.fetch("SELECT destination, since, warned FROM held")
     changes = held_changes(batch, held, {name: (since, warned) for name, since, warned in rows})
-    warned_of = {destination_of(name) for name, _, warned in rows if warned}
     if changes.gone:
         await transaction.fetch("DELETE FROM held WHERE destination = ANY($1::text[])", changes.gone)
     if changes.new:
-        sql = "INSERT INTO held (destination, since) SELECT name, $2 FROM unnest($1::text[]) AS n (name)"
-        await transaction.fetch(sql, changes.new, batch.steady)
-    for lane, since in changes.to_warn.items():
-        seconds = await _seconds_to_expiry(batch, transaction, lane, held.kept, since)
-        if seconds is not None:
-            await transaction.fetch("UPDATE held SET warned = true WHERE destination = $1", lane)
-            if (name := destination_of(lane)) not in warned_of:  # once for all shards
-                warned_of.add(name)
-                warn_of_expiry(batch, name, seconds, held.kept)
+        await transaction.fetch(HELD_SQL, changes.new, batch.steady)
+    warnings = {
+        lane: seconds
+        for lane, since in changes.to_warn.items()
+        if (seconds := await _seconds_to_expiry(batch, transaction, lane, held.kept, since)) is not None
+    }
+    if warnings:
+        await _warn_of_expiry(batch, transaction, warnings, held.kept)
     for name in changes.to_expire:
         await _expire_destination(batch, transaction, claims, name, changes.before)
+
+
+async def _warn_of_expiry(
+    batch: Batch, transaction: Transaction, warnings: Mapping[str, int], kept: int
+) -> None:
+    """Warn once for all shards of a destination; `warnings` has the seconds until deliveries of lanes expire.
+
+    Other nodes own the other shards, and may warn at the same moment, so one node after another decides.
+    """
+    await transaction.fetch(WARNING_LOCK_SQL)
+    warned = await transaction.fetch("SELECT destination FROM held WHERE warned")
+    warned_of = {destination_of(name) for (name,) in warned}
+    for lane, seconds in warnings.items():
+        if (name := destination_of(lane)) not in warned_of:
+            warned_of.add(name)
+            warn_of_expiry(batch, name, seconds, kept)
+    sql = "UPDATE held SET warned = true WHERE destination = ANY($1::text[])"
+    await transaction.fetch(sql, list(warnings))
 
 
 def _part_of(batch: Batch, lane: str) -> tuple[str, tuple[int, ...] | None]:

@@ -27,7 +27,15 @@ from relay.store.sqlite import event_times
 from relay.store.sqlite.transaction import Transaction
 from relay.store.sqlite.transitions import cancel, end, expire, expire_held, free, make_due, repeat
 from relay.store.sqlite.workers import write_workers
-from relay.store.transitions import SUPERSEDED, end_in_flight, group_times, handle_dead, supersede
+from relay.store.transitions import (
+    SUPERSEDED,
+    Reported,
+    add_reports,
+    end_in_flight,
+    group_times,
+    handle_dead,
+    supersede,
+)
 from relay.store.writer import Committer
 
 log = logging.getLogger("relay.store")
@@ -51,6 +59,17 @@ KEYS_SQL = """
       FROM request
 """
 
+RETRIED_SQL = """
+    WITH retried (public_id, event_id, at) AS (VALUES {values})
+    UPDATE refused SET retried_at = retried.at, event_id = retried.event_id
+      FROM retried WHERE refused.public_id = retried.public_id
+"""
+
+REPORTED_SQL = """
+    WITH changed (name) AS (VALUES {values})
+    SELECT name, disabled_at IS NOT NULL, circuit_opened IS NOT NULL
+      FROM changed JOIN destinations USING (name)
+"""
 
 KNOWN_SQL = """
     WITH imported (id) AS (VALUES {values})
@@ -97,6 +116,7 @@ async def write(batch: Batch, transaction: Transaction, claims: Claims) -> None:
         or batch.to_restore
         or batch.states
         or batch.pauses
+        or batch.retried
     ):
         await _write_requested(batch, transaction, claims)
     if batch.stats or batch.events or batch.restored:
@@ -128,10 +148,20 @@ async def _write_requested(batch: Batch, transaction: Transaction, claims: Claim
     if batch.to_restore:
         await _restore(batch, transaction)
     if batch.states:
-        states = [msgspec.structs.astuple(state) for state in batch.states]
-        transaction.insert("destinations", STATE_COLUMNS, states, verb="REPLACE")
+        await _write_states(batch, transaction)
     if batch.pauses:
         transaction.insert("sources", "name, paused", batch.pauses, verb="REPLACE")
+    if batch.retried:
+        transaction.run_rows(RETRIED_SQL, [(*each, batch.wall) for each in batch.retried.items()])
+
+
+async def _write_states(batch: Batch, transaction: Transaction) -> None:
+    """Write the states of destinations, and add the operator events about their changes."""
+    if batch.reports:
+        rows = await transaction.fetch_rows(REPORTED_SQL, [(state.name,) for state, _ in batch.reports])
+        add_reports(batch, {name: Reported(bool(disabled), bool(open_)) for name, disabled, open_ in rows})
+    states = [msgspec.structs.astuple(state) for state in batch.states]
+    transaction.insert("destinations", STATE_COLUMNS, states, verb="REPLACE")
 
 
 async def _restore(batch: Batch, transaction: Transaction) -> None:

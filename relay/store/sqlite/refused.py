@@ -76,12 +76,12 @@ class SqliteRefused:
         rows = list(await self._database.reader.execute_fetchall(NAMED_SQL, (*range_of(given), MOST_NAMED)))
         return request_of(*the_one(given, rows))
 
-    async def note_retry(self, id_: str, at: int, event_id: str | None) -> None:
+    async def note_retry(self, id_: str, at: int) -> None:
         """See `Refused.note_retry`."""
 
         async def note(connection: aiosqlite.Connection) -> None:
-            sql = "UPDATE refused SET retried_at = ?, event_id = ? WHERE public_id = ?"
-            await connection.execute(sql, (at, event_id, id_))
+            sql = "UPDATE refused SET retried_at = ? WHERE public_id = ? AND event_id IS NULL"
+            await connection.execute(sql, (at, id_))
 
         await self._database.writer.call(note)
 

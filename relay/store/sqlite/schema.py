@@ -264,6 +264,10 @@ CREATE TABLE audit (                           -- changes over the admin API
 ) STRICT;
 """
 
+CIRCUITS = """
+ALTER TABLE destinations ADD COLUMN circuit_opened TEXT;  -- reason, as reported to operators; NULL: closed
+"""
+
 MIGRATIONS: tuple[str, ...] = (
     EVENTS + DELIVERIES + HELD + WORKERS + DEDUPE + STATS + META,
     LISTS,
@@ -272,5 +276,6 @@ MIGRATIONS: tuple[str, ...] = (
     PAUSES,
     REFUSED,
     OPERATORS,
+    CIRCUITS,
 )
 """Each runs in one transaction; never edit one that has been released, append another."""
