@@ -61,13 +61,13 @@ class TopDestination(msgspec.Struct):
     last_error_at: Time | None
 
 
-class TopNode(msgspec.Struct):
+class TopNode(msgspec.Struct, kw_only=True):
     """Another node of the cluster."""
 
     name: str
-    answers: Annotated[bool, about("Whether it answers in time; if not, its figures are missing.")]
-    ready: bool | None
-    reasons: tuple[str, ...]
+    answers: Annotated[bool, about("Whether it answers in time; if not, its figures are missing.")] = False
+    ready: bool | None = None
+    reasons: tuple[str, ...] = ()
     unable: Annotated[bool, about("Whether its figures are missing because it runs another version.")] = False
 
 
@@ -365,13 +365,14 @@ def _merged(mine: dict[str, Any], others: Answers) -> dict[str, Any]:
         "sources": _rows(part["sources"] for part in every),
         "destinations": _rows(part["destinations"] for part in every),
         "nodes": [
-            *({"name": name, "answers": True, "ready": part["ready"], "reasons": part["reasons"]}
-              for name, part in parts.items()),
-            *({"name": name, "answers": False, "ready": None, "reasons": []} for name in silent),
-            *({"name": name, "answers": False, "ready": None, "reasons": [], "unable": True}
-              for name in unable),
+            *(
+                TopNode(name=name, answers=True, ready=part["ready"], reasons=part["reasons"])
+                for name, part in parts.items()
+            ),
+            *(TopNode(name=name) for name in silent),
+            *(TopNode(name=name, unable=True) for name in unable),
         ],
-    }  # fmt: skip
+    }
 
 
 def _added(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:

@@ -376,7 +376,7 @@ def _head(view: View, columns: int, *, colour: bool, graphs: bool) -> list[str]:
 
 
 def _nodes(snapshot: Mapping[str, Any], *, colour: bool) -> list[str]:
-    """Return a line about the other nodes of a cluster, without one if there are none."""
+    """Return lines about the other nodes of a cluster: their number, and a line for each problem."""
     nodes = snapshot.get("nodes", ())  # an older daemon has no nodes
     if not nodes:
         return []
@@ -390,7 +390,8 @@ def _nodes(snapshot: Mapping[str, Any], *, colour: bool) -> list[str]:
         elif not node["ready"]:
             problems.append(f"{name} is not ready: {screen.one_line(', '.join(node['reasons']))}")
     text = f"Nodes {len(nodes) + 1}"
-    return [f"{text}   {paint('; '.join(problems), 'red' if colour else None)}" if problems else text]
+    first, *others = [paint(problem, "red" if colour else None) for problem in problems] or [""]
+    return [f"{text}   {first}".rstrip(), *(f"{' ' * len(text)}   {other}" for other in others)]
 
 
 def _bars_for(columns: int) -> int:

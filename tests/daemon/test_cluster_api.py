@@ -145,7 +145,8 @@ async def test_any_node_adds_up_the_figures_of_all(nodes, receiver, monkeypatch)
     receiver.open.clear()
     async with following(first.addresses.socket, "/api/top") as reader:
         _, item = await reader.next()
-        assert item["nodes"] == [{"name": "two", "answers": True, "ready": True, "reasons": []}]
+        two = {"name": "two", "answers": True, "ready": True, "reasons": [], "unable": False}
+        assert item["nodes"] == [two]
         for number, relay in enumerate((first, second, second)):
             assert (await relay.exchange(request("POST", "/v1/events", adorn(f"s{number}")))).status == 200
         wanted = [("d1", None, 3, 3), ("d2", None, 3, 3)]

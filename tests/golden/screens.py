@@ -615,9 +615,9 @@ def top_snapshot(ago):
 def cluster_snapshot(ago):
     """Return a snapshot of nodes that share the database; a shard of a destination has an open circuit."""
     snapshot = top_snapshot(ago)
-    node = {"name": "eu-2", "answers": True, "ready": True, "reasons": []}
-    silent = {"name": "eu-3", "answers": False, "ready": None, "reasons": []}
-    older = {"name": "eu-4", "answers": False, "ready": None, "reasons": [], "unable": True}
+    node = {"name": "eu-2", "answers": True, "ready": True, "reasons": [], "unable": False}
+    silent = {"name": "eu-3", "answers": False, "ready": None, "reasons": [], "unable": False}
+    older = {**silent, "name": "eu-4", "unable": True}
     divided = snapshot["destinations"][0] | {
         "name": "warehouse", "circuit": "open", "pending": 90, "in_flight": 6,
         "last_error": "HTTP 503 Service Unavailable", "last_error_at": at(-ago - 3),
