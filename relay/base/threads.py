@@ -29,7 +29,7 @@ def _run(future: asyncio.Future[T], work: Callable[..., T], args: tuple[Any, ...
     except BaseException as error:  # noqa: BLE001 - the future passes it on
         if isinstance(error, Exception) and not isinstance(error, StopIteration):
             _report(future, future.set_exception, error)
-        else:  # it would end the event loop, or a future refuses it
+        else:  # SystemExit would end the event loop; a future refuses StopIteration
             failure = RuntimeError(f"the work of a thread ended with {error!r}")
             failure.__cause__ = error
             _report(future, future.set_exception, failure)

@@ -68,7 +68,7 @@ class Offline:
         if self._file is not None:
             made = backups.made_in(state_of(config) / config.backup.dir)
             found.append(backups.examine(made, config.backup.every, now // SECOND))
-        elif (error := obstacle(config.state_dir)) is not None:  # with a file, the command failed before
+        elif (error := obstacle(config.state_dir)) is not None:  # a file in such a folder is refused earlier
             found.append(Check(name="state_dir", ok=False, detail=error.message, hint=error.hint))
         return [*found, doctor.writable(config, state_of(config))]
 

@@ -367,7 +367,7 @@ def _refuse_used(url: str) -> None:
     """Check that a database has no tables of a relay, because the nodes of the demo would join it.
 
     Raises:
-        RelayError: it has.
+        RelayError: the database has such tables.
     """
     try:
         offline_store(url, Path()).measure(Stop())

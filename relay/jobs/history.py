@@ -380,13 +380,13 @@ def _joined(figure: str, values: Sequence[float]) -> float | None:
 
 
 def _of_source(name: str, before: Reading, now: Reading) -> tuple[float, float]:
-    """Return the figures `SOURCE` of the time between two readings."""
+    """Return the figures `SOURCE` for the time between two readings."""
     events, refused = (now.growth(before, metric, name) for metric in ("received", "rejected"))
     return sum(events or ()), sum(refused or ())
 
 
 def _of_destination(name: str, before: Reading, now: Reading) -> tuple[float, float, float, float]:
-    """Return the figures `DESTINATION` without `pending` of the time between two readings."""
+    """Return the figures `DESTINATION` for the time between two readings, without `pending`."""
     attempts = now.growth(before, "attempts", name)
     if attempts is None:
         return _IDLE

@@ -146,7 +146,7 @@ class Batch:
         self._sequences = sequences
         self._route = route
         self.resolve = resolve
-        self._pending = pending  # by destination, before this batch
+        self._pending = pending  # pending deliveries by destination, before this batch
         self._added: Counter[str] = Counter()
         self.keys = keys  # None: no request of the batch has a key
         self.events: list[StoredEvent] = []
@@ -154,7 +154,7 @@ class Batch:
         self.repetitions: Counter[str] = Counter()  # requests by the public id of the event they repeat
         self.deliveries: list[Delivery] = []
         self.limits: dict[str, int] = {}  # `max_pending` of the destinations of new deliveries
-        self.unlimited: set[int] = set()  # new deliveries that are added regardless of it
+        self.unlimited: set[int] = set()  # new deliveries that `limits` does not apply to
         self._roster = roster
         self._rules = rules
         self.worker_changes: StoredWorkerChanges | None = None
@@ -180,7 +180,7 @@ class Batch:
         self.settled: frozenset[int] = frozenset()  # outcomes that found their delivery pending
         self.due: list[Delivery] = []  # new deliveries that are due now
         self.later: dict[str, int] = {}  # see `News.later`
-        self.ended: dict[int, tuple[str, Ending]] = {}  # ended without an attempt, with destination
+        self.ended: dict[int, tuple[str, Ending]] = {}  # ends without an attempt, with the destination
         self.woken: set[str] = set()  # destinations of deliveries that were waiting and are due now
         self.made_due: dict[int, str] = {}  # destinations of the deliveries that an operator made due
         self.scope: Scope | None = None  # None: this node ends all deliveries

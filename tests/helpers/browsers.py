@@ -38,7 +38,7 @@ POLICY = """document.addEventListener("securitypolicyviolation",
 
 @dataclass
 class Watch:
-    """What a page must never do, as the browser reports it."""
+    """Events of a browser that a page must never cause."""
 
     origin: str
     dialogs: list[str] = field(default_factory=list)
@@ -53,7 +53,7 @@ class Watch:
         page.on("request", lambda request: self._request(request.url))
 
     def check(self) -> None:
-        """Assert that nothing of it has happened."""
+        """Assert that the page has done none of these things."""
         assert (self.dialogs, self.messages, self.foreign) == ([], [], [])
 
     def clear(self) -> None:

@@ -58,7 +58,7 @@ class SharedLimits:
     def __init__(self, nodes: PostgresNodes, ledger: PendingCounts) -> None:
         self._nodes = nodes
         self._ledger = ledger
-        self._slot = nodes.slot  # of the rows in `ledger` that the current batch changes
+        self._slot = nodes.slot  # this node's rows in `ledger`, which the current batch changes
         self._rooms: dict[str, Room] = {}
 
     def forget(self) -> None:
