@@ -462,9 +462,9 @@ class App:
         return "less free space than min_free_disk" if self.ingest.admission.disk_full else None
 
     def _cut_off(self) -> str | None:
-        """Return that the database does not answer this node of a cluster, or None.
+        """Return a reason to be unready if the database does not answer this node of a cluster, else None.
 
-        Where the network is silent, this is known before writes fail, so a load balancer uses other nodes.
+        If the network drops all packets, leases show it before writes do, so a load balancer reacts.
         """
         age = self.store.nodes.figures().get("renewal_age", 0.0)
         if age <= min(RENEWAL_PATIENCE, self.config.cluster.lease) or not self.store.opened:

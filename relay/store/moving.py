@@ -236,7 +236,8 @@ class Move:
 
     def _renumbered(self, table: str, rows: Iterable[Row], ids: Ids) -> Iterable[Row]:
         """Return rows with the row ids of the target."""
-        now = time.time_ns() // 1000 + 60 * SECOND  # a time from the future must not lead all ids there
+        # Ids only increase, so one wrong time in the future would move all later ids there.
+        now = time.time_ns() // 1000 + 60 * SECOND
         for row in rows:
             if table == "events":
                 new = self._target.next_id(ids.last, min(row[5], now))

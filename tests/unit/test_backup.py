@@ -46,7 +46,7 @@ async def test_a_backup_is_private_and_leaves_no_temporary_file(store, clock, tm
         await store.upkeep.backup(tmp_path / "copy.db")
     finally:
         os.umask(old)
-    watched = tmp_path / "relay.db.mark"  # the store's own, made at some moment
+    watched = tmp_path / "relay.db.mark"  # written by the store, perhaps meanwhile
     assert set(tmp_path.iterdir()) - before - {watched} == {tmp_path / "copy.db"}
     assert stat.S_IMODE((tmp_path / "copy.db").stat().st_mode) == 0o600
 

@@ -162,7 +162,7 @@ def read_url(url: str, key: str = "url") -> Address:
 
 
 def _with_system_ca(options: dict[str, str]) -> ssl.SSLContext:
-    """Return a TLS context that trusts the operating system's CAs; takes its files out of the options."""
+    """Return a TLS context that trusts the operating system's CAs; removes its keys from the options."""
     context = ssl.create_default_context()
     context.check_hostname = options.pop("sslmode", "verify-full") == "verify-full"
     del options["sslrootcert"]
