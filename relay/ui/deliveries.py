@@ -46,6 +46,7 @@ async def list_(visit: Visit) -> web.Response:
     return visit.page(
         "Deliveries",
         filter_form(visit, "deliveries", page["items"]),
+        _running(visit, (await visit.ask("listReplays"))["items"]),
         tag("p", *_changes(visit), class_="actions"),
         _sent_again(visit, page["items"]),
         await table(
@@ -76,6 +77,15 @@ async def list_(visit: Visit) -> web.Response:
         ),
         section=SECTION,
     )
+
+
+def _running(visit: Visit, replays: Sequence[Mapping[str, Any]]) -> Iterator[Content]:
+    """Yield the progress of each running replay: its operator may have left its page."""
+    for each in replays:
+        if each["state"] in ("running", "cancelling"):
+            link = tag("a", "Stop or follow it", href=visit.link("replays", each["id"]))
+            what = f"a replay is {each['state']}: {each['done']:,} of {each['count']:,} events"
+            yield tag("p", state("pending", what), ". ", link)
 
 
 def _row(visit: Visit, each: Mapping[str, Any]) -> tuple[Content, ...]:

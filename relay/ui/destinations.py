@@ -113,7 +113,8 @@ def held(visit: Visit, each: Mapping[str, Any]) -> Content:
 def count_link(visit: Visit, destination: str, word: str, count: int) -> Markup:
     """Return a number of deliveries as a link to the list of them."""
     address = visit.link("deliveries", destination=destination, state=word)
-    return tag("a", number(count), href=address, data_live=destination if word == "pending" else None)
+    live = destination if word == "pending" else None
+    return tag("a", number(count), href=address, data_live=live, class_="bad" if word == "dead" and count else None)
 
 
 async def show(visit: Visit) -> web.Response:

@@ -84,13 +84,13 @@ async def show(visit: Visit) -> web.Response:
         await table(
             visit,
             f"Destinations, last {span.name}",
-            ("Destination", "State", "Pending", "Attempts/s", "Attempts", "Failed", "p95", span.heading),
+            ("Destination", "State", "Pending", "Dead", "Attempts/s", "Attempts", "Failed", "p95", span.heading),
             (
                 _destination(visit, span, each, past["destinations"].get(each["name"], {}))
-                for each in sorted(destinations, key=lambda each: each["name"] not in sick)
+                for each in sorted(destinations, key=lambda each: (each["name"] not in sick, not each["dead"]))
             ),
-            numbers=("Pending", "Attempts/s", "Attempts", "Failed", "p95"),
-            narrow=Narrow("State", (), ("Attempts/s", "Attempts", "p95")),
+            numbers=("Pending", "Dead", "Attempts/s", "Attempts", "Failed", "p95"),
+            narrow=Narrow("State", (), ("Attempts/s", "Attempts", "Failed", "p95")),
             empty=NO_DESTINATIONS,
         ),
         _ledger(visit, status["problems"], destinations),
@@ -176,13 +176,13 @@ def _problem(visit: Visit, problem: Item, destinations: Mapping[str, Item]) -> M
 def _details(visit: Visit, shown: Item) -> Iterator[Content]:
     """Yield why a destination does not get its deliveries, and for how long they have waited."""
     if shown["last_error"]:
-        yield join(shown["last_error"], " ", when(visit, shown["last_error_at"]))
+        yield join("last error: ", shown["last_error"], ", ", when(visit, shown["last_error_at"]))
+    if shown["last_success"]:
+        yield join("last success ", when(visit, shown["last_success"]))
     if shown["pending"] and shown["oldest_pending"]:
         yield join("oldest pending delivery ", when(visit, shown["oldest_pending"]))
     if shown["held_until"] and not shown["paused_until"]:
         yield join("next attempt ", when(visit, shown["held_until"]))
-    if shown["last_success"]:
-        yield join("last success ", when(visit, shown["last_success"]))
 
 
 def _source_action(visit: Visit, problem: Item) -> Content:
@@ -206,7 +206,7 @@ def _silent_workers(visit: Visit, silent: Item) -> Iterator[Markup]:
             tag("div", "last heartbeat ", when(visit, each["last_heartbeat"]), f" · {sessions} sessions",
                 f" · had been up {duration(each['uptime'])}" if each["uptime"] is not None else None,
                 class_="note"),
-            tag("div", tag("a", "Why", href=visit.link("workers", source, name)), maintenance(visit, each),
+            tag("div", maintenance(visit, each), tag("a", "Why", href=visit.link("workers", source, name)),
                 command("workers", "show", source, name), class_="actions"),
             class_="mild",
         )  # fmt: skip
@@ -236,6 +236,7 @@ def _destination(visit: Visit, span: Span, each: Item, past: Item) -> tuple[Cont
         tag("a", name, href=visit.link("destinations", name)),
         held(visit, each),
         count_link(visit, name, "pending", each["pending"]),
+        count_link(visit, name, "dead", each["dead"]),
         tag("span", NONE, data_rate=f"destinations {name}"),
         tag("a", total(attempts), href=visit.link("attempts", destination=name, since=span.since)),
         tag("a", total(failed), href=visit.link("attempts", destination=name, failed="1", since=span.since)),
@@ -258,7 +259,7 @@ def _ledger(visit: Visit, problems: Sequence[Item], destinations: Sequence[Item]
     proof = state("dead", "unaccounted deliveries") if unbalanced else state("delivered", "0 unaccounted")
     created = _count(visit, sums["created"])
     doctor = tag("a", "Doctor", href=visit.link("doctor"))
-    return tag("p", created, " deliveries created = ", parts, ": ", proof, " ", doctor, class_="note")
+    return tag("p", created, " deliveries created = ", parts, ": ", proof, " · ", doctor, class_="note")
 
 
 def _count(visit: Visit, count: int, **filters: str) -> Markup:

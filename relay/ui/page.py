@@ -137,7 +137,7 @@ class Visit:
             self._header(section) if self.operator else None,
             tag("main", tag("h1", heading or title), *content, id="main", tabindex=-1),
             _STATUS,
-            tag("footer", tag("span", f"hookferry {__version__}"), _ZONE if self.operator else None),
+            tag("footer", tag("span", f"hookferry {__version__}"), _TOOLS if self.operator else None),
             data_root=self.root,
             data_api=f"{self.root}../api/",
         )
@@ -199,8 +199,11 @@ _METAS = join(
 _SKIP = tag("a", "Skip to content", class_="skip", href="#main")
 _STATUS = tag("p", id="status", role="status", aria_live="polite")
 
-_ZONE = tag("button", "Show local times", type="button", class_="scripted", data_zone=True)
-"""The button with which the script shows times in UTC or in the browser's time zone."""
+_TOOLS = join(
+    tag("button", "Keys", type="button", class_="scripted", data_keys=True, aria_keyshortcuts="?"),
+    tag("button", "Show local times", type="button", class_="scripted", data_zone=True),
+)
+"""The button that lists the keys, and the one that switches between UTC and the browser's time zone."""
 
 _FIND = tag(
     "input", type="search", name="find", placeholder="Id, subject or type",

@@ -67,14 +67,16 @@ def clock(time: str | None, since: str | None = None) -> Content:
 
 
 def took(milliseconds: float) -> str:
-    """Render the duration of an attempt or a reply.
+    r"""Render the duration of an attempt or a reply; no line breaks before its unit.
 
     >>> took(0.4), took(41.25), took(1234.5)
-    ('0.4 ms', '41 ms', '1.2 s')
+    ('0.4\xa0ms', '41\xa0ms', '1.2\xa0s')
     """
     if milliseconds < 10:  # noqa: PLR2004 - two digits
-        return f"{milliseconds:.1f} ms"
-    return f"{milliseconds:.0f} ms" if milliseconds < 1000 else f"{milliseconds / 1000:,.1f} s"  # noqa: PLR2004 - s
+        return f"{milliseconds:.1f}\N{NO-BREAK SPACE}ms"
+    if milliseconds < 1000:  # noqa: PLR2004 - a second
+        return f"{milliseconds:.0f}\N{NO-BREAK SPACE}ms"
+    return f"{milliseconds / 1000:,.1f}\N{NO-BREAK SPACE}s"
 
 
 def copy(what: str, text: str | None = None, *, source: str | None = None) -> Markup:
@@ -618,9 +620,9 @@ _STEPS = [f"V{top}h1" for top in range(_HEIGHT + 1)]
 
 def charts(span: Span, *parts: tuple[str, Content, Content]) -> Markup:
     """Return figures of a period, each with its name, value and chart."""
+    axis = tag("p", tag("span", span.start), tag("span", "now"), class_="note axis")
     boxes = [
-        tag("div", tag("dt", name), tag("dd", value), tag("dd", bars, class_="chart") if bars else None)
+        tag("div", tag("dt", name), tag("dd", value), tag("dd", bars, axis, class_="chart") if bars else None)
         for name, value, bars in parts
     ]
-    axis = tag("p", tag("span", span.start), tag("span", "now"), class_="note axis")
-    return join(tag("dl", boxes, class_="charts"), axis if any(bars for _, _, bars in parts) else None)
+    return tag("dl", boxes, class_="charts")

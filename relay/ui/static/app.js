@@ -36,13 +36,15 @@ async function send(call, body) {
 
 function confirmed(button, lines) {
   const label = button.textContent;
-  const dialog = make("dialog", "", { "aria-labelledby": "question" });
+  const dialog = make("dialog", "", { "aria-labelledby": "question", "aria-describedby": "effect" });
+  const effect = make("div", "", { id: "effect" });
   const menu = make("menu");
   const yes = make("button", label, { type: "button" });
   const no = make("button", "Go back", { type: "button" });
   yes.classList.toggle("danger", button.classList.contains("danger"));
   menu.append(no, yes);
-  dialog.append(make("h2", `${label}?`, { id: "question" }), ...lines.map((line) => make("p", line)),
+  effect.append(...lines.map((line) => make("p", line)));
+  dialog.append(make("h2", `${label}?`, { id: "question" }), effect,
     make("code", button.dataset.command, { class: "command" }), menu);
   document.body.append(dialog);
   return new Promise((resolve) => {
@@ -277,6 +279,7 @@ document.addEventListener("click", (event) => {
   const button = event.target.closest("button[data-call]");
   if (button) act(button);
   if (event.target.closest("[data-select]")) selectAll();
+  if (event.target.closest("[data-keys]")) help();
   if (event.target.closest("[data-logout]")) login("DELETE").then(() => again(), (error) => say(error.message));
   const copied = event.target.closest("[data-copy], [data-copy-from]");
   if (copied && (copied.matches("button") || !String(getSelection()))) copy(copied);
