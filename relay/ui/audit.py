@@ -27,7 +27,7 @@ async def list_(visit: Visit) -> web.Response:
             narrow=Narrow("Time", ("Request", "Result"), ("Access", "Body")),
             empty=nothing(visit, "change", page["next_cursor"], "No change by an operator yet."),
         ),
-        pages(visit, page["next_cursor"]),
+        pages(visit, page["next_cursor"], len(page["items"])),
         tag("p", command_of_list("audit", "audit", query=visit.query)),
         section=SECTION,
     )

@@ -11,6 +11,7 @@ from relay.ui.markup import Content, Markup, escape, join, maker, tag
 from relay.ui.page import Visit
 from relay.ui.parts import (
     NONE,
+    Narrow,
     action,
     command,
     exact,
@@ -37,6 +38,7 @@ async def jobs(visit: Visit) -> web.Response:
             ("Job", "Result", "Every", "Last run", "Took", "Next run", "Change"),
             (_job(visit, each) for each in found),
             numbers=("Took",),
+            narrow=Narrow("Result", (), ("Every", "Took")),
         ),
         tag("h2", "Backups"),
         fields(*_backups(visit, backups)),
@@ -83,7 +85,7 @@ def _job(visit: Visit, job: Mapping[str, Any]) -> tuple[Content, ...]:
         when(visit, job["started_at"]),
         NONE if job["seconds"] is None else f"{job['seconds'] * 1000:,.1f} ms",
         when(visit, job["next_run_at"]),
-        action(visit, "Run now", "jobs", "run", name, call=f"POST jobs/{name}/run", count="one run"),
+        action(visit, "Run now", "jobs", "run", name, call=f"POST jobs/{name}/run", count="one run", of=name),
     )
 
 

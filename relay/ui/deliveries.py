@@ -65,7 +65,7 @@ async def list_(visit: Visit) -> web.Response:
             ),
         ),
         _changes_of_selected(visit) if page["items"] else None,
-        pages(visit, page["next_cursor"]),
+        pages(visit, page["next_cursor"], len(page["items"])),
         tag("p", command_of_list("deliveries", "deliveries", "list", query=visit.query)),
         tag(
             "p",
@@ -124,7 +124,7 @@ def _state(visit: Visit, each: Mapping[str, Any]) -> Content:
     later = each["replayed_by"]
     if later is None:
         return state(each["state"])
-    return [state(each["state"]), " ", tag("a", "sent again", href=visit.link(SECTION, later))]
+    return tag("a", state("", f"{each['state']}, sent again"), href=visit.link(SECTION, later))
 
 
 def _sent_again(visit: Visit, items: Sequence[Mapping[str, Any]]) -> Content:
@@ -274,7 +274,7 @@ async def attempts(visit: Visit) -> web.Response:
                 command("destinations", "test", "NAME"),
             ),
         ),
-        pages(visit, page["next_cursor"]),
+        pages(visit, page["next_cursor"], len(page["items"])),
         tag("p", command_of_list("attempts", "attempts", "list", query=visit.query)),
         section=SECTION,
     )

@@ -114,7 +114,9 @@ def count_link(visit: Visit, destination: str, word: str, count: int) -> Markup:
     """Return a number of deliveries as a link to the list of them."""
     address = visit.link("deliveries", destination=destination, state=word)
     live = destination if word == "pending" else None
-    return tag("a", number(count), href=address, data_live=live, class_="bad" if word == "dead" and count else None)
+    return tag(
+        "a", number(count), href=address, data_live=live, class_="bad" if word == "dead" and count else None
+    )
 
 
 async def show(visit: Visit) -> web.Response:
@@ -210,33 +212,39 @@ def _limits(visit: Visit, shown: Mapping[str, Any]) -> Iterator[tuple[str, Conte
         yield "Order keys", f"{order_text(shown['order'])}; deliveries of one key are sent one after another"
 
 
-def steering(visit: Visit, shown: Mapping[str, Any], takes: str | None = None) -> Iterator[Content]:
+def steering(
+    visit: Visit, shown: Mapping[str, Any], takes: str | None = None, *, of: str | None = None
+) -> Iterator[Content]:
     """Yield the buttons that apply to the state of a destination in config.toml.
 
-    `takes` is the estimated duration of its backlog, if known.
+    `takes` is the estimated duration of its backlog, if known; `of` as for `action`.
     """
     name, reason = shown["name"], shown["held"]
     base, waiting = f"POST destinations/{name}", _waiting(shown)
     released = f"{waiting}, in {takes}" if takes and shown["pending"] else waiting
     yield action(
         visit, "Test", "destinations", "test", name, call=f"{base}/test",
-        count="one signed ping; it changes nothing",
+        count="one signed ping; it changes nothing", of=of,
     )  # fmt: skip
     if reason in _UNTIL_FIXED:
         yield action(
             visit, "Test and deliver", "destinations", "test", name, "--close-circuit",
             call=f"{base}/test", body={"close_circuit": True},
-            count=f"one signed ping; after a 2xx, the {released} are sent, one at a time at first",
+            count=f"one signed ping; after a 2xx, the {released} are sent, one at a time at first", of=of,
         )  # fmt: skip
     if reason == "paused":
-        yield action(visit, "Resume", "destinations", "resume", name, call=f"{base}/resume", count=released)
+        yield action(
+            visit, "Resume", "destinations", "resume", name, call=f"{base}/resume", count=released, of=of
+        )
     elif reason is None or not reason.startswith(("paused", "disabled")):
         yield action(
             visit, "Pause", "destinations", "pause", name, call=f"{base}/pause",
-            count=f"{waiting}, and later ones; they wait until you resume it",
+            count=f"{waiting}, and later ones; they wait until you resume it", of=of,
         )  # fmt: skip
     if reason is not None and reason.startswith("disabled"):
-        yield action(visit, "Enable", "destinations", "enable", name, call=f"{base}/enable", count=released)
+        yield action(
+            visit, "Enable", "destinations", "enable", name, call=f"{base}/enable", count=released, of=of
+        )
 
 
 def _waiting(shown: Mapping[str, Any]) -> str:

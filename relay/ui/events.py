@@ -64,7 +64,7 @@ async def list_(visit: Visit) -> web.Response:
                 command("send", "SOURCE", "--list"),
             ),
         ),
-        pages(visit, page["next_cursor"]),
+        pages(visit, page["next_cursor"], len(page["items"])),
         tag("p", command_of_list("events", "events", "list", query=visit.query)),
         section=SECTION,
     )

@@ -84,10 +84,22 @@ async def show(visit: Visit) -> web.Response:
         await table(
             visit,
             f"Destinations, last {span.name}",
-            ("Destination", "State", "Pending", "Dead", "Attempts/s", "Attempts", "Failed", "p95", span.heading),
+            (
+                "Destination",
+                "State",
+                "Pending",
+                "Dead",
+                "Attempts/s",
+                "Attempts",
+                "Failed",
+                "p95",
+                span.heading,
+            ),
             (
                 _destination(visit, span, each, past["destinations"].get(each["name"], {}))
-                for each in sorted(destinations, key=lambda each: (each["name"] not in sick, not each["dead"]))
+                for each in sorted(
+                    destinations, key=lambda each: (each["name"] not in sick, not each["dead"])
+                )
             ),
             numbers=("Pending", "Dead", "Attempts/s", "Attempts", "Failed", "p95"),
             narrow=Narrow("State", (), ("Attempts/s", "Attempts", "Failed", "p95")),
@@ -163,8 +175,8 @@ def _problem(visit: Visit, problem: Item, destinations: Mapping[str, Item]) -> M
         else None,
         tag(
             "div",
-            steering(visit, shown) if shown else None,
-            tag("a", "Why", href=visit.link("destinations", name)) if shown else None,
+            steering(visit, shown, of=name) if shown else None,
+            _why(visit, name, "destinations", name) if shown else None,
             _source_action(visit, problem) if kind == "source" else None,
             command_line(problem["next"]),
             class_="actions",
@@ -185,13 +197,18 @@ def _details(visit: Visit, shown: Item) -> Iterator[Content]:
         yield join("next attempt ", when(visit, shown["held_until"]))
 
 
+def _why(visit: Visit, of: str, *path: str) -> Markup:
+    """Return the link to the page of the object with the problem; `of` as for `action`."""
+    return tag("a", "Why", href=visit.link(*path), aria_label=f"Why: {of}")
+
+
 def _source_action(visit: Visit, problem: Item) -> Content:
     name = problem["name"]
     resume = problem["next"] == f"relay sources resume {name}"
     return [
         action(visit, "Resume", "sources", "resume", name, call=f"POST sources/{name}/resume",
-               count="the source; its senders are accepted again") if resume else None,
-        tag("a", "Why", href=visit.link("sources", name)),
+               count="the source; its senders are accepted again", of=name) if resume else None,
+        _why(visit, name, "sources", name),
     ]  # fmt: skip
 
 
@@ -206,7 +223,7 @@ def _silent_workers(visit: Visit, silent: Item) -> Iterator[Markup]:
             tag("div", "last heartbeat ", when(visit, each["last_heartbeat"]), f" · {sessions} sessions",
                 f" · had been up {duration(each['uptime'])}" if each["uptime"] is not None else None,
                 class_="note"),
-            tag("div", maintenance(visit, each), tag("a", "Why", href=visit.link("workers", source, name)),
+            tag("div", maintenance(visit, each, of=name), _why(visit, name, "workers", source, name),
                 command("workers", "show", source, name), class_="actions"),
             class_="mild",
         )  # fmt: skip

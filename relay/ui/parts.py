@@ -21,6 +21,9 @@ from relay.ui.page import Visit
 MOST_BUTTONS = 64
 """Buttons whose constant attributes are cached."""
 
+ROWS = 50
+"""Entries of a page of a list, unless its address has a limit."""
+
 NONE = "\N{EN DASH}"
 """Text in place of a value that is missing."""
 
@@ -41,7 +44,7 @@ def when(visit: Visit, time: str | None) -> Content:
     if time is None:
         return NONE
     passed = visit.now / SECOND - datetime.fromisoformat(time).timestamp()
-    words = f"in {duration(-passed)}" if passed < 0 else f"{duration(passed)} ago"
+    words = f"in {duration(-passed)}" if passed <= -1 else f"{duration(max(0, passed))} ago"
     return _time(words, datetime=time, title=f"{time[:10]} {time[11:19]} UTC")
 
 
@@ -219,7 +222,10 @@ async def table(
     ]
     body: list[Markup] = []
     for row in rows:
-        cells = [_NOTHING if cell == NONE else make(cell) for make, cell in zip(makers, row, strict=True)]
+        cells = [
+            _NOTHING[kind] if cell == NONE else make(cell)
+            for make, kind, cell in zip(makers, kinds, row, strict=True)
+        ]
         body.append(_in_row(cells))
         await visit.turns.give()
     if not body:
@@ -242,7 +248,7 @@ def _class(kind: str | None, head: str, narrow: Narrow) -> str | None:
 
 
 _in_row = maker("tr")
-_NOTHING = tag("td", NONE, class_="none")
+_NOTHING = {kind: tag("td", NONE, class_=f"{kind} none" if kind else "none") for kind in (None, "n")}
 """The cell of a value that is missing."""
 
 
@@ -290,10 +296,18 @@ def options_of(kind: str, query: Mapping[str, str]) -> list[str]:
     """Return the options of a command for the filters of a list in a page's query."""
     options: list[str] = []
     for each in filters_of(kind):
+        options += _FLAGS.get((each.name, query.get(each.name)), ())
         if each.option is not None and query.get(each.name):
             texts = _conditions(query[each.name]) if each.name == "where" else [query[each.name]]
             options += [word for text in texts for word in (f"--{each.option}", text)]
     return options
+
+
+_FLAGS: Mapping[tuple[str, str | None], Sequence[str]] = {
+    ("failed", "1"): ("--failed",),
+    ("failed", "0"): ("--result", "ok"),
+}
+"""Options for filters that have no option with a value."""
 
 
 def api_query(visit: Visit, kind: str | None = None) -> dict[str, Any]:
@@ -549,13 +563,19 @@ def query_link(query: Mapping[str, str], changes: Mapping[str, str | None]) -> s
     return f"?{urlencode(given, errors='replace')}"
 
 
-def pages(visit: Visit, next_cursor: str | None) -> Content:
-    """Return the links to the first and the next page of a list."""
+def pages(visit: Visit, next_cursor: str | None, shown: int) -> Content:
+    """Return the links to the first and the next page of a list.
+
+    `shown` is the number of entries on this page. A page may end before it is full, because the relay
+    searches only for a short time.
+    """
+    is_early = shown < int(visit.query.get("limit") or ROWS)
+    next_ = "Continue the search" if is_early else "Next page"
     links = [
         tag("a", "First page", href=query_link(visit.query, {"cursor": None}))
         if "cursor" in visit.query
         else None,
-        tag("a", "Next page", href=query_link(visit.query, {"cursor": next_cursor}), rel="next")
+        tag("a", next_, href=query_link(visit.query, {"cursor": next_cursor}), rel="next")
         if next_cursor
         else None,
     ]

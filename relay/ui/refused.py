@@ -55,9 +55,9 @@ async def list_(visit: Visit) -> web.Response:
         await table(
             visit,
             "Kept requests, newest first",
-            ("Problem", "Source", "Time", "Status", "Request", "Sender", "Retried"),
+            ("Problem", "Source", "Time", "Status", "Request", "Retried"),
             (_row(visit, each) for each in page["items"]),
-            narrow=Narrow("Time", ("Source", "Status", "Request"), ("Sender",)),
+            narrow=Narrow("Time", ("Source", "Status", "Request")),
             empty=nothing(
                 visit,
                 "request",
@@ -82,7 +82,7 @@ async def list_(visit: Visit) -> web.Response:
         )
         if any(map(_may_be_kept, page["items"]))
         else None,
-        pages(visit, page["next_cursor"]),
+        pages(visit, page["next_cursor"], len(page["items"])),
         tag(
             "p",
             "Requests that were refused with 429 or 503 are not kept, because their senders repeat them.",
@@ -141,8 +141,10 @@ def _row(visit: Visit, each: Mapping[str, Any]) -> tuple[Content, ...]:
         each["source"] or NONE,
         when(visit, each["at"]),
         f"{each['status']} {each['reason']}",
-        tag("code", f"{each['method']} {each['target']}"),
-        each["remote"],
+        [
+            tag("code", f"{each['method']} {each['target']}"),
+            tag("div", f"from {each['remote']}", class_="note"),
+        ],
         _retried(visit, each),
     )
 

@@ -57,7 +57,7 @@ async def list_(visit: Visit) -> web.Response:
                 command("deliveries", "retry", "--help"),
             ],
         ),
-        command("replays", "list"),
+        tag("p", command("replays", "list")),
         section="deliveries",
     )
 
@@ -102,8 +102,8 @@ async def show(visit: Visit) -> web.Response:
         fields(
             ("Created", f"{number(replay['created'])} deliveries"),
             ("Skipped", f"{number(replay['skipped'])}: already pending"),
-            ("Rate", f"{replay['rate']}, {replay['per_second']:,.1f}/s now"),
-            ("Left", NONE if left is None else duration(left)),
+            ("Rate", f"at most {replay['rate']}, {replay['per_second']:,.1f}/s on average"),
+            *([("Left", NONE if left is None else duration(left))] if running else []),
             ("To", replay["to"] or "the same destinations"),
             ("Began", exact(visit, replay["began_at"])),
             ("Ended", exact(visit, replay["ended_at"])),

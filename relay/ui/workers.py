@@ -70,7 +70,7 @@ async def list_(visit: Visit) -> web.Response:
                 ".",
             ),
         ),
-        pages(visit, page["next_cursor"]),
+        pages(visit, page["next_cursor"], len(page["items"])),
         tag("p", command_of_list("workers", "workers", "list", query=visit.query)),
         section=SECTION,
     )
@@ -189,18 +189,18 @@ def _load(worker: Mapping[str, Any]) -> str:
     return ", ".join(figures) or NONE
 
 
-def maintenance(visit: Visit, worker: Mapping[str, Any]) -> Content:
-    """Return the button that begins or ends a worker's maintenance."""
+def maintenance(visit: Visit, worker: Mapping[str, Any], *, of: str | None = None) -> Content:
+    """Return the button that begins or ends a worker's maintenance; `of` as for `action`."""
     words = ("workers", "maintenance", worker["source"], worker["id"])
     call = f"POST {_call(worker)}/maintenance"
     if worker["maintenance"]:
         return action(
             visit, "End maintenance", *words, "off", call=call, body={"on": False},
-            count="1 worker; it is reported offline again when its heartbeats stop",
+            count="1 worker; it is reported offline again when its heartbeats stop", of=of,
         )  # fmt: skip
     return action(
         visit, "Maintenance for 2 h", *words, "on", "--for", "2h", call=call, body={"on": True, "for": "2h"},
-        count="1 worker; it is not reported offline meanwhile",
+        count="1 worker; it is not reported offline meanwhile", of=of,
     )  # fmt: skip
 
 

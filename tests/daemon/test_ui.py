@@ -292,6 +292,8 @@ async def check_problems(relay):
     ):  # fmt: skip
         assert text in found.text, text
     calls = {each.get("data-call") for each in found.all("button")}
+    names = {each.get("aria-label") for name in ("a", "button") for each in found.all(name)}
+    assert {"Resume: adorn", "Why: adorn", "Enable: crm", "Why: crm", "Why: w-7"} <= names
     assert {
         "POST sources/adorn/resume",
         "POST destinations/crm/enable",

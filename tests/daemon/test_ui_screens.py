@@ -118,10 +118,16 @@ async def test_a_destination_shows_its_failures_and_ledger(relay):
     assert "4xx: HTTP 404 Not Found" in listed.text
     _, listed = await page(relay, "/ui/attempts?destination=shop&result=4xx&status=none&since=1h")
     assert "No attempt matches." in listed.text
+    for flag, options in (("1", "--failed"), ("0", "--result ok")):
+        _, listed = await page(relay, f"/ui/attempts?destination=shop&failed={flag}")
+        assert f"relay attempts list --destination shop {options}" in listed.text
     attempts = "../attempts?destination=shop&since=1h"
     assert {f"{attempts}&failed=0", f"{attempts}&failed=1", attempts} <= set(links)
     assert "../deliveries?destination=shop&state=dead" in links
     _, now = await page(relay, "/ui/")
+    assert ("./deliveries?destination=shop&state=dead", "bad") in {
+        (each["href"], each.get("class")) for each in now.all("a")
+    }
     counts = {
         f"./deliveries?state={word}" for word in ("delivered", "dead", "expired", "cancelled", "pending")
     }
@@ -203,6 +209,25 @@ async def test_a_destination_shows_the_limits_of_its_backlog_before_a_change(rel
     assert "in 59 min" in found.text
     crm = await relay.operator("GET", "/api/destinations/crm")
     assert (crm["order"], crm["expires_next"]) == (None, None)
+
+
+async def test_the_list_of_deliveries_shows_running_replays(relay):
+    for _ in range(2):
+        await store(relay)
+    replay = await post(relay, "replays", {"filter": {"source": "adorn"}, "to": "bi", "rate": "1/h"})
+    path = f"/api/replays/{replay['id']}"
+    done = 0
+    async with asyncio.timeout(30):
+        while done != 1:
+            await asyncio.sleep(0.01)
+            done = (await relay.operator("GET", path))["done"]
+    _, found = await page(relay, "/ui/deliveries?destination=crm")
+    assert "a replay is running: 1 of 2 events" in found.text
+    assert f"./replays/{replay['id']}" in [each["href"] for each in found.all("a")]
+    assert "a replay is" not in (await page(relay, f"/ui/replays/{replay['id']}"))[1].text
+    await relay.operator("DELETE", path)
+    _, found = await page(relay, "/ui/deliveries?destination=crm")
+    assert "a replay is" not in found.text
 
 
 async def test_changes_of_a_list_apply_to_its_filter(relay):

@@ -27,7 +27,7 @@ async function send(call, body) {
   const lines = (await answer.text()).trim().split("\n");
   let value = {};
   try { value = JSON.parse(lines[lines.length - 1] || "{}"); } catch { /* an answer of a proxy */ }
-  if (value.error) throw new Error([value.error.message, value.error.hint].filter(Boolean).join(": "));
+  if (value.error?.message) throw new Error([value.error.message, value.error.hint].filter(Boolean).join(": "));
   if (!answer.ok) throw new Error(`the relay answered ${answer.status}`);
   return typeof value.result === "object" && value.result ? value.result : value; // a test has a word there
 }
@@ -67,8 +67,8 @@ async function act(button) {
       const found = await send(call, { ...body, dry_run: true });
       const [one, many] = (button.dataset.nouns || "delivery deliveries").split(" ");
       const what = found.count === 1 ? one : many;
-      const seconds = pace ? `, in about ${duration(found.count / pace)} at ${pace}/s` : "";
-      lines.push(`${found.count.toLocaleString("en")} ${what} selected${seconds}.`);
+      const takes = found.count < pace ? "less than 1 s" : `about ${duration(found.count / pace)}`;
+      lines.unshift(`${found.count.toLocaleString("en")} ${what} selected${pace ? `, in ${takes} at ${pace}/s` : ""}.`);
     }
     button.disabled = false;
     if (!await confirmed(button, lines)) return;
@@ -146,10 +146,11 @@ document.addEventListener("change", (event) => { if (event.target.name === "id")
 
 const text = (value) => (value === null ? "–" : typeof value === "object" ? JSON.stringify(value) : String(value));
 
-// Checks that failed come first.
+// Checks that failed come first; each has its hint below its detail.
 function rows(list) {
   list.sort((one, other) => (one.ok === true) - (other.ok === true));
-  const names = Object.keys(list[0]);
+  const isChecks = "ok" in list[0];
+  const names = Object.keys(list[0]).filter((name) => !isChecks || name !== "hint");
   const table = make("table");
   const head = table.createTHead().insertRow();
   for (const name of names) {
@@ -161,9 +162,10 @@ function rows(list) {
     for (const [index, name] of names.entries()) {
       const good = typeof each[name] === "boolean";
       const cell = make(index ? "td" : "th", good ? (each[name] ? "✔ yes" : "✖ no") : text(each[name]),
-        index ? { "data-head": name === "ok" ? "" : name } : { scope: "row" });
+        index ? { "data-head": isChecks ? "" : name } : { scope: "row" });
       if (name === "ok") cell.textContent = each.ok ? "✔ ok" : "✖ failed";
       if (good) cell.classList.add(each[name] ? "good" : "bad");
+      if (isChecks && name === "detail" && each.hint) cell.append(make("div", each.hint, { class: "note" }));
       row.append(cell);
     }
   }
@@ -330,7 +332,7 @@ function age() {
   if (document.hidden) return;
   for (const element of document.querySelectorAll("time[datetime]:not([data-exact])")) {
     const passed = (Date.now() - Date.parse(element.dateTime)) / 1000;
-    const text = passed < 0 ? `in ${duration(-passed)}` : `${duration(passed)} ago`;
+    const text = passed <= -1 ? `in ${duration(-passed)}` : `${duration(Math.max(0, passed))} ago`;
     if (element.textContent !== text) element.textContent = text;
   }
 }
