@@ -23,8 +23,8 @@ PATH = "/v1/events"
 
 def of_the_relay(thing):
     """Whether an object is an instance of one of the relay's classes, or a frame or coroutine of its code."""
-    code = getattr(thing, "f_code", None) or getattr(thing, "cr_code", None)
-    if isinstance(code, types.CodeType):
+    if isinstance(thing, types.FrameType | types.CoroutineType):
+        code = thing.f_code if isinstance(thing, types.FrameType) else thing.cr_code
         return code.co_filename.startswith(HOUSES)
     return type(thing).__module__.partition(".")[0] == "relay"
 
@@ -39,6 +39,10 @@ async def left_to_the_collector(work):
     """Work with the collector off; return the relay's and the large objects that only it would free."""
     await work()
     gc.collect()
+    return await _left(work) and await _left(work)  # a former test's garbage may appear once
+
+
+async def _left(work):
     gc.disable()
     try:
         await work()
