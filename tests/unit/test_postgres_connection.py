@@ -2,13 +2,16 @@
 
 import asyncio
 import os
+import re
 import shutil
 import signal
 import socket
 import time
 from abc import ABCMeta
 from contextlib import suppress
+from pathlib import Path
 
+import asyncpg
 import pytest
 from certificates import Certificates
 from click.testing import CliRunner
@@ -337,6 +340,34 @@ async def test_the_values_of_an_array_are_sent_without_a_look_at_abstract_classe
         await database.close()
     assert [value for (value,) in rows] == values
     assert len(checked) < 100
+
+
+def test_the_types_of_all_arrays_in_statements_are_known():
+    folder = Path(connection.__file__).parent
+    used = {name for file in folder.glob("*.py") for name in re.findall(r"::(\w+)\[\]", file.read_text())}
+    assert used == set(connection.ARRAYS)
+
+
+@needs_postgres
+async def test_no_session_asks_for_the_types_of_arrays(database, monkeypatch):
+    """With JIT, the answer takes seconds."""
+    asked = []
+
+    async def ask(_raw, types, _timeout):
+        asked.append(types)
+        raise AssertionError(types)
+
+    monkeypatch.setattr(asyncpg.Connection, "_introspect_types", ask)
+    opened = await connect(read_url(server().url(database)), writes=False)
+    try:
+        for name, (oid, element) in connection.ARRAYS.items():
+            found = await opened.fetch(
+                f"SELECT '{name}[]'::regtype::oid, '{name}'::regtype::oid, $1::{name}[]", []
+            )
+            assert tuple(found[0]) == (oid, element, [])
+        assert await opened.value("SELECT $1::bigint[]", [1, None, -(2**63)]) == [1, None, -(2**63)]
+    finally:
+        await opened.close()
 
 
 # --- PgBouncer ----------------------------------------------------------------------------------------

@@ -67,6 +67,21 @@ PLANS = {
 QUICK = {"jit": "off", "max_parallel_workers_per_gather": "0"}
 """Settings of every session without a pooler: compiling, and starting workers, takes longer than a list."""
 
+ARRAYS = {
+    "bool": (1000, 16),
+    "bytea": (1001, 17),
+    "int": (1007, 23),
+    "text": (1009, 25),
+    "bigint": (1016, 20),
+    "float8": (1022, 701),
+    "uuid": (2951, 2950),
+}
+"""OIDs of the arrays in statements, and of their elements. They are the same in every database.
+
+asyncpg asks the server for them, once per connection. If JIT is on, that takes up to 8 s of CPU
+(PostgreSQL 15), and behind a pooler asyncpg cannot turn it off.
+"""
+
 EXAMPLE = 'write url = "postgresql://USER@HOST/DATABASE" in config.toml'
 
 
@@ -339,6 +354,7 @@ async def connect_raw(address: Address, *, writes: bool = False) -> "asyncpg.Con
             errors.append((host, error))
         else:
             address.prefer(host)
+            _register_arrays(raw)
             return raw
     if len(errors) == 1:
         raise errors[0][1]
@@ -352,6 +368,20 @@ def _storable(value: Any) -> Any:
     if isinstance(value, list | tuple) and value and isinstance(value[0], str):
         return [text(each) for each in value]
     return value
+
+
+def _register_arrays(raw: "asyncpg.Connection[asyncpg.Record]") -> None:
+    settings = raw.get_settings()
+    if not hasattr(settings, "register_data_types"):  # asyncpg changed it; then it asks the server
+        return
+    unused = ("basetype", "range_subtype", "attrtypoids", "attrnames", "elemtype_name")
+    settings.register_data_types(
+        [
+            {"oid": oid, "ns": "pg_catalog", "name": f"_{name}", "kind": b"b", "elemtype": element}
+            | {"elemdelim": ",", **dict.fromkeys(unused)}
+            for name, (oid, element) in ARRAYS.items()
+        ]
+    )
 
 
 class _Closed:
