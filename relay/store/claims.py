@@ -19,6 +19,9 @@ class Claims:
         self._ending: set[int] = set()  # the current transaction ends them without an attempt
         self.cancelled: set[int] = set()  # in flight; cancelled unless the attempt succeeds
         self.superseded: set[int] = set()  # in flight; not retried if the attempt fails
+        # Events of claimed deliveries with a `latest_by` key, by destination and key; and these, by delivery.
+        self._latest: dict[tuple[str, str], dict[int, int]] = {}
+        self._keys: dict[int, tuple[str, str]] = {}
 
     def __contains__(self, delivery_id: int) -> bool:
         return delivery_id in self._destinations
@@ -36,6 +39,8 @@ class Claims:
         for delivery in deliveries:
             self._destinations[delivery.id] = delivery.destination
             self._counts[delivery.destination] += 1
+            if delivery.latest_key is not None:
+                self._supersede_by(delivery, delivery.latest_key)
 
     def begin(self, delivery_id: int) -> bool:
         """Mark a delivery as in flight; False: the current transaction ends it, so do not send it."""
@@ -65,6 +70,13 @@ class Claims:
                 landed.append(delivery_id)
         return landed
 
+    def _supersede_by(self, newer: Delivery, latest_key: str) -> None:
+        """Supersede deliveries in flight by a claimed one that another node may have stored."""
+        key = self._keys[newer.id] = newer.destination, latest_key
+        same = self._latest.setdefault(key, {})
+        self.supersede(id_ for id_, event_id in same.items() if (event_id, id_) < (newer.event_id, newer.id))
+        same[newer.id] = newer.event_id
+
     def supersede(self, delivery_ids: Iterable[int]) -> None:
         """Let deliveries in flight expire if their attempt fails, because a newer event replaces them."""
         self.superseded.update(self._in_flight.intersection(delivery_ids))
@@ -81,6 +93,10 @@ class Claims:
             destination = self._destinations.pop(delivery_id, None)
             if destination is not None:
                 self._counts[destination] -= 1
+            if (key := self._keys.pop(delivery_id, None)) is not None:
+                self._latest[key].pop(delivery_id)
+                if not self._latest[key]:
+                    del self._latest[key]
         return cancelled
 
     def choose_followers(

@@ -446,6 +446,25 @@ async def test_the_owner_expires_deliveries_that_an_event_at_another_node_supers
 
 
 @needs_postgres
+async def test_a_delivery_in_flight_is_not_retried_after_its_owner_has_taken_a_newer_event(nodes):
+    """Both are claimed and end before the next search for superseded deliveries."""
+    first, second = nodes
+    first.options["erp"] = {"latest_key": "k"}
+    await first.send()
+    [flying] = await second.claim("erp")
+    assert second.store.deliveries.begin_attempt(flying.id)
+    await first.send()
+    [newer] = await second.claim("erp")
+    assert await second.settle(newer)
+    attempt = Attempt(started_at=CLOCK.wall(), duration_ms=1.0, result="5xx", status=500)
+    outcome = Outcome(delivery=flying, attempt=attempt, state="pending", next_attempt_at=CLOCK.steady())
+    assert await second.store.deliveries.settle(outcome)
+    assert ("erp", "expired", "superseded") in await states(first)
+    assert not second.store.claims._latest
+    assert not second.store.claims._keys
+
+
+@needs_postgres
 async def test_a_cancellation_at_any_node_is_done_by_the_owner(nodes):
     first, second = nodes
     for _ in range(3):
