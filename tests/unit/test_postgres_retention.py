@@ -13,7 +13,7 @@ from relay.base.clock import SECOND
 from relay.config.schema import Retention, SourceRetention
 from relay.store import pruning
 from relay.store.opening import make_store
-from relay.store.postgres import prune
+from relay.store.postgres import partitions, prune
 from relay.store.postgres.connection import CALL_TIMEOUT, connect
 from relay.store.postgres.partitions import make_partitions
 from relay.store.postgres.prune import PostgresRetention
@@ -119,7 +119,7 @@ async def test_only_events_that_are_old_enough_and_finished_disappear(store, clo
 async def test_a_dump_that_reads_the_tables_delays_the_drop_of_a_day_and_no_sender(store, clock, monkeypatch):
     """Every statement would wait behind the lock that waits for the dump."""
     monkeypatch.setattr(prune, "BIG", 0)
-    monkeypatch.setattr(prune, "LOOKS_APART", 0.01)
+    monkeypatch.setattr(partitions, "LOOKS_APART", 0.01)
     url, begun = store.database.address.hosts[0].dsn, clock.now
     connection = await connect(store.database.address, writes=True)
     await make_partitions(connection, begun, 1)

@@ -631,6 +631,37 @@ async def test_a_migration_that_removes_something_waits_for_nodes_of_older_versi
     await store.open()
 
 
+async def test_a_migration_waits_for_a_dump_without_delaying_other_nodes(store, clock, monkeypatch):
+    monkeypatch.setattr(partitions, "LOOKS_APART", 0.01)
+    await store.close()
+    for module in (schema, store_module):
+        monkeypatch.setattr(module, "MIGRATIONS", (*MIGRATIONS, "SELECT 1"))
+    dump = await asyncpg.connect(dsn_of(store))
+    await dump.execute("BEGIN; SELECT 1 FROM events")
+    with pytest.raises(StorageUnavailableError, match="the migration waits for another program"):
+        await store.open()
+    assert store.failure is not None
+    await dump.close()
+    await store.open()
+    await change(store, f"UPDATE meta SET value = '{len(MIGRATIONS)}' WHERE name = 'version'")
+    await change(store, "DELETE FROM meta WHERE name IN ('least', 'program')")
+
+
+async def test_a_node_that_cannot_join_says_why_it_refuses_senders(tmp_path, clock, monkeypatch):
+    """Otherwise a load balancer would use it."""
+    store = make_store(tmp_path / "relay.db", clock, kind="postgres", cluster=30.0)
+
+    async def fail():
+        raise StorageUnavailableError("no answer within 5 s")
+
+    monkeypatch.setattr(store.nodes, "join", fail)
+    with pytest.raises(StorageUnavailableError):
+        await store.open()
+    assert store.failure == "no answer within 5 s"
+    with pytest.raises(StorageUnavailableError, match="no answer within 5 s"):
+        await store.events.append(accept(clock))
+
+
 async def test_a_migration_gives_up_soon_if_a_table_is_locked(store, clock, monkeypatch):
     """All other statements on the table would wait behind it."""
     for module in (schema, store_module):

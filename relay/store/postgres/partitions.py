@@ -1,6 +1,9 @@
 """Partitions: one per day (UTC) for each large table, by ranges of row ids; created seven days in advance."""
 
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 from relay.base.clock import SECOND
 from relay.store.postgres.connection import Connection
@@ -12,6 +15,16 @@ AHEAD = 7
 
 LOCK_SQL = "SELECT pg_advisory_xact_lock(hashtext('hookferry'))"
 """Taken by every transaction that changes tables."""
+
+LOOKS_APART = 1.0
+"""Seconds between two looks at the transactions that use the tables."""
+
+USERS_SQL = """
+    SELECT DISTINCT virtualtransaction FROM pg_locks
+     WHERE locktype = 'relation' AND granted AND pid IS DISTINCT FROM pg_backend_pid()
+       AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
+       AND relation = ANY(SELECT name::regclass FROM unnest($1::text[]) AS t (name))
+"""
 
 EXISTING_SQL = (
     "SELECT relname FROM pg_class WHERE relnamespace = current_schema()::regnamespace AND relname = ANY($1)"
@@ -43,6 +56,21 @@ async def make_partitions(connection: Connection, wall: int, ahead: int | None =
         if statements:
             await connection.execute("\n".join(statements))
     return len(statements)
+
+
+async def has_long_users(fetch: Callable[..., Awaitable[Sequence[Any]]]) -> bool:
+    """Return whether a long transaction of another session, such as a dump, uses the partitioned tables.
+
+    A lock that excludes it would make all later statements wait. `fetch` runs a statement and returns rows.
+    """
+
+    async def users() -> set[str]:
+        return {id_ for (id_,) in await fetch(USERS_SQL, PARTITIONED)}
+
+    if not (before := await users()):
+        return False
+    await asyncio.sleep(LOOKS_APART)
+    return not before.isdisjoint(await users())
 
 
 def _name(table: str, day: datetime) -> str:

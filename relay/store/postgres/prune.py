@@ -6,7 +6,6 @@ sources and types still delete rows. Events that must stay are copied to a new p
 dropped. If too many events must stay, the day is deleted row by row as well.
 """
 
-import asyncio
 import logging
 import re
 import secrets
@@ -22,6 +21,7 @@ import msgspec
 
 from relay.base.clock import SECOND, Clock
 from relay.store.postgres.connection import Connection, Database
+from relay.store.postgres.partitions import has_long_users
 from relay.store.postgres.queries import EARLY, EVENT_PATHS, SLACK, PostgresReader
 from relay.store.postgres.rows import first_id
 from relay.store.pruning import COST, MOST_TYPES, PAGE, Candidate, Group, Retention, paced
@@ -35,9 +35,6 @@ BIG = 64 * 2**20
 
 MOST_KEPT = 20_000
 """Events that stay when their partition is dropped; with more, rows are deleted instead."""
-
-LOOKS_APART = 1.0
-"""Seconds between two looks at the transactions that use the tables."""
 
 LOCK_TIMEOUT_SQL = "SET LOCAL lock_timeout = '500ms'"
 """While a statement waits for a table, all later statements wait behind it."""
@@ -105,12 +102,6 @@ LEFT_SQL = """
     SELECT relname FROM pg_class
      WHERE relkind = 'r' AND relnamespace = current_schema()::regnamespace
        AND relname ~ '^(events|deliveries|ends|attempts)_[0-9]{8}_(old|([0-9a-z]+_)?kept)$' ORDER BY 1
-"""
-USERS_SQL = """
-    SELECT DISTINCT virtualtransaction FROM pg_locks
-     WHERE locktype = 'relation' AND granted AND pid IS DISTINCT FROM pg_backend_pid()
-       AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
-       AND relation = ANY(SELECT name::regclass FROM unnest($1::text[]) AS t (name))
 """
 TYPES_SQL = """
     WITH RECURSIVE found (type, number) AS (
@@ -253,19 +244,11 @@ class PostgresRetention(Retention[Connection]):
         A partition can be detached only after the end of that transaction, and all senders would wait behind
         an attempt before.
         """
-        before = await self._users()
-        is_used = False
-        if before:
-            await asyncio.sleep(LOOKS_APART)
-            is_used = not before.isdisjoint(await self._users())
+        is_used = await has_long_users(self._database.fetch)
         if is_used and not self._waits:
             log.info("retention: another program reads the tables; whole days are deleted after that")
         self._waits = is_used
         return is_used
-
-    async def _users(self) -> set[str]:
-        """Return the transactions of other sessions that use the partitioned tables."""
-        return {id_ for (id_,) in await self._database.fetch(USERS_SQL, TABLES)}
 
     async def _drop_attempts(self, day: Day, before: int, deleted: Counter[str]) -> bool:
         """Drop a partition of attempts if all of it is old enough; returns whether it was dropped."""

@@ -43,7 +43,7 @@ from relay.store.postgres.ledger import TOTALS_SQL, PostgresLedger
 from relay.store.postgres.logins import PostgresLogins
 from relay.store.postgres.nodes import PostgresNodes
 from relay.store.postgres.owner import RENEW_EVERY, Owner, place_of, refuse_single
-from relay.store.postgres.partitions import LOCK_SQL, make_partitions
+from relay.store.postgres.partitions import LOCK_SQL, has_long_users, make_partitions
 from relay.store.postgres.queries import PostgresQueries
 from relay.store.postgres.refused import PostgresRefused
 from relay.store.postgres.rows import IdSequences, first_id
@@ -221,10 +221,16 @@ class PostgresStore:
         except ERRORS as error:
             found = refused(self._address, error)
             if isinstance(found, StorageUnavailableError):
-                self.failure = found.message
-                self.database.set_closed(found.message, found.hint)
+                self._set_closed(found)
             raise found from error
+        except StorageUnavailableError as error:
+            self._set_closed(error)
+            raise
         self.opened, self.failure = True, None
+
+    def _set_closed(self, error: StorageUnavailableError) -> None:
+        self.failure = error.message
+        self.database.set_closed(error.message, error.hint)
 
     async def _open(self, connection: Connection) -> None:
         await self._check(connection)
@@ -288,12 +294,10 @@ class PostgresStore:
         """
         if await connection.value(USED_SQL) or (former := await self._find_former()) is None:
             return
-        self.failure = (
+        raise StorageUnavailableError(
             f"{self.location} is empty, but {former}; stop the relay and move them with `relay db move`"
             " (docs/storage.md), or rename the file to begin without them"
         )
-        self.database.set_closed(self.failure)
-        raise StorageUnavailableError(self.failure)
 
     async def _migrate(self, connection: Connection) -> None:
         """Create or migrate the tables; nodes of the previous version may use them meanwhile."""
@@ -320,10 +324,7 @@ class PostgresStore:
                     hint="run the same `relay db move` again: it continues",
                 )
             if 0 < version < len(MIGRATIONS):
-                tables = sorted(re.findall(r"CREATE TABLE (\w+)", "".join(MIGRATIONS[:version])))
-                await connection.execute(
-                    f"SET LOCAL lock_timeout = '{TABLE_PATIENCE}'; LOCK TABLE {', '.join(tables)}"
-                )
+                await self._lock_tables(connection, version)
             older: list[str] = []
             for number in range(version + 1, len(MIGRATIONS) + 1):
                 wanted = REMOVALS.get(number, least)
@@ -345,6 +346,22 @@ class PostgresStore:
             log.info("a migration waits until these nodes of older versions stop: %s", ", ".join(older))
         if version > len(MIGRATIONS):
             log.info("a newer version has migrated the tables; this version can use them")
+
+    async def _lock_tables(self, connection: Connection, version: int) -> None:
+        """Lock the tables of a version for its migration.
+
+        Raises:
+            StorageUnavailableError: another program reads them, so all nodes would wait for the attempt.
+        """
+        if await has_long_users(connection.fetch):
+            raise StorageUnavailableError(
+                f"{self.location}: the migration waits for another program, which reads the tables",
+                hint="wait until the dump has ended; the relay then continues automatically",
+            )
+        tables = sorted(re.findall(r"CREATE TABLE (\w+)", "".join(MIGRATIONS[:version])))
+        await connection.execute(
+            f"SET LOCAL lock_timeout = '{TABLE_PATIENCE}'; LOCK TABLE {', '.join(tables)}"
+        )
 
     async def _count_pending(self, connection: Connection) -> None:
         totals = counts_of(await connection.fetch(TOTALS_SQL))
