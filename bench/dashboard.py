@@ -124,12 +124,13 @@ class Meter:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Watch the garbage collector, which is set as in `relay serve`."""
+        """Watch the garbage collector, which is set as in `relay serve`; `pages` also freezes."""
         before = gc.get_threshold()
         gc.set_threshold(*GC_THRESHOLDS)
         gc.callbacks.append(self._collection)
         yield
         gc.callbacks.remove(self._collection)
+        gc.unfreeze()
         gc.set_threshold(*before)
 
     def _collection(self, phase: str, info: Mapping[str, int]) -> None:
@@ -263,6 +264,7 @@ async def pages(database: Path, visits: int) -> None:
         await asyncio.wait([life, ready], return_when=asyncio.FIRST_COMPLETED)
         try:
             addresses = ready.result()
+            gc.freeze()
             found = {
                 path: await _visit(addresses.socket, address, meter, visits)
                 for path, address in (await _addresses(addresses.socket, addresses.public)).items()

@@ -12,6 +12,8 @@ from support import until
 from torture.memory import MOST, VARIANTS, torture
 from wire import Wire, request
 
+from relay.app import GC_THRESHOLDS, App, serve
+from relay.plugin_loading.loader import load
 from relay.store.sqlite.transaction import MOST_BYTES, ROWS, Transaction
 
 HOUSES = tuple(str(Path(__file__).parents[2] / each) for each in ("relay", "plugins"))
@@ -54,6 +56,20 @@ async def _left(work):
         gc.set_debug(0)
         gc.garbage.clear()
         gc.enable()
+
+
+async def test_serve_excludes_the_objects_of_its_start_from_collections(tmp_path, monkeypatch):
+    calls = []
+
+    async def run(_app, on_ready):
+        calls.append("start")
+        on_ready(None)
+
+    monkeypatch.setattr(App, "run", run)
+    monkeypatch.setattr(gc, "freeze", lambda: calls.append("freeze"))
+    await serve(load(write_config(tmp_path, SOURCES)))
+    assert calls == ["start", "freeze"]
+    assert gc.get_threshold() == GC_THRESHOLDS
 
 
 def event(text=TEXT, **headers):
