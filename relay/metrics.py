@@ -8,7 +8,7 @@ memory; a scrape reads no table of the database.
 import asyncio
 import platform
 import sqlite3
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache, partial
 from itertools import product
 from operator import sub
@@ -329,13 +329,13 @@ class Metrics:
         """Read counters, histograms, and gauges that are set, with pauses for other tasks.
 
         prometheus_client's `collect` would make an object for each value: for 1,000 destinations, that takes
-        100 ms, thirty times as long.
+        100 ms, ten times as long.
         """
         reading, turns = Reading(), Turns()
         for metric in metrics:
             rows = reading.rows[metric] = {}
             for name, children in tuple(self._children[metric].items()):  # a reload adds rows
-                rows[name] = tuple(value for child in children for value in _values(child))
+                rows[name] = _values(children)
                 await turns.give()
         return reading
 
@@ -417,23 +417,27 @@ def _named_by(label: str) -> Mapping[str, Declared]:
     return found
 
 
-def _values(child: Any) -> Row:
-    """Return the values of a series, from undocumented attributes of prometheus_client if they exist."""
+def _values(series: Sequence[Any]) -> Row:
+    """Return the values of series, from undocumented attributes of prometheus_client if they exist."""
     try:
-        if isinstance(child, Histogram):
-            return (*[bucket.get() for bucket in child._buckets], child._sum.get())  # noqa: SLF001 - see `read`
-        return (child._value.get(),)  # noqa: SLF001
+        if isinstance(series[0], Histogram):
+            buckets = [bucket.get() for each in series for bucket in (*each._buckets, each._sum)]  # noqa: SLF001 - see `read`
+            return tuple(buckets)
+        return tuple([each._value.get() for each in series])  # noqa: SLF001
     except AttributeError:
-        return _collected(child)
+        return _collected(series)
 
 
-def _collected(child: Any) -> Row:
-    [family] = child.collect()
-    values = [sample.value for sample in family.samples]
-    if not isinstance(child, Histogram):
-        return tuple(values)
-    *totals, _, sum_ = values  # the buckets are cumulative; then follow their number and the sum
-    return (*map(sub, totals, [0.0, *totals]), sum_)
+def _collected(series: Sequence[Any]) -> Row:
+    row: list[float] = []
+    for each in series:
+        [family] = each.collect()
+        values = [sample.value for sample in family.samples]
+        if isinstance(each, Histogram):
+            *totals, _, sum_ = values  # the buckets are cumulative; then follow their number and the sum
+            values = [*map(sub, totals, [0.0, *totals]), sum_]
+        row += values
+    return tuple(row)
 
 
 def _size(path: Path) -> int:
