@@ -70,7 +70,7 @@ class CircuitBreaker:
             self._set_ramp(1)
 
     def open_again(self, probe_at: int) -> None:
-        """Open as before a restart, or as on the node that ran the lane before; probe at `probe_at`."""
+        """Open, as before a restart or on the previous owner of the lane; the next probe is at `probe_at`."""
         self.open_until, self.ramp = probe_at, None
 
     @property

@@ -48,7 +48,7 @@ class DestinationHealth:
         self.is_keeper = True
         self.is_divided = False
         self.opened_by: tuple[str, bool] | None = None  # why the circuit opened, and `Standing.is_quiet`
-        self.has_news = False  # whether `standing` may differ from that of a destination that works
+        self.has_news = False  # whether `standing` may differ from the standing of a working destination
         self._rest_reason = RESTING
         self._stored_hold = PAUSED_IN_CONFIG if config.paused else state.held
         self._config = config
@@ -148,7 +148,7 @@ class DestinationHealth:
         self._set_gauges()
 
     def _open_as_reported(self, standing: Standing | None) -> None:
-        """Open the circuit if the former owner of the lane left it open.
+        """Open the circuit if the previous owner of the lane left it open.
 
         The stored state has that of the whole destination, and the standing that of a shard.
         """

@@ -271,7 +271,7 @@ class RefusedRequests:
 def _diagnose(explain: Explain, cases: Sequence[Case]) -> Sequence[tuple[Finding, ...]]:
     try:
         return explain(cases)
-    except TimeoutError as error:  # of a plugin; not that of the diagnosis
+    except TimeoutError as error:  # raised by a plugin; the diagnosis itself did not time out
         raise RuntimeError("a plugin timed out") from error
 
 

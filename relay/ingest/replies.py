@@ -136,7 +136,7 @@ class RecentReplies:
         self.recent, self._older = {}, self.recent
 
     def lose(self, event_ids: Sequence[str], received_at: int) -> None:
-        """Note that the sender of the request of this time did not receive its reply about events.
+        """Note that a sender did not receive the reply about events to its request, received at this time.
 
         The sender may disconnect seconds after the reply, so other replies may have followed, and the reply
         may be in the older part.

@@ -883,7 +883,7 @@ class PostgresNodes:
         )
 
     def _standing_of(self, lease: Lease) -> Standing | None:
-        """Return the report of a lane's owner or former owner.
+        """Return the report of a lane's current or previous owner.
 
         The failures and pauses of a destination with other settings do not count.
         """
