@@ -438,6 +438,10 @@ class Lane:
         if config != former:
             self.health.reconfigure(config)
             self._spawn(self.health.forget_failures())
+        longer = config.timeout - former.timeout
+        if longer > 0 and self.health.owned_until not in {0, FOREVER}:
+            # An attempt must end before the lease does, which is renewed for the new timeout within a second.
+            self.health.owned_until -= int(longer * SECOND)
         if config.rate_limit != former.rate_limit:
             self._rate = self._rate_limit()
             if self.shards is not None:

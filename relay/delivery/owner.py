@@ -171,6 +171,9 @@ class Owner:
             for name, each in lane.standing.items()
         }
         owned = await store.nodes.own(wanted, self._jobs(), shards, standing)
+        if any(name in lanes and lanes[name].config.timeout > timeout for name, timeout in wanted.items()):
+            await self.renew()  # a reload meanwhile: the leases are too short for the new timeout
+            return
         gained = {name for name in owned.until if name in lanes and not lanes[name].is_owned}
         # The states of all other lanes are only shown.
         is_needed = gained or owned.shards or len(owned.until) < len(lanes)

@@ -327,6 +327,36 @@ async def test_no_attempt_begins_after_the_end_of_a_lease(store, receiver):
         assert len(receiver.requests) == 1
 
 
+async def test_after_a_reload_with_a_longer_timeout_attempts_wait_for_a_longer_lease(store, receiver):
+    """Otherwise, an attempt could outlive the lease."""
+    async with dispatcher_for(store, destination("crm", receiver.url)) as dispatcher:
+        owner, lane, own = Owner(dispatcher, store, set), dispatcher.lanes["crm"], store.nodes.own
+        store.nodes.ownership = owned("crm", seconds=10)
+
+        async def reload(seconds):
+            config = {"crm": destination("crm", receiver.url, timeout=seconds)}
+            dispatcher.adopt(await dispatcher.plan(config))
+
+        await owner.renew()
+        await reload(3.0)
+        assert lane.is_owned
+        await reload(20.0)
+        assert lane.held == NO_STORAGE
+        await send(store)
+        assert not receiver.requests
+
+        async def reload_meanwhile(*args):
+            found = await own(*args)
+            if lane.config.timeout < 30.0:
+                await reload(30.0)
+            return found
+
+        with patch.object(store.nodes, "own", reload_meanwhile):
+            await owner.renew()
+        assert [lanes for lanes, _ in store.nodes.asked] == [{"crm": 2.0}, {"crm": 20.0}, {"crm": 30.0}]
+        await ended(store)
+
+
 async def test_a_lease_that_ends_while_a_body_is_read_stops_the_attempt(store, receiver):
     async with dispatcher_for(store, destination("crm", receiver.url), body_bytes=0) as dispatcher:
         owner, lane, load = Owner(dispatcher, store, set), dispatcher.lanes["crm"], store.events.load
