@@ -170,11 +170,12 @@ DUE_SQL = """
        AND ($4::int[] IS NULL OR coalesce(slot, 0) = ANY($4))
      ORDER BY next_attempt_at, id LIMIT $3
 """
+# With `id IN (SELECT …)`, the server would read the whole table at each start.
 AHEAD_SQL = """
     UPDATE owed SET next_attempt_at = $1
      WHERE next_attempt_at > $1
        AND ((id > $3 AND created_at > $2)
-            OR id IN (SELECT delivery_id FROM attempts WHERE id > $3 AND started_at > $2))
+            OR id = ANY(ARRAY(SELECT delivery_id FROM attempts WHERE id > $3 AND started_at > $2)))
     RETURNING id
 """
 FIRST_SQL = """
