@@ -27,7 +27,8 @@ class Format(msgspec.Struct, frozen=True, kw_only=True):
         """Return the `content-type` header of a delivery of the event."""
         if self.content_type is not None:
             return self.content_type
-        own = event.content_type  # from the sender: a bad value must not prevent the delivery
+        # From the sender: a bad value must not prevent the delivery. A tab is as good as a space there.
+        own = event.content_type.replace("\t", " ")
         is_valid = len(own) <= _CONTENT_TYPE_LIMIT and own.isascii() and own.isprintable()
         return own if own and is_valid else "application/octet-stream"
 

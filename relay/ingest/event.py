@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import re
 from collections.abc import Iterable
 from enum import Enum
 
@@ -16,7 +17,7 @@ from relay.source import Event, Incoming, check_length, check_type
 
 _PLAIN = (str, int, float, bytes, type(None))
 _EMPTY = bytes(EMPTY)
-TRACEPARENT = 55  # characters of a W3C traceparent, version 00
+_TRACEPARENT = re.compile("[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}").fullmatch  # W3C Trace Context
 
 
 def make_event(
@@ -68,7 +69,7 @@ def make_event(
         body=body,
         content_type=content_type,
         sha256=hashlib.sha256(body).digest(),
-        traceparent=trace if len(trace) == TRACEPARENT else None,
+        traceparent=trace if trace and _TRACEPARENT(trace) else None,
     )
 
 

@@ -75,6 +75,7 @@ def test_raw_is_the_request_body():
     assert FORMATS["raw"].render(event()) == b"as it \x00 came"
     assert FORMATS["raw"].content_type_of(event()) == "text/plain; charset=latin-1"
     assert FORMATS["raw"].content_type_of(event(content_type="")) == "application/octet-stream"
+    assert FORMATS["raw"].content_type_of(event(content_type="text/plain;\ta=b")) == "text/plain; a=b"
 
 
 @pytest.mark.parametrize("odd", ["text/\ud83d", "a/b\r\nx: y", "caf\xe9/x", "a\x00", "x" * 10_000])

@@ -44,6 +44,22 @@ def recorded(data: Any, body: bytes = b"", context: Any = None) -> Any:
     )
 
 
+@pytest.mark.parametrize(
+    ("sent", "is_kept"),
+    [
+        ("00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01", True),
+        ("00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-0g", False),
+        ("é" * 55, False),
+        ("00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01-x", False),
+        ("", False),
+    ],
+)
+def test_only_a_valid_trace_context_is_forwarded(sent, is_kept):
+    incoming = Incoming.of("POST", "/a", {"traceparent": sent}, b"{}")
+    made = make_event(MOUNT, Event(type="a", data={}), incoming, NOW)
+    assert made.traceparent == (sent if is_kept else None)
+
+
 @pytest.mark.parametrize("text", VALUES, ids=lambda text: text[:20])
 def test_one_json_value_is_kept_byte_for_byte(text):
     assert recorded(msgspec.Raw(text)).data == text
