@@ -184,6 +184,7 @@ async def test_a_session_that_became_read_only_is_replaced(store, clock):
     assert reader.is_closed  # it would read from the former primary
 
 
+@not_pooled("another test would get the session")
 async def test_transactions_do_not_follow_the_isolation_of_the_server(store):
     """A statement after a lock would not see the commits of others."""
 
