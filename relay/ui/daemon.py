@@ -38,7 +38,7 @@ async def jobs(visit: Visit) -> web.Response:
             ("Job", "Result", "Every", "Last run", "Took", "Next run", "Change"),
             (_job(visit, each) for each in found),
             numbers=("Took",),
-            narrow=Narrow("Result", (), ("Every", "Took")),
+            narrow=Narrow("Result", (), ("Every", "Took", "Next run")),
         ),
         tag("h2", "Backups"),
         fields(*_backups(visit, backups)),

@@ -156,7 +156,12 @@ def _changes(visit: Visit) -> Iterator[Content]:
     """
     query = {name: value for name, value in visit.query.items() if name not in ("cursor", "limit") and value}
     chosen, replayed = query.get("state"), query.pop("replayed", "no")
-    if "id" in query or "event_id" in query or replayed != "no" or not set(query) - {"state"}:
+    if "id" in query or "event_id" in query or replayed != "no":
+        return
+    if not set(query) - {"state"}:
+        if chosen is not None and visit.may("operate"):
+            what = "To change all entries at once, add a filter, such as a destination."
+            yield tag("span", what, class_="note scripted")
         return
     selected = {**api_query(visit, "selection"), **({"state": chosen} if chosen else {})}
     words = options_of("selection", query)

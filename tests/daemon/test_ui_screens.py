@@ -255,7 +255,10 @@ async def test_changes_of_a_list_apply_to_its_filter(relay):
     )
     shown = [each["href"] for each in found.all("a") if each["href"].startswith("./deliveries/dlv_")]
     assert json.loads(counted.body) == {"count": len(shown)} == {"count": 1}
+    _, found = await page(relay, "/ui/deliveries?state=dead")
+    assert "To change all entries at once, add a filter" in found.text
     _, found = await page(relay, "/ui/deliveries?where=data.total%3E%3D100&state=dead")
+    assert "add a filter" not in found.text
     assert "No deliver" in found.text
     status, found = await page(relay, "/ui/deliveries?where=%3E%3D")
     assert (status, "data.total>=100 and data.sale_made=true" in found.text) == (400, True)

@@ -94,7 +94,7 @@ function summary(result) {
     const steps = Object.entries(result.timing_ms || {}).filter(([, value]) => value !== null)
       .map(([name, value]) => `${name.replaceAll("_", " ")} ${value} ms`);
     const details = [result.error || `HTTP ${result.status}`, ...steps, `${result.duration_ms} ms in all`].join(", ");
-    return [`${result.verdict} (${details})`, result.hint].filter(Boolean).join(". ");
+    return [`${result.verdict} (${details})`, result.hint].filter(Boolean).join("; ");
   }
   const parts = Object.entries(result).filter(([, value]) => typeof value === "number")
     .map(([name, value]) => `${name.replaceAll("_", " ")} ${value.toLocaleString("en")}`);
@@ -151,7 +151,7 @@ function rows(list) {
   list.sort((one, other) => (one.ok === true) - (other.ok === true));
   const isChecks = "ok" in list[0];
   const names = Object.keys(list[0]).filter((name) => !isChecks || name !== "hint");
-  const table = make("table");
+  const table = make("table", "", isChecks ? { class: "lined" } : {});
   const head = table.createTHead().insertRow();
   for (const name of names) {
     head.append(make("th", name === "ok" ? "result" : name.replaceAll("_", " "), { scope: "col" }));
@@ -163,7 +163,10 @@ function rows(list) {
       const good = typeof each[name] === "boolean";
       const cell = make(index ? "td" : "th", good ? (each[name] ? "✔ yes" : "✖ no") : text(each[name]),
         index ? { "data-head": isChecks ? "" : name } : { scope: "row" });
-      if (name === "ok") cell.textContent = each.ok ? "✔ ok" : "✖ failed";
+      if (name === "ok") {
+        cell.textContent = each.ok ? "✔ ok" : "✖ failed";
+        cell.classList.add("lead");
+      }
       if (good) cell.classList.add(each[name] ? "good" : "bad");
       if (isChecks && name === "detail" && each.hint) cell.append(make("div", each.hint, { class: "note" }));
       row.append(cell);
