@@ -196,6 +196,16 @@ MUTANTS = {
         ],
         [SHARED],
     ),
+    "keys-before-the-ledger": Mutant(
+        [
+            Change(
+                f"{POSTGRES}/transaction.py",
+                "return f\"WITH {', '.join(expressions)}",
+                "return f\"WITH {', '.join(expressions[::-1])}",
+            )
+        ],
+        [SHARED],
+    ),
     "backlog-without-lock": Mutant(
         [Change(f"{POSTGRES}/backlog.py", "        await transaction.fetch(LOCK_SQL)\n", "")], [SHARED]
     ),

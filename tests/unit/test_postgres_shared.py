@@ -17,7 +17,7 @@ from relay.base.clock import SECOND, SystemClock
 from relay.errors import AlreadyRetried, StorageError
 from relay.model import Attempt, DestinationState, GeneratedEvent, Outcome, Target
 from relay.store import opening
-from relay.store.postgres import transitions
+from relay.store.postgres import backlog, transitions
 from relay.store.postgres.clock import ServerClock
 from relay.store.postgres.connection import code_of
 from relay.store.postgres.deliveries import OVERLAP_EVERY
@@ -606,6 +606,34 @@ async def test_nodes_that_race_for_order_keys_near_a_limit_do_not_deadlock(nodes
          WHERE (destination, order_key) NOT IN (SELECT destination, order_key FROM owed)
     """
     assert await nodes[0].store.database.value(unused_keys) == 0
+
+
+@needs_postgres
+async def test_a_key_at_two_nodes_and_room_that_one_takes_back_do_not_deadlock(nodes, codes):
+    """Each commit locks rows of `ledger` before keys, so the second one does not hold the key yet."""
+    first, second = nodes
+    limit(nodes, 8)
+    await second.send()  # gets room for more than one
+    writer = first.store.database.writer
+    fetch, taken, allowed = writer.connection.fetch, asyncio.Event(), asyncio.Event()
+
+    async def fetch_and_wait(sql, *values, **options):
+        rows = await fetch(sql, *values, **options)
+        if sql == backlog.TAKE_BACK_SQL:
+            taken.set()
+            await allowed.wait()
+        return rows
+
+    with patch.object(writer.connection, "fetch", fetch_and_wait):
+        events = [accept(CLOCK, key=key, subject="s") for key in "klmnopq"]
+        sending = asyncio.ensure_future(first.store.events.append_all(events))
+        await asyncio.wait_for(taken.wait(), 30)
+        again = asyncio.ensure_future(second.send(key="k", subject="s"))
+        await waits_or_ends(second, again)
+        assert not again.done()
+        allowed.set()
+        assert await again == (await sending).event_id
+    assert "40P01" not in codes
 
 
 @needs_postgres

@@ -3,6 +3,11 @@
 A batch of events and outcomes is one statement without BEGIN and COMMIT: its parts are common table
 expressions, each with a parameter per column. That costs half as much CPU as a statement per table, and one
 round trip. A batch that must read what it has written begins a transaction first.
+
+All nodes lock rows of several tables in one order: order keys, `ledger`, idempotency keys. PostgreSQL runs
+the parts that no other part reads from the last one to the first, so the part of `ledger` is added last.
+Otherwise a commit could hold a key and wait for its row in `ledger`, while a node that takes back room for
+`max_pending` holds that row and waits for the key.
 """
 
 import re
