@@ -29,7 +29,16 @@ class ReferenceConnection(Connection):
     bytes. So the server gets one head at a time, and the next one after it has called the handler.
     """
 
-    __slots__ = ("_aiohttp", "_gone", "_head", "_head_text", "_held", "_is_feeding", "_is_late")
+    __slots__ = (
+        "_aiohttp",
+        "_awaits_call",
+        "_gone",
+        "_head",
+        "_head_text",
+        "_held",
+        "_is_feeding",
+        "_is_late",
+    )
 
     def __init__(self, owner: Owner) -> None:
         super().__init__(owner)
@@ -38,6 +47,7 @@ class ReferenceConnection(Connection):
         self._head: RawRequestMessage | None = None  # of the request that aiohttp calls the handler for
         self._head_text = bytearray()  # of an unfinished head
         self._is_feeding = False  # aiohttp's parser is running
+        self._awaits_call = False  # a head was parsed, and aiohttp has not called the handler yet
         self._is_late = False  # the current head was sent before the last answer
         self._gone: asyncio.Transport | None = None  # lost after the head, before the handler's call
         self._held = b""  # bytes that wait for the handler's call, or for the next request's turn
@@ -95,7 +105,8 @@ class ReferenceConnection(Connection):
             size = len(data)
         self._is_feeding = False
         if is_head:
-            self._is_waiting, self._is_late = True, self._is_catching_up
+            self._is_waiting = self._awaits_call = True
+            self._is_late = self._is_catching_up
             self._idle_since = self._loop.time()
         self._held = data[size:]
         if request is None or not request.content.is_eof():
@@ -124,8 +135,13 @@ class ReferenceConnection(Connection):
             if not hasattr(message, "exc") and content.is_eof():
                 return  # the error follows a complete request
             if isinstance(error := getattr(message, "exc", None), HttpProcessingError):
-                self._is_waiting = False
+                self._is_waiting = self._awaits_call = False
                 raise error
+
+    def _parse_later(self) -> None:
+        """Continue after a pause of the parser, unless the handler's call does."""
+        if not self._awaits_call:
+            super()._parse_later()
 
     def message_consumed(self) -> None:
         """Do nothing: aiohttp's server continues without this call."""
@@ -149,7 +165,7 @@ class ReferenceConnection(Connection):
 
     def refuse(self, error: BaseException | None) -> None:
         """Respond to bytes that are not HTTP, unless a response was written already."""
-        self._is_waiting = False
+        self._is_waiting = self._awaits_call = False
         if not self._is_over and self._transport is not None:
             self._refuse(error if isinstance(error, Exception) else VersionError())
 
@@ -176,7 +192,7 @@ class ReferenceConnection(Connection):
 
     async def _take(self, head: RawRequestMessage, content: StreamReader) -> bool:
         """Answer a request; return whether the connection stays open."""
-        self._is_waiting = False
+        self._is_waiting = self._awaits_call = False
         transport, self._gone = self._transport or self._gone, None
         if transport is None or self._is_leaving or (self._is_over and self._transport is not None):
             return False

@@ -13,6 +13,7 @@ import sys
 import time
 
 import pytest
+from aiohttp import web
 from daemons import SOURCES, Daemon, adorn, running, write_config
 from support import until
 from wire import Wire, exchange, request
@@ -680,6 +681,24 @@ async def test_a_sender_that_closes_its_side_gets_the_replies_to_all_requests(si
     assert [answered.count(path) for path in (b"/a", b"/b", b"/c")] == [1, 1, 1]
     assert site.paths == ["/a", "/b", "/c"]
     await until(lambda: not site.server.connections)
+
+
+async def test_requests_are_answered_in_order_although_the_parser_pauses_after_each_slice(site, monkeypatch):
+    start = web.RequestHandler.start
+
+    async def start_late(handler):
+        await asyncio.sleep(0.05)
+        await start(handler)
+
+    monkeypatch.setattr(web.RequestHandler, "start", start_late)
+    monkeypatch.setattr("relay.ingest.connection.TURN", -1.0)
+    site.reads = True
+    site.open.clear()
+    asyncio.get_running_loop().call_later(0.1, site.open.set)  # after the sender has closed its side
+    asked = [request("GET", "/a"), request("POST", "/b", b"{}"), request("POST", "/c", bytes(70_000))]
+    answered = await half_close(site.url, b"".join(asked))
+    assert [answered.count(path) for path in (b"/a", b"/b", b"/c")] == [1, 1, 1]
+    assert site.paths == ["/a", "/b", "/c"]
 
 
 async def test_a_large_reply_reaches_a_sender_that_closed_its_side(site):
