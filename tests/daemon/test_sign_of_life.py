@@ -117,6 +117,7 @@ class Shared:
 async def shared_relay(tmp_path_factory, listener):
     clock = FakeClock()
     async with running(write_config(tmp_path_factory.mktemp("relay"), SOURCES), clock=clock) as relay:
+        relay.app.jobs.stop()  # its sweeps would mark workers before those of a test
         yield relay, clock, count(16)
 
 
@@ -131,23 +132,29 @@ on_shared_loop = pytest.mark.asyncio(loop_scope="module")
 @contextmanager
 def paused(relay):
     relay.app.ingest.mounts["whatsapp"].paused = True
-    yield
-    relay.app.ingest.mounts["whatsapp"].paused = False
+    try:
+        yield
+    finally:
+        relay.app.ingest.mounts["whatsapp"].paused = False
 
 
 @contextmanager
 def draining(relay):
     relay.app.ingest.admission.draining = True
-    yield
-    relay.app.ingest.admission.draining = False
+    try:
+        yield
+    finally:
+        relay.app.ingest.admission.draining = False
 
 
 @contextmanager
 def out_of_bytes(relay):
     budget = relay.app.ingest._budget
     limit, budget.limit = budget.limit, -1
-    yield
-    budget.limit = limit
+    try:
+        yield
+    finally:
+        budget.limit = limit
 
 
 @contextmanager
