@@ -136,7 +136,7 @@ class AlreadyRetried(Refusal):
     status, reason, code = 409, "invalid", "conflict"
     text = "This request was already retried"
 
-    def __init__(self, event_id: str) -> None:
+    def __init__(self, event_id: str = "") -> None:
         super().__init__()
         self.event_id = event_id
 

@@ -82,7 +82,7 @@ def test_comments_that_name_a_contract_lead_to_a_section():
 
 
 def refusals() -> list[errors.Refusal]:
-    """Build every refusal that the relay itself raises."""
+    """Build every refusal of a sender's request that the relay itself raises."""
     classes = [cls for cls in vars(errors).values() if isinstance(cls, type)]
-    abstract = (errors.Refusal, errors.Unavailable)
-    return [cls() for cls in classes if issubclass(cls, errors.Refusal) and cls not in abstract]
+    others = (errors.Refusal, errors.Unavailable, errors.AlreadyRetried)  # the last one is for operators
+    return [cls() for cls in classes if issubclass(cls, errors.Refusal) and cls not in others]
