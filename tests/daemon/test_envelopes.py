@@ -280,8 +280,9 @@ async def test_a_probe_of_an_unknown_shop_is_refused_through_every_failure(relay
     assert answer.status == 401
 
 
-async def test_a_store_that_accepts_no_writes_gives_503_and_recovers_by_itself(relay: Relay):
+async def test_a_store_that_accepts_no_writes_gives_503_and_recovers_by_itself(relay: Relay, monkeypatch):
     """A real SQLITE_FULL, because the file may not grow; or a PostgreSQL session that only reads."""
+    monkeypatch.setattr(relay.app.ingest, "patience", Patience(30))
     big = json.dumps({"name": "big", "payload": {"text": "x" * 1_000_000}}).encode()
     raw = request("POST", PATHS["compozy"], big, **AUTHORIZED["compozy"])
     await relay.exchange(good("compozy"))
