@@ -5,7 +5,7 @@ from datetime import datetime
 from typing import Any
 
 from relay.api.words import END_REASONS, held_text, repeated_text
-from relay.ui.markup import Content, Markup, tag
+from relay.ui.markup import Content, Markup, maker, tag
 from relay.ui.page import Visit
 from relay.ui.parts import action, attempt_result, clock, duration, state, took, when
 
@@ -148,16 +148,25 @@ def _sent(
         steps += steps_of(visit, each, made[-most:], since, is_held=held is not None)
     is_plain = len(steps) == 1 and latest["state"] == "delivered"
     is_open = latest["state"] != "delivered" and len(steps) <= OPEN_STEPS
-    noun = "attempt" if len(own) == 1 else "attempts"
-    summary = tag("summary", f"{len(own)} {noun}" + ("" if len(deliveries) == 1 else ", sent again"))
-    return tag(
-        "li",
-        tag("a", name, href=visit.link("destinations", name), class_="to"),
+    return _way(
+        _to(name, href=visit.link("destinations", name)),
         tag("a", state(latest["state"]), href=visit.link("deliveries", latest["id"])),
-        tag("span", _join(_outcome(visit, latest, own, held)), class_="how"),
-        tag("span", *changes_of(visit, latest, of=name), class_="actions"),
-        None if is_plain or not steps else tag("details", summary, tag("ol", steps), open=is_open),
+        _how(*_join(_outcome(visit, latest, own, held))),
+        _actions(*changes_of(visit, latest, of=name)),
+        tag("details", _summary(deliveries, own), tag("ol", steps), open=is_open)
+        if steps and not is_plain
+        else None,
     )
+
+
+_way, _to = maker("li"), maker("a", class_="to")
+_how, _actions = maker("span", class_="how"), maker("span", class_="actions")
+
+
+def _summary(deliveries: Sequence[Mapping[str, Any]], attempts: Sequence[Mapping[str, Any]]) -> Markup:
+    """Return the line above the steps of a destination, which has these attempts of the latest delivery."""
+    noun = "attempt" if len(attempts) == 1 else "attempts"
+    return tag("summary", f"{len(attempts)} {noun}" + ("" if len(deliveries) == 1 else ", sent again"))
 
 
 def changes_of(visit: Visit, delivery: Mapping[str, Any], *, of: str | None = None) -> Iterator[Content]:
@@ -221,8 +230,11 @@ def _waits(visit: Visit, delivery: Mapping[str, Any], held: str | None) -> Itera
         yield ["next ", when(visit, delivery["next_attempt_at"])]
 
 
-def _join(parts: Iterable[Content]) -> Content:
-    return [[" · " if number else None, part] for number, part in enumerate(parts)]
+def _join(parts: Iterable[Content]) -> Iterator[Content]:
+    for number, part in enumerate(parts):
+        if number:
+            yield " · "
+        yield part
 
 
 def created(delivery: Mapping[str, Any]) -> Markup:
