@@ -5,6 +5,7 @@ import shlex
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
+from itertools import groupby
 from typing import Any
 from urllib.parse import urlencode
 
@@ -628,14 +629,11 @@ _HEIGHT = 20
 
 
 def _bars(values: Iterable[float | None], most: float) -> str:
-    """Return the outline of bars; a bar of zero is a line."""
+    """Return the outline of bars; a bar of zero is a line. Equal neighbours are one bar."""
     scale = (_HEIGHT - 1) / most if most else 0
-    tops = [_STEPS[_HEIGHT if value is None else _HEIGHT - 1 - int(value * scale)] for value in values]
-    return f"M0 {_HEIGHT}{''.join(tops)}V{_HEIGHT}"
-
-
-_STEPS = [f"V{top}h1" for top in range(_HEIGHT + 1)]
-"""The top of a bar, by its distance from the upper edge."""
+    tops = [_HEIGHT if value is None else _HEIGHT - 1 - int(value * scale) for value in values]
+    runs = [f"V{top}h{len(list(same))}" for top, same in groupby(tops)]
+    return f"M0 {_HEIGHT}{''.join(runs)}V{_HEIGHT}"
 
 
 def charts(span: Span, *parts: tuple[str, Content, Content]) -> Markup:

@@ -17,9 +17,9 @@ def visit(**query):
     ("values", "failed", "paths"),
     [
         ([0, 19, 38], (), ["M0 20V19h1V10h1V0h1V20"]),
-        ([0, 0], (), ["M0 20V19h1V19h1V20"]),
+        ([0, 0], (), ["M0 20V19h2V20"]),
         ([None, 1], (), ["M0 20V20h1V0h1V20"]),  # a gap is lower than a bar of zero
-        ([1, 1], [0, 0], ["M0 20V0h1V0h1V20"]),
+        ([1, 1], [0, 0], ["M0 20V0h2V20"]),
         (
             [10, 9],
             [0, 10],
