@@ -164,15 +164,18 @@ class Cluster:
 
     async def sweeper(self) -> int:
         """Return the node that marks silent workers."""
-        async with asyncio.timeout(30):
-            while True:
-                name = await self.database.fetchval(
-                    "SELECT n.name FROM leases AS l JOIN nodes AS n USING (incarnation)"
-                    " WHERE l.name = 'job:sweep' AND l.until > clock_timestamp()"
-                )
-                if name is not None:
-                    return int(name[1:])
-                await asyncio.sleep(0.1)
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline:
+            name = await self.database.fetchval(
+                "SELECT n.name FROM leases AS l JOIN nodes AS n USING (incarnation)"
+                " WHERE l.name = 'job:sweep' AND l.until > clock_timestamp()"
+            )
+            if name is not None:
+                return int(name[1:])
+            await asyncio.sleep(0.1)
+        rows = await self.database.fetch("SELECT *, clock_timestamp() - until AS free_for FROM leases")
+        lines = [*map(str, rows), *(node.output[-3000:] for node in self.nodes)]
+        raise AssertionError("no node runs the job sweep:\n" + "\n".join(lines))
 
     def _make(self, number: int) -> Daemon:
         folder = self._folder / f"node{number}"

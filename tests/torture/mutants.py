@@ -9,11 +9,13 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import click
+from postgres import start
 
 ROOT = Path(__file__).parents[2]
 COPIED = ("relay", "plugins", "tests", "bench", "pyproject.toml")
@@ -46,7 +48,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Mutant:
-    """Changes that make one fault, and the files with tests, or the tests, that must find it."""
+    """Changes that make one fault, and the tests that must find it."""
 
     changes: Sequence[Change]
     tests: Sequence[str]
@@ -62,7 +64,7 @@ MUTANTS = {
                 "WHERE l.name = h.name AND ($1::uuid, h.epoch) IS NOT NULL\n    RETURNING l.name",
             )
         ],
-        [NODES],
+        [f"{NODES}::test_a_node_renews_only_the_epoch_that_it_took"],
     ),
     "succeed-another-state-folder": Mutant(
         [
@@ -72,7 +74,7 @@ MUTANTS = {
                 "WHERE $2 = $2 AND incarnation <>",
             )
         ],
-        [NODES],
+        [f"{NODES}::test_a_node_takes_over_at_once_from_a_dead_one_with_the_same_state_folder"],
     ),
     "change-settings-while-former-ones-are-alive": Mutant(
         [
@@ -82,11 +84,11 @@ MUTANTS = {
                 "if not lease.is_held:",
             )
         ],
-        [NODES],
+        [f"{NODES}::test_an_operators_change_comes_into_force_at_once_when_the_former_settings_are_gone"],
     ),
     "any-node-changes-settings": Mutant(
         [Change(f"{POSTGRES}/leases.py", "if peer.age < lease.gone_for]", "if peer.age > 0]")],
-        [NODES],
+        [f"{NODES}::test_an_operators_change_comes_into_force_at_once_when_the_former_settings_are_gone"],
     ),
     "take-with-other-settings": Mutant(
         [
@@ -96,7 +98,7 @@ MUTANTS = {
                 "                pass\n",
             )
         ],
-        [NODES],
+        [f"{NODES}::test_only_nodes_with_the_settings_in_force_may_have_a_lease"],
     ),
     "settle-without-compare-and-set": Mutant(
         [
@@ -111,7 +113,7 @@ MUTANTS = {
                 "WHERE o.id = s.id\n        RETURNING o.id)",
             ),
         ],
-        [SHARED, STORE],
+        [f"{SHARED}::test_an_outcome_after_another_nodes_retry_does_not_count"],
     ),
     "settle-successes-without-compare-and-set": Mutant(
         [
@@ -121,7 +123,7 @@ MUTANTS = {
                 "true\n        RETURNING o.id, o.event_id, o.destination, 'delivered'",
             )
         ],
-        [SHARED, STORE],
+        [f"{STORE}::test_an_outcome_with_another_number_of_attempts_is_refused"],
     ),
     "notify-in-the-transaction": Mutant(
         [
@@ -132,7 +134,7 @@ MUTANTS = {
     return f"WITH {', '.join(expressions)} {' UNION ALL '.join([*results, notify])}\"""",
             )
         ],
-        [SHARED],
+        [f"{SHARED}::test_a_wake_up_is_not_part_of_the_commit"],
     ),
     "shared-ledger-row": Mutant(
         [
@@ -142,11 +144,11 @@ MUTANTS = {
                 "counts, 0, list(batch.ledger)",
             )
         ],
-        [SHARED],
+        [f"{SHARED}::test_commits_of_two_nodes_do_not_wait_for_each_other"],
     ),
     "shared-row-of-statistics": Mutant(
         [Change(f"{POSTGRES}/commit.py", "STATS,\n            slot,", "STATS,\n            0 * slot,")],
-        [SHARED],
+        [f"{SHARED}::test_commits_of_two_nodes_do_not_wait_for_each_other"],
     ),
     "ordered-end-in-one-statement": Mutant(
         [
@@ -163,7 +165,7 @@ MUTANTS = {
                 "    rows = await transaction.fetch(sql, *places, changes, batch.steady)\n",
             )
         ],
-        [SHARED, STORE],
+        [f"{SHARED}::test_no_delivery_is_stuck_behind_one_that_ends_at_another_node"],
     ),
     "ordered-end-without-lock": Mutant(
         [
@@ -174,7 +176,7 @@ MUTANTS = {
                 "    places = [name for name, _ in keys], [text(key) for _, key in keys]\n",
             )
         ],
-        [SHARED, STORE],
+        [f"{SHARED}::test_no_delivery_is_stuck_behind_one_that_ends_at_another_node"],
     ),
     "ordered-insert-without-lock": Mutant(
         [
@@ -184,7 +186,7 @@ MUTANTS = {
                 "        places = [name for name, _ in ordered], [text(key) for _, key in ordered]\n",
             )
         ],
-        [SHARED, STORE],
+        [f"{SHARED}::test_no_delivery_is_stuck_behind_one_that_ends_at_another_node"],
     ),
     "order-keys-one-after-another": Mutant(
         [
@@ -194,7 +196,7 @@ MUTANTS = {
                 "if keys < transaction.locked:",
             )
         ],
-        [SHARED],
+        [f"{SHARED}::test_nodes_that_end_and_add_deliveries_of_the_same_keys_do_not_deadlock"],
     ),
     "keys-before-the-ledger": Mutant(
         [
@@ -207,11 +209,12 @@ MUTANTS = {
         [SHARED],
     ),
     "backlog-without-lock": Mutant(
-        [Change(f"{POSTGRES}/backlog.py", "        await transaction.fetch(LOCK_SQL)\n", "")], [SHARED]
+        [Change(f"{POSTGRES}/backlog.py", "        await transaction.fetch(LOCK_SQL)\n", "")],
+        [f"{SHARED}::test_the_backlog_limit_is_exact_for_nodes_that_race_to_it"],
     ),
     "backlog-without-checks": Mutant(
         [Change(f"{POSTGRES}/backlog.py", "batch.checked = set(batch.limits)", "batch.checked = set()")],
-        [SHARED],
+        [f"{SHARED}::test_the_backlog_limit_is_exact_for_nodes_that_race_to_it"],
     ),
     "backlog-without-taking-back": Mutant(
         [
@@ -219,7 +222,7 @@ MUTANTS = {
                 f"{POSTGRES}/backlog.py", "if rooms[name] < wanted[name] and sums[name][1]]:", "if not name]:"
             )
         ],
-        [SHARED],
+        [f"{SHARED}::test_room_that_a_node_does_not_use_is_taken_back_from_it"],
     ),
     "report-a-change-of-a-destination-again": Mutant(
         [Change("relay/store/transitions.py", "        if after != before:\n", "        if state:\n")],
@@ -278,7 +281,7 @@ MUTANTS = {
                 "",
             )
         ],
-        [OWNER],
+        [f"{OWNER}::test_a_lease_that_ends_while_a_body_is_read_stops_the_attempt"],
     ),
     "use-deliveries-of-a-former-lease": Mutant(
         [
@@ -288,7 +291,7 @@ MUTANTS = {
                 "        self._term += 1\n",
             )
         ],
-        [OWNER],
+        [f"{OWNER}::test_a_lane_that_was_lost_and_taken_again_empties_its_window"],
     ),
     "use-a-claim-of-a-former-lease": Mutant(
         [
@@ -298,7 +301,7 @@ MUTANTS = {
                 "(shards, term) != (self.shards, term)",
             )
         ],
-        [OWNER],
+        [f"{OWNER}::test_a_lane_that_was_lost_and_taken_again_sends_nothing_that_it_had_claimed_before"],
     ),
     "send-under-a-former-lease": Mutant(
         [
@@ -308,7 +311,7 @@ MUTANTS = {
                 "            or not self._store",
             )
         ],
-        [OWNER],
+        [f"{OWNER}::test_a_lane_that_was_lost_and_taken_again_sends_nothing_that_it_had_claimed_before"],
     ),
     "send-a-group-under-a-former-lease": Mutant(
         [
@@ -318,7 +321,7 @@ MUTANTS = {
                 "                or not self._store",
             )
         ],
-        [OWNER],
+        [f"{OWNER}::test_a_lane_that_was_lost_and_taken_again_sends_nothing_that_it_had_claimed_before"],
     ),
     "offer-a-delivery-of-a-former-lease": Mutant(
         [
@@ -328,7 +331,9 @@ MUTANTS = {
                 "if batch.due and batch.scope is None:",
             )
         ],
-        [SHARED],
+        [
+            f"{SHARED}::test_a_new_delivery_that_another_node_has_sent_before_its_commit_was_answered_is_not_sent_again"
+        ],
     ),
     "late-commits-unannounced": Mutant(
         [
@@ -338,7 +343,7 @@ MUTANTS = {
                 "nodes.announce(others, since=2**62)",
             )
         ],
-        [SHARED],
+        [f"{SHARED}::test_deliveries_of_a_commit_that_took_some_time_are_claimed_at_once"],
     ),
     "announcements-lost-during-a-claim": Mutant(
         [
@@ -353,11 +358,11 @@ MUTANTS = {
                 "        self._floors.pop(key, None)\n        self._cursors[key] = (now - 1, began)",
             ),
         ],
-        [SHARED],
+        [f"{SHARED}::test_deliveries_that_are_announced_during_a_claim_are_found_by_the_next_one"],
     ),
     "deliveries-of-a-killed-node-unannounced": Mutant(
         [Change(f"{POSTGRES}/nodes.py", "            self._search_own_lanes()\n", "            pass\n")],
-        [SHARED],
+        [f"{SHARED}::test_the_others_look_for_deliveries_that_a_killed_node_has_not_announced"],
     ),
     "former-owner-changes-a-state": Mutant(
         [
@@ -367,7 +372,7 @@ MUTANTS = {
                 "AND l.incarnation IS NULL AND ${len(_STATE_COLUMNS) + 1}::uuid IS NULL AND",
             )
         ],
-        [SHARED],
+        [f"{SHARED}::test_a_frozen_node_ends_nothing_and_changes_no_state_of_a_lane_that_it_has_lost"],
     ),
     "former-owner-ends-deliveries": Mutant(
         [
@@ -377,7 +382,7 @@ MUTANTS = {
                 "(l.incarnation IS NULL AND $5::uuid IS NULL OR coalesce",
             )
         ],
-        [SHARED],
+        [f"{SHARED}::test_a_frozen_node_ends_nothing_and_changes_no_state_of_a_lane_that_it_has_lost"],
     ),
     "slot-free-before-the-end": Mutant(
         [
@@ -387,7 +392,7 @@ MUTANTS = {
                 'await self._fetch("DELETE FROM nodes WHERE incarnation = $1::uuid", self.incarnation)',
             )
         ],
-        [NODES],
+        [f"{NODES}::test_slots_are_unique_and_used_again"],
     ),
     "row-ids-by-the-machine's-clock": Mutant(
         [
@@ -398,7 +403,7 @@ MUTANTS = {
             ),
             Change(f"{POSTGRES}/clock.py", "self.wall = self.steady = _ahead(", "self.steady = _ahead("),
         ],
-        [SHARED],
+        [f"{SHARED}::test_the_times_of_a_node_whose_clock_is_wrong_are_those_of_the_server"],
     ),
     "trust-without-end": Mutant(
         [
@@ -408,7 +413,7 @@ MUTANTS = {
                 "return asked + int((length + 3600) * SECOND)",
             )
         ],
-        [NODES],
+        [f"{NODES}::test_without_the_database_a_node_trusts_its_leases_until_their_times"],
     ),
     "trust-from-the-answer": Mutant(
         [
@@ -418,11 +423,11 @@ MUTANTS = {
                 "            if name in renewed:\n                self._trust(name, self._clock.steady())",
             )
         ],
-        [NODES],
+        [f"{NODES}::test_trust_in_a_lease_counts_from_before_the_request"],
     ),
     "write-an-outdated-worker": Mutant(
         [Change(f"{POSTGRES}/workers.py", "w.id = g.id AND w.version = g.known", "w.id = g.id")],
-        [WORKERS],
+        [f"{WORKERS}::test_a_change_of_a_row_that_another_node_has_changed_is_repeated"],
     ),
     "flush-an-outdated-worker": Mutant(
         [
@@ -432,11 +437,11 @@ MUTANTS = {
                 "WHERE g.known IS NOT NULL ORDER BY",
             )
         ],
-        [WORKERS],
+        [f"{WORKERS}::test_a_quiet_heartbeat_revives_a_worker_that_another_node_has_marked"],
     ),
     "sweep-without-the-other-nodes": Mutant(
         [Change(f"{POSTGRES}/workers.py", "return min([moment, ", "return max([moment, ")],
-        [WORKERS],
+        [f"{WORKERS}::test_a_sweep_waits_for_heartbeats_that_another_node_has_not_written"],
     ),
     "no-extension-after-an-outage": Mutant(
         [
@@ -446,11 +451,11 @@ MUTANTS = {
                 "former.resumed",
             )
         ],
-        [WORKERS],
+        [f"{WORKERS}::test_an_extension_is_made_up_for_when_the_database_is_back"],
     ),
     "read-workers-since-the-latest-transaction": Mutant(
         [Change(f"{POSTGRES}/workers.py", "SELECT pg_snapshot_xmin(", "SELECT pg_snapshot_xmax(")],
-        [WORKERS],
+        [f"{WORKERS}::test_a_row_of_a_long_transaction_is_read_after_its_end"],
     ),
     "late-requests-of-a-frozen-node": Mutant(
         [
@@ -460,7 +465,7 @@ MUTANTS = {
                 "if change is None:",
             )
         ],
-        [WORKERS],
+        [f"{WORKERS}::test_a_node_that_was_frozen_refuses_requests_from_that_time"],
     ),
     "take-an-unheard-reply-twice": Mutant(
         [
@@ -471,7 +476,7 @@ MUTANTS = {
                 "SELECT event_ids, expires > clock_timestamp() AS is_valid FROM unheard WHERE digest = $1",
             )
         ],
-        [REPLIES],
+        [f"{REPLIES}::test_a_repetition_at_another_node_is_recognized_once"],
     ),
     "take-a-shard-of-a-former-number": Mutant(
         [
@@ -481,11 +486,11 @@ MUTANTS = {
                 "WHERE s.shards IS NOT NULL ORDER BY",
             )
         ],
-        [NODES],
+        [f"{NODES}::test_a_held_shard_delays_a_change_and_a_node_that_has_missed_it_takes_none"],
     ),
     "take-a-shard-while-the-number-changes": Mutant(
         [Change(f"{POSTGRES}/nodes.py", "ORDER BY g.name FOR SHARE OF g", "ORDER BY g.name")],
-        [NODES],
+        [f"{NODES}::test_no_shard_is_taken_while_the_number_is_being_changed"],
     ),
     "change-shards-that-are-held": Mutant(
         [
@@ -496,7 +501,7 @@ MUTANTS = {
                 "return wanted if begin else None",
             )
         ],
-        [NODES],
+        [f"{NODES}::test_the_number_of_shards_changes_when_no_shard_is_held"],
     ),
     "end-without-the-lease-of-a-shard": Mutant(
         [
@@ -506,7 +511,7 @@ MUTANTS = {
                 "AND l.until < 'infinity') END",
             )
         ],
-        [SHARDS],
+        [f"{SHARDS}::test_a_node_that_was_frozen_ends_nothing_of_another_number_of_shards"],
     ),
     "end-as-if-not-divided": Mutant(
         [
@@ -516,7 +521,7 @@ MUTANTS = {
                 "AND l.incarnation <> $5::uuid)",
             )
         ],
-        [SHARDS],
+        [f"{SHARDS}::test_a_node_that_was_frozen_ends_nothing_of_another_number_of_shards"],
     ),
     "claim-other-shards": Mutant(
         [
@@ -526,7 +531,7 @@ MUTANTS = {
                 "slot % self.count >= min(self.numbers, default=99)",
             )
         ],
-        [SHARDS],
+        [f"{SHARDS}::test_a_claim_reads_only_its_shards_and_all_together_read_everything"],
     ),
     "hand-over-a-shard-beyond-its-limit": Mutant(
         [
@@ -536,7 +541,7 @@ MUTANTS = {
                 "return self.in_flight > 99 * limit or any(",
             )
         ],
-        [OWNER],
+        [f"{OWNER}::test_a_shard_is_handed_over_when_its_part_of_the_limits_is_free"],
     ),
     "begin-a-shard-with-a-full-rate": Mutant(
         [
@@ -546,7 +551,7 @@ MUTANTS = {
                 "self._tokens = self._burst if share else 0.0",
             )
         ],
-        ["tests/unit/test_rate.py"],
+        ["tests/unit/test_rate.py::test_shares_of_a_rate_never_allow_more_than_the_whole"],
     ),
     "hand-over-before-the-last-outcome": Mutant(
         [
@@ -580,7 +585,7 @@ MUTANTS = {
                 "SELECT name FROM leases WHERE name = ANY($2::text[])",
             )
         ],
-        [f"{NODES}::test_a_dead_node_is_replaced_when_its_leases_end"],
+        [f"{NODES}::test_a_lease_that_another_node_takes_at_the_same_moment_or_holds_is_not_taken"],
     ),
     "take-a-lease-without-a-lock": Mutant(
         [
@@ -590,7 +595,7 @@ MUTANTS = {
                 "until <= clock_timestamp()",
             )
         ],
-        [f"{NODES}::test_two_nodes_never_hold_a_lease_at_once_however_they_race"],
+        [f"{NODES}::test_a_lease_that_another_node_takes_at_the_same_moment_or_holds_is_not_taken"],
     ),
     "move-lanes-to-a-node-that-has-just-started": Mutant(
         [Change(f"{POSTGRES}/leases.py", "due.age >= settle_in:", "due.age >= 0:")],
@@ -823,13 +828,26 @@ def apply(mutant: Mutant, root: Path) -> None:
         path.write_text(text.replace(change.old, change.new))
 
 
-def run(mutant: Mutant) -> str:
+@contextmanager
+def shared_server() -> Iterator[dict[str, str]]:
+    """Run a server for the tests of all mutants; yields the variable by which `postgres.server` finds it."""
+    name = f"mutants-{os.getpid()}"
+    folder = Path(tempfile.gettempdir()) / f"relay-postgres-{name}"
+    server = start(folder)
+    (folder / "port").write_text(str(server.port))
+    try:
+        yield {"PYTEST_XDIST_TESTRUNUID": name}
+    finally:
+        server.crash()
+
+
+def run(mutant: Mutant, environment: Mapping[str, str]) -> str:
     """Return the first test that fails with this mutant; empty: all pass."""
     with tempfile.TemporaryDirectory(prefix="relay-mutant-") as folder:
         for name in COPIED:
             source, target = ROOT / name, Path(folder) / name
             if source.is_dir():
-                shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
+                shutil.copytree(source, target)  # with compiled modules: of unchanged files, they are valid
             else:
                 shutil.copy(source, target)
         apply(mutant, Path(folder))
@@ -837,7 +855,7 @@ def run(mutant: Mutant) -> str:
         done = subprocess.run(
             [*command, *mutant.tests],
             cwd=folder,
-            env={**os.environ, "PYTHONPATH": folder},
+            env={**os.environ, **environment, "PYTHONPATH": folder},
             capture_output=True,
             text=True,
             timeout=LIMIT,
@@ -856,11 +874,12 @@ def run(mutant: Mutant) -> str:
 def main(names: Sequence[str]) -> None:
     """Run the tests against mutants, by default all, and show which test finds each."""
     survived = []
-    for name in names or MUTANTS:
-        found = run(MUTANTS[name])
-        click.echo(f"{name}: {found or 'SURVIVED'}")
-        if not found:
-            survived.append(name)
+    with shared_server() as environment:
+        for name in names or MUTANTS:
+            found = run(MUTANTS[name], environment)
+            click.echo(f"{name}: {found or 'SURVIVED'}")
+            if not found:
+                survived.append(name)
     sys.exit(1 if survived else 0)
 
 

@@ -30,7 +30,7 @@ from relay.store.postgres.leases import (
     trusted_until,
     wanted_shards,
 )
-from relay.store.postgres.nodes import TAKE_SHARDS_SQL, PostgresNodes
+from relay.store.postgres.nodes import TAKE_SHARDS_SQL, TAKE_SQL, PostgresNodes
 from relay.store.postgres.wakeups import WakeUp
 
 asyncpg = pytest.importorskip("asyncpg")
@@ -599,6 +599,31 @@ async def test_two_nodes_never_hold_a_lease_at_once_however_they_race(cluster):
             node._trusted.clear()
         owned = await asyncio.gather(*(own(node, ()) for node in nodes))
         assert [len(each.until) for each in owned].count(1) == 1
+
+
+@needs_postgres
+async def test_a_lease_that_another_node_takes_at_the_same_moment_or_holds_is_not_taken(cluster):
+    node = await cluster.join(lanes=("crm",))
+    await own(node, ())  # makes the row
+    await node.give(("crm",))
+    arguments = (TAKE_SQL, node.incarnation, ["lane:crm"], [30.0], [None], "")
+    other = await asyncpg.connect(cluster.url)
+    async with other.transaction():
+        await other.execute(
+            "UPDATE leases SET incarnation = gen_random_uuid(), epoch = epoch + 1,"
+            " until = clock_timestamp() + interval '30 s'"
+        )
+        taking = asyncio.create_task(node._locked(*arguments))
+        waiting = """
+            SELECT count(*) FROM pg_stat_activity
+             WHERE datname = current_database() AND wait_event_type = 'Lock'
+        """
+        async with asyncio.timeout(30):
+            while not (taking.done() or await other.fetchval(waiting)):  # noqa: ASYNC110 - the server knows
+                await asyncio.sleep(0.01)
+    assert not await taking
+    assert not await node._locked(*arguments)
+    await other.close()
 
 
 @needs_postgres
