@@ -214,7 +214,7 @@ MUTANTS = {
     ),
     "backlog-without-checks": Mutant(
         [Change(f"{POSTGRES}/backlog.py", "batch.checked = set(batch.limits)", "batch.checked = set()")],
-        [f"{SHARED}::test_the_backlog_limit_is_exact_for_nodes_that_race_to_it"],
+        [f"{SHARED}::test_room_that_a_node_does_not_use_is_taken_back_from_it"],
     ),
     "backlog-without-taking-back": Mutant(
         [
@@ -334,6 +334,16 @@ MUTANTS = {
         [
             f"{SHARED}::test_a_new_delivery_that_another_node_has_sent_before_its_commit_was_answered_is_not_sent_again"
         ],
+    ),
+    "keep-a-short-lease-for-a-longer-timeout": Mutant(
+        [
+            Change(
+                "relay/delivery/lane.py",
+                "if longer > 0 and self.health.owned_until not in {0, FOREVER}:",
+                "if longer > 86_400:",
+            )
+        ],
+        [f"{OWNER}::test_after_a_reload_with_a_longer_timeout_attempts_wait_for_a_longer_lease"],
     ),
     "late-commits-unannounced": Mutant(
         [
