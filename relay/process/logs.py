@@ -386,8 +386,9 @@ def configure(level: str, format_: Format, *, under_systemd: bool) -> None:
             former.flush()
             handler.on_drop = former.on_drop
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
-    # Both log a traceback for each fault of a remote peer; the relay counts these and logs one line.
+    # It logs a traceback for each fault of a remote peer; the relay counts these and logs one line.
     logging.getLogger("aiohttp").setLevel(logging.CRITICAL)
-    logging.getLogger("apscheduler").setLevel(logging.WARNING)
+    # It logs a warning for each run that it skips: one a second for each job that waits for the database.
+    logging.getLogger("apscheduler").setLevel(logging.ERROR)
     # At level debug it logs every statement with its parameters, which contain senders' data.
     logging.getLogger("aiosqlite").setLevel(logging.WARNING)

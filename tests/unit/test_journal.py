@@ -206,6 +206,15 @@ def test_a_redirected_stderr_does_not_go_to_the_journal(journald, stderr, monkey
     assert json.loads(text_of(stderr))["message"] == "hello"
 
 
+def test_skipped_runs_of_a_job_that_waits_for_the_database_are_not_logged(stderr, monkeypatch):
+    monkeypatch.setattr("sys.stderr", stderr)
+    configure("info", "text", under_systemd=False)
+    logging.getLogger("apscheduler.scheduler").warning("Execution of job expire skipped")
+    LOG.warning("hello")
+    assert "hello" in text_of(stderr)
+    assert "skipped" not in text_of(stderr)
+
+
 def test_another_format_after_a_reload_keeps_the_count_of_dropped_lines(journald, stderr, monkeypatch):
     connected(stderr, monkeypatch)
     monkeypatch.setattr(journal, "SOCKET", journald.path)
