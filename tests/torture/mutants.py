@@ -203,7 +203,8 @@ MUTANTS = {
             Change(
                 f"{POSTGRES}/transaction.py",
                 "return f\"WITH {', '.join(expressions)}",
-                "return f\"WITH {', '.join(expressions[::-1])}",
+                "if not results[1:]:\n        expressions.reverse()\n"
+                "    return f\"WITH {', '.join(expressions)}",
             )
         ],
         [SHARED],
