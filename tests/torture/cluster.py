@@ -176,9 +176,10 @@ class Torture:
         return [number for number in range(len(self.cluster.nodes)) if number != victim]
 
     async def _victim(self) -> int:
-        """Choose a node with lanes."""
-        owners = sorted(set((await self.cluster.owners()).values()))
-        return int(self._random.choice(owners)[1:])
+        """Choose a node that sends to destinations of all nodes."""
+        lanes, owners = await self.cluster.lanes(), await self.cluster.owners()
+        names = sorted({owner for lane, owner in owners.items() if lane in lanes})
+        return int(self._random.choice(names)[1:])
 
     @asynccontextmanager
     async def _fault(
