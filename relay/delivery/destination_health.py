@@ -101,7 +101,7 @@ class DestinationHealth:
         return "operator" if self.state.paused else None
 
     def reconfigure(self, config: DestinationConfig) -> None:
-        """Apply another config, which may fix past failures: end the rest and make a probe due."""
+        """Apply another config, which may fix past failures: end a requested pause and make a probe due."""
         self._config = config
         self._stored_hold = PAUSED_IN_CONFIG if config.paused else self.state.held
         self.rest_until = 0
