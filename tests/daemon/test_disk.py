@@ -366,7 +366,7 @@ async def test_outcomes_that_wait_for_the_store_are_logged_at_a_limited_rate(tmp
         ) as settle:
             recorder.open.set()
             await until(lambda: settle.call_count > 30)
-            assert caplog.text.count("wait for the store: database is locked") == 1
+            assert caplog.text.count("cannot store results yet: database is locked") == 1
         await until(lambda: not store.ledger.pending())
     assert sorted(recorder.ids) == sorted(ids)  # nothing was sent twice
 
