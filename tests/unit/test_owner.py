@@ -211,7 +211,7 @@ async def events_about(store, name="crm"):
 async def opened_circuit(dispatcher, store):
     """Let a node find that a destination fails."""
     lane = dispatcher.lanes["crm"]
-    await send_many(store, 3)
+    await send_many(store, 24)  # each belongs to one of two shards, by its random id
     await until(lambda: lane.health.circuit.is_open and not lane.in_flight)
 
 
