@@ -173,7 +173,7 @@ class HttpClient:
         except (ClientError, HttpProcessingError, OSError) as error:
             failure = error.with_traceback(None)  # aiohttp's frames and this one hold it: a cycle
         except asyncio.CancelledError:
-            if task.cancelling() - request.is_late > cancelled:  # by the caller
+            if not request.is_late or task.cancelling() > cancelled + 1:  # cancelled by others
                 raise
             failure = TimeoutError()
         finally:
