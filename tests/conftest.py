@@ -164,9 +164,10 @@ async def client_for():
     """Make clients that are closed at the end."""
     clients = []
 
-    def make(timeout=AMPLE, **settings):
+    def make(timeout=AMPLE, resolver=None, **settings):
         settings = {"connect_timeout": AMPLE, "allow_private": True, **settings}
-        clients.append(HttpClient(DestinationConfig(name="zoo", url=Url(""), timeout=timeout, **settings)))
+        destination = DestinationConfig(name="zoo", url=Url(""), timeout=timeout, **settings)
+        clients.append(HttpClient(destination, resolver=resolver))
         return clients[-1]
 
     yield make

@@ -1,10 +1,12 @@
 """The client and misbehaving receivers: labelled results, in time, with flat memory and a silent log."""
 
+import asyncio
 import time
 import tracemalloc
 
 import pytest
 import receivers
+from aiohttp.abc import AbstractResolver
 from client import AMPLE, GRACE, SHORT, Stopwatch, send
 
 from relay.delivery.http.response import KEEP_LIMIT
@@ -55,6 +57,60 @@ async def test_a_hanging_connect_ends_at_the_connect_timeout(client_for, certifi
         answer = await send(client, receiver.url)  # it accepts TCP and never responds to TLS
         assert (answer.result, answer.error) == ("timeout", "no connection to 127.0.0.1 within 200ms")
         assert lasted.seconds < SHORT + GRACE
+
+
+class Cancelled(AbstractResolver):
+    """A resolver whose look-up is cancelled by its own code."""
+
+    async def resolve(self, host, port=0, family=0):
+        raise asyncio.CancelledError
+
+    async def close(self):
+        """Nothing is open."""
+
+
+async def test_a_cancellation_of_something_within_a_request_is_not_its_timeout(client_for):
+    client = client_for(resolver=Cancelled())
+    with pytest.raises(asyncio.CancelledError):
+        await send(client, "http://receiver.example/")
+    assert asyncio.current_task().cancelling() == 0
+
+
+@pytest.mark.parametrize("earlier", [0, 1])
+async def test_a_timeout_in_a_task_that_was_cancelled_before_is_a_timeout(client_for, earlier):
+    """As with `asyncio.timeout`, only cancellations after the beginning of the request count."""
+    async with receivers.hang() as receiver:
+        task = asyncio.current_task()
+        for _ in range(earlier):
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await asyncio.sleep(0)
+        assert (await send(client_for(SHORT), receiver.url)).result == "timeout"
+        assert task.cancelling() == earlier
+        for _ in range(earlier):
+            task.uncancel()
+
+
+@pytest.mark.parametrize(
+    "cancelled_after", [None, 0.75 * SHORT, 1.25 * SHORT], ids=["alone", "before the timeout", "after it"]
+)
+async def test_a_caller_that_cancels_a_request_is_obeyed_even_at_the_moment_of_its_timeout(
+    client_for, cancelled_after
+):
+    """As with `asyncio.timeout`, which is no `TimeoutError` if the task was cancelled as well."""
+    loop = asyncio.get_running_loop()
+    async with receivers.hang() as receiver:
+        client = client_for(AMPLE if cancelled_after is None else SHORT)
+        sending = asyncio.create_task(send(client, receiver.url))
+        if cancelled_after is None:
+            await receiver.until(requests=1)
+            sending.cancel()
+        else:  # the loop is blocked until both are due, and runs both before the task continues
+            loop.call_later(cancelled_after, sending.cancel)
+            loop.call_later(SHORT / 2, time.sleep, SHORT)
+        await asyncio.wait([sending])
+        assert sending.cancelled()
+        assert sending.cancelling() == 1
 
 
 TOO_MUCH = [
