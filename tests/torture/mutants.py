@@ -125,6 +125,14 @@ MUTANTS = {
         ],
         [f"{STORE}::test_an_outcome_with_another_number_of_attempts_is_refused"],
     ),
+    "keep-attempts-of-deleted-events": Mutant(
+        [Change(f"{POSTGRES}/deliveries.py", "if event_id not in stored]", "if event_id < 0]")],
+        [f"{SHARED}::test_a_late_attempt_stays_only_if_its_event_does"],
+    ),
+    "look-for-an-event-that-is-being-deleted": Mutant(
+        [Change(f"{POSTGRES}/deliveries.py", "BETWEEN $2 AND $3 FOR KEY SHARE", "BETWEEN $2 AND $3")],
+        [f"{SHARED}::test_an_attempt_that_is_stored_while_its_event_is_deleted_does_not_stay"],
+    ),
     "notify-in-the-transaction": Mutant(
         [
             Change(

@@ -10,7 +10,7 @@ import asyncpg
 import msgspec
 import pytest
 from postgres import needs_postgres, not_pooled
-from postgres_stores import emptied, listen_url_of, url_of
+from postgres_stores import FAULTS_SQL, emptied, listen_url_of, url_of
 from support import until
 
 from relay.base.clock import SECOND, SystemClock
@@ -21,6 +21,7 @@ from relay.store.postgres import backlog, transitions
 from relay.store.postgres.clock import ServerClock
 from relay.store.postgres.connection import code_of
 from relay.store.postgres.deliveries import OVERLAP_EVERY
+from relay.store.postgres.events import delete_events as expunge_events
 from relay.store.postgres.nodes import PostgresNodes
 from relay.store.postgres.prune import delete_events
 from relay.store.postgres.rows import micros_of
@@ -247,6 +248,72 @@ async def test_the_outcome_of_a_frozen_node_does_not_count(nodes):
     assert not await first.settle(held)
     [counts] = [each for name, each in (await first.store.ledger.totals()).items() if name == "crm"]
     assert (counts.created, counts.delivered, counts.pending) == (1, 1, 0)
+
+
+@needs_postgres
+@pytest.mark.parametrize("is_group", [False, True], ids=["one", "group"])
+@pytest.mark.parametrize("is_deleted", [False, True], ids=["stored", "deleted"])
+async def test_a_late_attempt_stays_only_if_its_event_does(nodes, is_deleted, is_group):
+    first, second = nodes
+    await first.send()
+    [held] = first.fresh
+    assert first.store.deliveries.begin_attempt(held.id)
+    await first.own()  # it is frozen during the attempt, and its lease ends
+    await second.own("crm", "erp")
+    for name in NAMES:
+        for delivery in await second.claim(name):
+            assert await second.settle(delivery)
+    if is_deleted:
+        expunged = await second.store.events.expunge([held.event_id])
+        assert expunged.events == 1
+    if is_group:
+        attempt = Attempt(started_at=CLOCK.wall(), duration_ms=1.0, result="ok", status=200, group_id="g")
+        outcome = Outcome(delivery=held, attempt=attempt, state="delivered")
+        assert await first.store.deliveries.settle_group([outcome], split=False) == frozenset()
+    else:
+        assert not await first.settle(held)
+    attempts = await first.store.database.fetch("SELECT 1 FROM attempts WHERE delivery_id = $1", held.id)
+    assert len(attempts) == (0 if is_deleted else 2)
+    assert await first.store.database.fetch(FAULTS_SQL) == []
+
+
+@needs_postgres
+@pytest.mark.parametrize("is_retention", [False, True], ids=["operator", "retention"])
+async def test_an_attempt_that_is_stored_while_its_event_is_deleted_does_not_stay(nodes, is_retention):
+    first, second = nodes
+    await first.send()
+    [held] = first.fresh
+    await first.own()
+    await second.own("crm", "erp")
+    for name in NAMES:
+        for delivery in await second.claim(name):
+            assert await second.settle(delivery)
+    locked, allowed = asyncio.Event(), asyncio.Event()
+
+    async def delete(connection):
+        """Delete the event; wait after its rows are deleted, before the commit."""
+        execute = connection.execute
+
+        async def wait_before_commit(sql, *values):
+            if sql == "COMMIT":
+                locked.set()
+                await allowed.wait()
+            return await execute(sql, *values)
+
+        with patch.object(connection, "execute", wait_before_commit):
+            if is_retention:
+                return await delete_events([Candidate(held.event_id, cost=0, dead=0)], connection)
+            return len(await expunge_events(connection, [held.event_id]))
+
+    deleting = asyncio.ensure_future(second.store.database.writer.call(delete))
+    await asyncio.wait_for(locked.wait(), 30)
+    settling = asyncio.ensure_future(first.settle(held))
+    await waits_or_ends(first, settling)
+    assert await first.store.database.fetch("SELECT 1 FROM attempts WHERE delivery_id = $1", held.id)
+    allowed.set()
+    assert await deleting == 1
+    assert not await settling
+    assert await first.store.database.fetch(FAULTS_SQL) == []
 
 
 @needs_postgres

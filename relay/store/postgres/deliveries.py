@@ -1,5 +1,6 @@
-"""Claims of due deliveries in PostgreSQL."""
+"""Claims of due deliveries in PostgreSQL, and outcomes that do not count there."""
 
+import logging
 from collections.abc import Iterable, Sequence
 
 from relay.base.clock import SECOND, Clock
@@ -13,6 +14,8 @@ from relay.store.postgres.connection import Connection, Database
 from relay.store.postgres.nodes import PostgresNodes
 from relay.store.postgres.rows import CLAIM_COLUMNS, delivery_of, text
 from relay.store.postgres.shards import due_sql, next_sql
+
+log = logging.getLogger("relay.store")
 
 OVERLAP = 5 * SECOND
 """Microseconds before the cursor that a claim reads again, because a commit may come late: of another node,
@@ -50,6 +53,11 @@ FOLLOWERS_SQL = f"""
      ORDER BY next_attempt_at, id
      LIMIT $4
 """  # noqa: S608 - only constants
+
+
+# Whoever deletes an event locks it first, so it either sees the new attempt or is done before this lock.
+STORED_SQL = "SELECT id FROM events WHERE id = ANY($1::bigint[]) AND id BETWEEN $2 AND $3 FOR KEY SHARE"
+ORPHANS_SQL = "DELETE FROM attempts WHERE delivery_id = ANY($1::bigint[])"
 
 
 class PostgresDeliveries(StoredDeliveries):
@@ -147,6 +155,39 @@ class PostgresDeliveries(StoredDeliveries):
     def _read_from(self, key: tuple[str, bool], due: int) -> None:
         """Let the next claim read from a due time on, even if another claim is in progress."""
         self._floors[key] = min(due, self._floors.get(key, due))
+
+    async def settle(self, outcome: Outcome) -> bool:
+        """See `Deliveries.settle`."""
+        counted = await super().settle(outcome)
+        if not counted:
+            await self._delete_orphans((outcome,))
+        return counted
+
+    async def settle_group(self, outcomes: Sequence[Outcome], *, split: bool) -> frozenset[int]:
+        """See `Deliveries.settle_group`."""
+        counted = await super().settle_group(outcomes, split=split)
+        if refused := [outcome for outcome in outcomes if outcome.delivery.id not in counted]:
+            await self._delete_orphans(refused)
+        return counted
+
+    async def _delete_orphans(self, refused: Sequence[Outcome]) -> None:
+        """Delete the attempts of outcomes that came after their event was deleted.
+
+        Another node had ended the delivery. A check in the statement of the commit would cost every commit.
+        """
+        events = {outcome.delivery.id: outcome.delivery.event_id for outcome in refused}
+        ids = list(set(events.values()))
+
+        async def delete(connection: Connection) -> None:
+            async with connection.transaction():
+                stored = {id_ for (id_,) in await connection.fetch(STORED_SQL, ids, min(ids), max(ids))}
+                if orphans := [id_ for id_, event_id in events.items() if event_id not in stored]:
+                    await connection.execute(ORPHANS_SQL, orphans)
+
+        try:
+            await self._database.writer.call(delete)
+        except Exception as error:  # noqa: BLE001 - the caller must not repeat the outcome
+            log.warning("attempts of deleted events stay until retention deletes them: %s", error)
 
     async def set_destination(self, state: DestinationState, event: GeneratedEvent | None = None) -> None:
         """See `Deliveries.set_destination`; an attempt of a former owner may end late."""
