@@ -66,7 +66,7 @@ class Side(msgspec.Struct, frozen=True):
         """Send events to all daemons at once, and wait until the ledger counts them as delivered."""
         count, connections = plan.requests // len(self.daemons), plan.connections // len(self.daemons)
         wanted = await self.ledger.delivered() + count * len(self.daemons)
-        daemons, database = self._daemon_cpu(), self._database_cpu()
+        daemons, main, database = self._daemon_cpu(), self._main_cpu(), self._database_cpu()
         sending = [
             send(each.address, *REQUESTS, count=count, connections=connections) for each in self.daemons
         ]
@@ -76,6 +76,7 @@ class Side(msgspec.Struct, frozen=True):
             events=count * len(self.daemons),
             seconds=time.perf_counter() - began,
             process=self._daemon_cpu() - daemons,
+            main=self._main_cpu() - main,
             server=self._database_cpu() - database,
         )
 
@@ -112,6 +113,9 @@ class Side(msgspec.Struct, frozen=True):
     def _daemon_cpu(self) -> float:
         return sum(each.cpu() for each in self.daemons)
 
+    def _main_cpu(self) -> float:
+        return sum(each.main_thread_cpu() for each in self.daemons)
+
     def _database_cpu(self) -> float:
         return 0.0 if self.database is None else self.database.cpu()
 
@@ -139,7 +143,21 @@ async def run(plan: Plan, nodes: Sequence[int] = NODES, url: str | None = None) 
         us = f"{count} node{'s' if count > 1 else ''}, PostgreSQL"
         title = "events from the first byte in to the recorded answer of one of five destinations"
         found += engines.compare(f"cluster-{count}", title, us, rounds, embedded)
+    found.append(_limit(embedded))
     return found + [_latency(len(side.daemons), each) for side, each in zip(shared, paced, strict=True)]
+
+
+def _limit(embedded: Sequence[Measured]) -> Comparison:
+    """Return the ratio that a node would reach with a store that cost no CPU outside the event loop."""
+    return Comparison(
+        name="cluster-limit",
+        title="the daemon with SQLite, without the thread that runs its statements",
+        us="main thread",
+        rival="process",
+        target=None,
+        ours=tuple(each.loop for each in embedded),
+        theirs=tuple(each.own for each in embedded),
+    )
 
 
 def _latency(count: int, rounds: Sequence[Paced]) -> Comparison:

@@ -32,6 +32,10 @@ class Server(msgspec.Struct, frozen=True):
         """
         return time.clock_gettime(~self.pid << 3 | 2)
 
+    def main_thread_cpu(self) -> float:
+        """Return the seconds of CPU that the main thread has used, which runs the event loop."""
+        return int(Path(f"/proc/{self.pid}/task/{self.pid}/schedstat").read_text().split()[0]) / 1e9
+
 
 @asynccontextmanager
 async def python(log: Path, *arguments: str) -> AsyncIterator[Server]:

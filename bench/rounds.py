@@ -43,11 +43,17 @@ class Measured(msgspec.Struct, frozen=True, kw_only=True):
     seconds: float
     process: float
     server: float  # 0: the database is in the process
+    main: float = 0.0  # the main threads of the processes, if measured
 
     @property
     def own(self) -> Round:
         """The round with the CPU of the process alone."""
         return Round(self.events, self.seconds, self.process)
+
+    @property
+    def loop(self) -> Round:
+        """The round with the CPU of the main threads alone."""
+        return Round(self.events, self.seconds, self.main)
 
     @property
     def total(self) -> Round:
