@@ -31,12 +31,12 @@ class CircuitBreaker:
         "_max_probe_wait",
         "_probe_wait",
         "_responses_to_double",
-        "_wait",
         "concurrency",
         "failures",
         "open_until",
         "openings",
         "ramp",
+        "wait",
     )
 
     def __init__(self, config: CircuitConfig, concurrency: int) -> None:
@@ -63,15 +63,19 @@ class CircuitBreaker:
 
     def restart(self, *, careful: bool) -> None:
         """Forget everything; `careful` allows one attempt at once, then more, as after a successful probe."""
-        self.failures, self.open_until, self._wait = 0, None, self._probe_wait
+        self.failures, self.open_until, self.wait = 0, None, self._probe_wait
         self.openings += 1
         self.ramp = None
         if careful:
             self._set_ramp(1)
 
-    def open_again(self, probe_at: int) -> None:
-        """Open, as before a restart or on the previous owner of the lane; the next probe is at `probe_at`."""
+    def open_again(self, probe_at: int, wait: int) -> None:
+        """Open, as before a restart or on the previous owner of the lane; the next probe is at `probe_at`.
+
+        `wait` is the previous owner's wait before that probe, 0 if it is unknown; the next one is twice as long.
+        """
         self.open_until, self.ramp = probe_at, None
+        self.wait = max(self._probe_wait, min(wait, self._max_probe_wait))
 
     @property
     def is_open(self) -> bool:
@@ -96,7 +100,7 @@ class CircuitBreaker:
             return self._fail(now) if openings == self.openings else None
         self.failures = 0
         if self.open_until is not None:
-            self.open_until, self._wait = None, self._probe_wait
+            self.open_until, self.wait = None, self._probe_wait
             self._set_ramp(1)
             return "recovered"
         if self.ramp is not None:
@@ -108,13 +112,13 @@ class CircuitBreaker:
     def probe_by(self, time: int) -> None:
         """If open, probe at `time` at the latest."""
         if self.open_until is not None:
-            self.open_until, self._wait = min(self.open_until, time), self._probe_wait
+            self.open_until, self.wait = min(self.open_until, time), self._probe_wait
 
     def close(self) -> Change | None:
         """Close an open circuit without waiting for a probe, and start the ramp."""
         if self.open_until is None:
             return None
-        self.failures, self.open_until, self._wait = 0, None, self._probe_wait
+        self.failures, self.open_until, self.wait = 0, None, self._probe_wait
         self.openings += 1  # a probe that is still in flight began before the destination was repaired
         self._set_ramp(1)
         return "recovered"
@@ -124,7 +128,7 @@ class CircuitBreaker:
         self._failures_to_open = config.failures
         self._probe_wait = int(config.probe * SECOND)
         self._max_probe_wait = int(config.max_probe * SECOND)
-        self._wait = self._probe_wait
+        self.wait = self._probe_wait  # before the next probe
 
     def _set_ramp(self, ramp: int) -> None:
         """Allow `ramp` attempts at once until `ramp` responses have arrived."""
@@ -133,13 +137,13 @@ class CircuitBreaker:
 
     def _fail(self, now: int) -> Change | None:
         if self.open_until is not None:
-            self._wait = min(self._wait * 2, self._max_probe_wait)
-            self.open_until = now + self._wait
+            self.wait = min(self.wait * 2, self._max_probe_wait)
+            self.open_until = now + self.wait
             return None
         self.failures += 1
         if self.failures < self._failures_to_open and self.ramp is None:
             return None
         self.ramp = None
         self.openings += 1
-        self.open_until = now + self._wait
+        self.open_until = now + self.wait
         return "opened"

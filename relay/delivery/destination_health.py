@@ -159,8 +159,9 @@ class DestinationHealth:
         elif standing is not None and self.is_divided:
             self.opened_by = None
         if self.opened_by is not None:
-            probe_at = None if standing is None else standing.probe_at
-            self.circuit.open_again(self._clock.steady() if probe_at is None else probe_at)
+            known = standing or Standing()
+            probe_at = self._clock.steady() if known.probe_at is None else known.probe_at
+            self.circuit.open_again(probe_at, known.probe_wait)
 
     @property
     def standing(self) -> dict[str, Any]:
@@ -170,6 +171,7 @@ class DestinationHealth:
             "circuit": reason,
             "is_quiet": is_quiet,
             "probe_at": self.circuit.open_until,
+            "probe_wait": self.circuit.wait if self.circuit.is_open else 0,
             "rest_until": self.rest_until if self._rest_reason == RESTING else 0,
         }
 

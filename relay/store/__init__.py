@@ -673,6 +673,7 @@ class Standing(msgspec.Struct, frozen=True):
     circuit: str | None = None  # why the circuit breaker is open; None: it is closed
     is_quiet: bool = False  # deliveries of the relay's own events opened it: report no further event
     probe_at: int | None = None  # when the open circuit allows the next probe (steady clock)
+    probe_wait: int = 0  # the wait before that probe, which doubles after each failed probe (microseconds)
     rest_until: int = 0  # end of the pause that the receiver requested (steady clock)
 
 

@@ -94,6 +94,15 @@ def test_failed_probes_double_the_wait_up_to_the_maximum():
     assert waits == [30, 60, 120, 240, 300, 300, 300]
 
 
+@pytest.mark.parametrize(("wait", "next_wait"), [(0, 10), (5, 10), (40, 80), (1000, 300), (86_400, 300)])
+def test_a_circuit_that_was_open_before_goes_on_doubling_the_wait_within_its_limits(wait, next_wait):
+    destination = Destination(probe=5.0, max_probe=300.0)
+    destination.circuit.open_again(destination.now, wait * SECOND)
+    assert destination.limit == 1
+    assert destination.ends("timeout") is None
+    assert destination.probe_in == next_wait
+
+
 @pytest.mark.parametrize("result", LIFE)
 def test_a_successful_probe_closes_the_circuit_and_resets_the_wait(result):
     destination = opened()

@@ -282,6 +282,30 @@ async def test_a_new_owner_waits_for_the_probe_of_an_open_circuit(store, receive
     assert await events_about(store) == ["circuit_opened", "recovered"]
 
 
+@pytest.mark.parametrize("count", [1, 2], ids=["undivided", "shards"])
+async def test_a_new_owner_goes_on_doubling_the_wait_before_probes(store, receiver, count):
+    receiver.usual = (500, {})
+    circuit = CircuitConfig(failures=1, probe=60.0, max_probe=3600.0)
+    config = destination("crm", receiver.url, shards=count, circuit=circuit)
+    mine = partial(owned_shards, 0, 1, count=2) if count > 1 else partial(owned, "crm")
+    async with dispatcher_for(store, config) as here, dispatcher_for(store, config) as there:
+        first, second = Owner(here, store, set), Owner(there, store, set)
+        hooks(store).listener = here.listen
+        store.nodes.ownership = mine()
+        await first.renew()
+        await opened_circuit(here, store)
+        before, after = here.lanes["crm"].health.circuit, there.lanes["crm"].health.circuit
+        for _ in range(3):
+            before.record("5xx", CLOCK.steady(), before.openings)  # a failed probe
+        await first.renew()
+        store.nodes.ownership = owned(standing=msgspec.convert(store.nodes.reported, dict[str, Standing]))
+        await first.renew()
+        await here.drained("crm")
+        store.nodes.ownership = mine(standing=store.nodes.ownership.standing)
+        await second.renew()
+        assert (after.open_until, after.wait) == (before.open_until, 480 * SECOND)
+
+
 async def test_a_new_owner_pauses_as_long_as_the_receiver_has_requested(store, receiver):
     receiver.usual = (503, {"Retry-After": "600"})
     config = destination("crm", receiver.url, concurrency=1)

@@ -811,7 +811,7 @@ async def test_a_new_owner_knows_the_standing_that_the_former_one_has_reported(c
     first = await cluster.join("a", lanes=("crm",), settings="s")
     second = await cluster.join("b", lanes=("crm",), settings="s")
     await own(first, ())
-    standing = {"circuit": "HTTP 500", "is_quiet": False, "probe_at": 5, "rest_until": 6}
+    standing = {"circuit": "HTTP 500", "is_quiet": False, "probe_at": 5, "probe_wait": 4, "rest_until": 6}
     await first.own(first.lanes, (), {}, {"crm": standing})
     later = {**standing, "rest_until": 7}
     if end == "give":
