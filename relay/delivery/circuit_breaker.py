@@ -72,7 +72,7 @@ class CircuitBreaker:
     def open_again(self, probe_at: int, wait: int) -> None:
         """Open, as before a restart or on the previous owner of the lane; the next probe is at `probe_at`.
 
-        `wait` is the previous owner's wait before that probe, 0 if it is unknown; the next one is twice as long.
+        `wait` is the previous owner's wait before that probe (0: unknown); the next one is twice as long.
         """
         self.open_until, self.ramp = probe_at, None
         self.wait = max(self._probe_wait, min(wait, self._max_probe_wait))
