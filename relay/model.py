@@ -36,6 +36,18 @@ class StoredEvent(msgspec.Struct, kw_only=True, frozen=True, gc=False):
     traceparent: str | None = None  # W3C trace context of the request
 
 
+UNWANTED = 0
+"""`Delivery.expires_at` after an operator has cancelled the delivery during an attempt.
+
+If its outcome is lost in a crash, the next owner of the lane does not send the delivery again.
+"""
+
+
+def ending_at(expires_at: int) -> tuple[DeliveryState, str]:
+    """Return the state and the reason of a delivery that ends because it has reached its `expires_at`."""
+    return ("cancelled", "operator") if expires_at == UNWANTED else ("expired", "ttl")
+
+
 class Delivery(msgspec.Struct, kw_only=True, gc=False):
     """One event for one destination, as a lane claims it."""
 
@@ -51,7 +63,7 @@ class Delivery(msgspec.Struct, kw_only=True, gc=False):
     request_id: str | None = None  # of the sender's request, for the log; not stored
     order_key: str | None = None  # see `Target`
     latest_key: str | None = None
-    expires_at: int | None = None  # steady clock
+    expires_at: int | None = None  # steady clock; see also `UNWANTED`
     on_dead: str | None = None
     replay_of: int | None = None  # row id of the replayed delivery
     group_key: str | None = None  # see `Grouping`; None: it is sent alone

@@ -17,7 +17,7 @@ from relay.delivery.retry import HOLD, OK, RetryPolicy, Verdict, verdict_of
 from relay.errors import RelayError
 from relay.formats import Format
 from relay.formats.destination import is_shared
-from relay.model import Attempt, Delivery, Outcome, StoredEvent
+from relay.model import Attempt, Delivery, Outcome, StoredEvent, ending_at
 from relay.process.logs import RateLimitedLog, fields
 from relay.signing import signer_of
 
@@ -288,6 +288,14 @@ def corrupt(delivery: Delivery, event: StoredEvent | None, now: int) -> Outcome 
     )
     attempt = Attempt(started_at=now, duration_ms=0.0, result="blocked", error=error)
     return Outcome(delivery=delivery, attempt=attempt, state="dead", reason="corrupt", counts=False)
+
+
+def overdue(delivery: Delivery, now: int) -> Outcome | None:
+    """Return the end of a delivery that has reached its `expires_at` (`now`: steady clock), else None."""
+    if delivery.expires_at is None or delivery.expires_at > now:
+        return None
+    state, reason = ending_at(delivery.expires_at)
+    return Outcome(delivery=delivery, attempt=None, state=state, reason=reason, counts=False)
 
 
 def unspent(outcome: Outcome, retry_at: int | None) -> Outcome:

@@ -21,6 +21,7 @@ from relay.delivery.attempt import (
     log_attempt,
     log_end,
     outdated,
+    overdue,
     unspent,
 )
 from relay.delivery.destination_health import NO_STORAGE, DestinationHealth
@@ -607,10 +608,8 @@ class Lane:
             self._store.deliveries.release((delivery.id,))
             self._first.due = self._retry.due = 0
             return
-        if delivery.expires_at is not None and delivery.expires_at <= self._clock.steady():
-            await self._record(
-                Outcome(delivery=delivery, attempt=None, state="expired", reason="ttl", counts=False)
-            )
+        if delivery.expires_at is not None and (ended := overdue(delivery, self._clock.steady())) is not None:
+            await self._record(ended)
             return
         circuit, runner = self.health.circuit, self._runner
         probing, openings = circuit.open_until is not None, circuit.openings
@@ -675,10 +674,8 @@ class Lane:
             ):
                 self._store.deliveries.release((each.id,))  # as in `_deliver`
                 self._first.due = self._retry.due = 0
-            elif each.expires_at is not None and each.expires_at <= self._clock.steady():
-                await self._record(
-                    Outcome(delivery=each, attempt=None, state="expired", reason="ttl", counts=False)
-                )
+            elif (ended := overdue(each, self._clock.steady())) is not None:
+                await self._record(ended)
             else:
                 ready.append(each)
         return ready

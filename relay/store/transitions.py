@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from relay.base.clock import SECOND
-from relay.model import OPERATOR_SOURCE, Delivery, GeneratedEvent, Outcome, Target
+from relay.model import OPERATOR_SOURCE, Delivery, GeneratedEvent, Outcome, Target, ending_at
 from relay.store.batch import Batch, Ending, HeldDestinations
 from relay.store.claims import Claims
 
@@ -155,6 +155,15 @@ def supersede(batch: Batch, deliveries: Sequence[Delivery], pending: Sequence[An
         for id_, name, order_key, key, event_id, *slot in pending
         if newest[name, key] > (event_id, id_)
     ]
+
+
+def by_ending(overdue: Iterable[Any]) -> dict[Ending, list[tuple[Any, ...]]]:
+    """Group rows by how their deliveries end; the last column, `expires_at`, decides, and is removed."""
+    found: dict[Ending, list[tuple[Any, ...]]] = {}
+    for row in overdue:
+        *columns, expires_at = row
+        found.setdefault(ending_at(expires_at), []).append(tuple(columns))
+    return found
 
 
 def group_times(batch: Batch, deliveries: Sequence[Delivery], waiting: Sequence[Any]) -> GroupTimes:

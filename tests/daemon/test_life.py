@@ -1,6 +1,7 @@
 """The life of the daemon as a real process: start, stop, crash, and its messages for operators."""
 
 import asyncio
+import json
 import re
 import signal
 import sys
@@ -154,6 +155,28 @@ async def test_deliveries_interrupted_by_a_crash_are_sent_after_the_restart(tmp_
         assert await daemon.stop() == 0
     assert len(recorder.ids) <= len(ids) + 2
     assert faults_of(config) == []
+
+
+async def test_a_cancellation_during_an_attempt_survives_a_crash(tmp_path, recorder):
+    config = write_config(tmp_path, SOURCES, destination("crm", recorder.url))
+    recorder.open.clear()
+    async with Daemon(config) as daemon:
+        await send(daemon)
+        await until(lambda: recorder.busy == 1)
+        body = json.dumps({"filter": {"destination": "crm"}}).encode()
+        asked = request("POST", "/api/deliveries/cancel", body)
+        answer = await exchange(config.parent / "state" / "relay.sock", asked)
+        assert answer.json == {"cancelled": 0, "in_flight": 1}
+        assert (await daemon.operator("GET", "/api/destinations/crm"))["expires_next"] is None
+        await daemon.end()
+    recorder.open.set()
+    async with Daemon(config) as daemon:
+        await send(daemon, "later")
+        sql = "SELECT state, reason FROM deliveries ORDER BY id"
+        await until(lambda: "pending" not in dict(rows(config, sql)))
+        assert await daemon.stop() == 0
+    assert rows(config, sql) == [("cancelled", "operator"), ("delivered", None)]
+    assert len(recorder.arrived) == 2  # before the crash, and the later event
 
 
 async def test_the_daemon_stores_events_of_senders_that_disconnect_early(tmp_path):

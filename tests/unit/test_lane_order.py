@@ -5,7 +5,8 @@ import json
 import random
 from collections import defaultdict
 
-from lanes import CLOCK, Receiver, destination, dispatcher_for, ended, send, send_many
+from lanes import CLOCK, Receiver, destination, dispatcher_for, ended, router, send, send_many
+from stores import hooks
 from support import until
 
 from relay.base.clock import SECOND
@@ -104,6 +105,21 @@ async def test_a_delivery_that_expires_while_it_waits_for_a_slot_is_not_sent(sto
     assert [row["attempts"] for row in rows[1:]] == [0] * 10
     assert receiver.ids == [first]
     assert await store.queries.find("attempts", delivery_id=rows[1]["id"]) == []
+
+
+async def test_a_delivery_that_was_cancelled_during_an_attempt_before_a_crash_is_not_sent(store, receiver):
+    crm = destination("crm", receiver.url)
+    hooks(store).route, made = router([crm]).route, []
+    hooks(store).listener = lambda news: made.extend(news.deliveries)
+    await send(store)
+    assert store.deliveries.begin_attempt(made[0].id)
+    assert (await store.deliveries.cancel([made[0].id])).in_flight == 1
+    store.claims.release([made[0].id])  # all that a crash leaves
+    async with dispatcher_for(store, crm):
+        [row] = await ended(store, 1)
+    assert (row["state"], row["reason"], row["attempts"]) == ("cancelled", "operator", 0)
+    assert receiver.ids == []
+    assert (await store.ledger.audit())["crm"].unaccounted == 0
 
 
 async def test_a_delivery_that_expires_while_held_is_not_sent_on_resume(store, receiver):

@@ -6,6 +6,7 @@ from contextlib import closing
 
 import pytest
 from postgres import needs_postgres, server
+from postgres_stores import run
 from stores import accept, hooks, make_event, make_store, send
 
 from relay.base.clock import SECOND
@@ -125,6 +126,16 @@ async def test_everything_arrives_and_comes_back_unchanged(file, url, tmp_path):
     }
     assert dump(tmp_path / "b" / "relay.db") == expected
     assert sorted(path.name for path in (tmp_path / "b").iterdir()) == ["relay.db", "relay.lock"]
+
+
+async def test_a_cancellation_during_an_attempt_moves(file, url, tmp_path):
+    await move(f"sqlite:{file}", url, tmp_path)
+    await run(url, "UPDATE owed SET expires_at = 0", path="public")
+    (tmp_path / "b").mkdir()
+    await move(url, "sqlite:b/relay.db", tmp_path)
+    with closing(sqlite3.connect(tmp_path / "b" / "relay.db")) as database:
+        sql = "SELECT DISTINCT expires_at FROM deliveries WHERE state = 'pending'"
+        assert database.execute(sql).fetchall() == [(0,)]
 
 
 async def claims(store):

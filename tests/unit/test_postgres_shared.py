@@ -14,6 +14,7 @@ from postgres_stores import FAULTS_SQL, emptied, listen_url_of, url_of
 from support import until
 
 from relay.base.clock import SECOND, SystemClock
+from relay.delivery.attempt import overdue
 from relay.errors import AlreadyRetried, StorageError
 from relay.model import Attempt, DestinationState, GeneratedEvent, Outcome, Target
 from relay.store import opening
@@ -543,6 +544,26 @@ async def test_a_cancellation_at_any_node_is_done_by_the_owner(nodes):
     assert (done.ended, done.in_flight) == (5, 1)
     assert await second.settle(flying, state="dead")
     assert {state for _, state, _ in await states(first)} == {"cancelled"}
+
+
+@needs_postgres
+async def test_a_cancellation_during_an_attempt_survives_its_owner(nodes):
+    first, second = nodes
+    for _ in range(2):
+        await first.send()
+    for held in first.fresh:
+        assert first.store.deliveries.begin_attempt(held.id)
+    done = await second.store.deliveries.cancel([first.fresh[0].id])
+    assert (done.ended, done.in_flight) == (0, 1)
+    assert await second.store.deliveries.expire() == 0  # it belongs to the owner
+    await first.own()  # it is killed
+    await second.own("crm", "erp")
+    claimed = await second.claim("crm")
+    assert [overdue(each, CLOCK.steady()) is not None for each in claimed] == [True, False]
+    second.store.deliveries.release([each.id for each in claimed])
+    assert await second.store.deliveries.expire() == 1  # also while the destination is held
+    assert ("crm", "cancelled", "operator") in await states(second)
+    assert not await first.settle(first.fresh[0])
 
 
 @needs_postgres

@@ -55,7 +55,7 @@ DUE_SQL = """
 """
 
 EXPIRES_SQL = """
-    SELECT min(expires_at) FROM (
+    SELECT min(nullif(expires_at, 0)) FROM (  -- 0: see UNWANTED
         SELECT expires_at FROM owed WHERE id = $2
         UNION ALL
         SELECT expires_at FROM (

@@ -30,7 +30,7 @@ STEP_SQL = {
         SELECT d.id, 'dlv_' || d.public_id, d.event_id, d.destination, coalesce(x.state, 'pending'), x.reason,
                coalesce(x.attempts, o.attempts, 0), d.created_at, o.next_attempt_at, x.finished_at,
                coalesce(x.last_status, o.last_status), coalesce(x.last_error, o.last_error), d.order_key,
-               d.latest_key, d.expires_at, d.on_dead, d.replay_of,
+               d.latest_key, coalesce(o.expires_at, d.expires_at), d.on_dead, d.replay_of,
                CASE WHEN x.state IS NULL THEN o.group_key ELSE d.group_key END, coalesce(o.size, 0)
           FROM (SELECT * FROM deliveries WHERE id > $1 ORDER BY id LIMIT $2) AS d
           LEFT JOIN ends AS x ON x.delivery_id = d.id LEFT JOIN owed AS o ON o.id = d.id

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import asyncpg
 
 from relay.base.shards import Shards, destination_of
-from relay.model import Delivery
+from relay.model import UNWANTED, Delivery
 from relay.store.batch import Batch, Ending, HeldDestinations, Scope
 from relay.store.claims import Claims
 from relay.store.postgres.rows import text, uuid_of
@@ -32,6 +32,7 @@ from relay.store.transitions import (
     Pending,
     Reported,
     add_reports,
+    by_ending,
     group_times,
     held_changes,
     is_warning_due,
@@ -94,7 +95,7 @@ END_SQL = """
     RETURNING delivery_id
 """
 EXPIRED_SQL = """
-    SELECT id, destination, order_key, slot FROM owed
+    SELECT id, destination, order_key, slot, expires_at FROM owed
      WHERE expires_at <= $1
        AND ($3::bool OR destination = ANY($4::text[]) OR ($5::bool AND destination <> ALL($6::text[]))
             OR (destination, coalesce(slot, 0)) IN (SELECT * FROM unnest($7::text[], $8::int[])))
@@ -110,6 +111,7 @@ SUPERSEDED_SQL = """
                       AND (n.event_id, n.id) > (o.event_id, o.id))
      LIMIT $2
 """
+UNWANTED_SQL = "UPDATE owed SET expires_at = $2 WHERE id = ANY($1::bigint[])"
 CHOSEN_SQL = "SELECT id, destination, order_key, slot FROM owed WHERE id = ANY($1::bigint[])"
 LATEST_SQL = """
     SELECT o.id, o.destination, o.order_key, o.latest_key, o.event_id, o.slot
@@ -188,7 +190,7 @@ SHARES = ("=", ">")  # first attempts and retries, as the partial indexes have t
 class Requested(NamedTuple):
     """The pending deliveries that a batch may end on request: id, destination, order key and slot."""
 
-    overdue: Sequence[Any] = ()  # past their time to live
+    overdue: Sequence[Any] = ()  # with `expires_at`, which they have reached
     superseded: Sequence[Any] = ()
     to_cancel: Sequence[Any] = ()
 
@@ -273,7 +275,8 @@ async def write_requested(
 ) -> None:
     """Write the changes of deliveries that operators and periodic jobs request."""
     if batch.expire_overdue:
-        await end(batch, transaction, claims, requested.overdue, ("expired", "ttl"))
+        for ending, overdue in by_ending(requested.overdue).items():
+            await end(batch, transaction, claims, overdue, ending)
         older = [row for row in requested.superseded if row["id"] not in batch.ended]
         await end(batch, transaction, claims, older, SUPERSEDED)
     if batch.held is not None:
@@ -283,6 +286,9 @@ async def write_requested(
         rows = [row for row in requested.to_cancel if row["id"] not in over]
         await end(batch, transaction, claims, rows, ("cancelled", "operator"))
         batch.cancelled_in_flight = {row["id"] for row in rows} - batch.ended.keys()
+        # The others that did not end have another owner now.
+        if in_flight := sorted(id_ for id_ in batch.cancelled_in_flight if not claims.end(id_)):
+            await transaction.fetch(UNWANTED_SQL, in_flight, UNWANTED)
     if batch.to_make_due:
         made_due = await transaction.fetch(MAKE_DUE_SQL, batch.to_make_due, batch.steady)
         batch.made_due = dict(made_due)

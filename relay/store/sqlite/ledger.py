@@ -80,7 +80,7 @@ OLDEST_FROM_SQL = """
 """
 
 EXPIRES_SQL = """
-    SELECT min(expires_at) FROM (
+    SELECT min(nullif(expires_at, 0)) FROM (  -- 0: see UNWANTED
         SELECT expires_at FROM deliveries WHERE id = :row AND state = 'pending'
         UNION ALL
         SELECT expires_at FROM (

@@ -6,6 +6,7 @@ and are repeated as new deliveries. When a delivery of an order key ends, the ne
 
 from collections.abc import Sequence
 
+from relay.model import UNWANTED
 from relay.store.batch import Batch, Ending, HeldDestinations
 from relay.store.claims import Claims
 from relay.store.sqlite.transaction import Row, Transaction
@@ -14,6 +15,7 @@ from relay.store.transitions import (
     HELD_AT_ONCE,
     SUPERSEDED,
     Pending,
+    by_ending,
     held_changes,
     is_warning_due,
     warn_of_expiry,
@@ -47,15 +49,16 @@ SHARES = ("=", ">")  # first attempts and retries, as the partial indexes have t
 
 
 async def expire(batch: Batch, transaction: Transaction, claims: Claims) -> None:
-    """Expire deliveries past their time to live; for those in flight, the outcome decides."""
+    """End deliveries that have reached their `expires_at`; for those in flight, the outcome decides."""
     rows = await transaction.fetch(
         """
-        SELECT id, destination, order_key FROM deliveries
+        SELECT id, destination, order_key, expires_at FROM deliveries
          WHERE state = 'pending' AND expires_at <= ? ORDER BY expires_at LIMIT ?
         """,
         (batch.steady, EXPIRE_AT_ONCE),
     )
-    await end(batch, transaction, claims, rows, ("expired", "ttl"))
+    for ending, ended in by_ending(rows).items():
+        await end(batch, transaction, claims, ended, ending)
 
 
 async def cancel(batch: Batch, transaction: Transaction, claims: Claims) -> None:
@@ -70,6 +73,14 @@ async def cancel(batch: Batch, transaction: Transaction, claims: Claims) -> None
     )
     await end(batch, transaction, claims, rows, ("cancelled", "operator"))
     batch.cancelled_in_flight = {id_ for id_, _, _ in rows} - batch.ended.keys()
+    if batch.cancelled_in_flight:
+        transaction.run_rows(
+            f"""
+            WITH unwanted (id) AS (VALUES {{values}})
+            UPDATE deliveries SET expires_at = {UNWANTED} FROM unwanted WHERE deliveries.id = unwanted.id
+            """,  # noqa: S608 - only an integer
+            [(delivery_id,) for delivery_id in batch.cancelled_in_flight],
+        )
 
 
 async def end(
