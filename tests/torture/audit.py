@@ -11,8 +11,10 @@ from relay.base.shards import lane_of, slot_of
 from relay.store.postgres.rows import micros_of
 from torture.nodes import (
     CONCURRENCY,
-    LANES,
+    LATEST,
     LEASE,
+    LIMIT,
+    LIMITED,
     ORDERED,
     TIMEOUT,
     Arrival,
@@ -39,6 +41,17 @@ DELIVERIES_SQL = """
     SELECT d.destination, 'evt_' || e.public_id::text
       FROM deliveries AS d JOIN events AS e ON e.id = d.event_id
 """
+UNDELIVERED_SQL = """
+    SELECT n.destination, 'evt_' || e.public_id::text, n.state || coalesce(' (' || n.reason || ')', ''),
+           n.destination = $1 AND n.state = 'dead' AND n.reason = 'backlog_full' AND n.attempts = 0
+           OR n.destination = $2 AND n.state = 'expired' AND n.reason = 'superseded'
+              AND EXISTS (SELECT 1 FROM deliveries AS l WHERE l.destination = n.destination
+                             AND l.latest_key = d.latest_key AND l.event_id > d.event_id)
+      FROM ends AS n JOIN deliveries AS d ON d.id = n.delivery_id JOIN events AS e ON e.id = d.event_id
+     WHERE n.state <> 'delivered'
+"""
+"""Deliveries that ended otherwise, and whether `max_pending` or `latest_by` permits that."""
+
 UNACCOUNTED_SQL = """
     SELECT coalesce(sum(abs(coalesce(created, 0) - coalesce(ended, 0) - coalesce(pending, 0))), 0)::int
       FROM (SELECT destination, sum(created) AS created, sum(delivered + dead + expired + cancelled) AS ended
@@ -115,6 +128,10 @@ class Toll:
     missing: int = 0  # deliveries that were not created
     undelivered: int = 0
     unaccounted: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)  # as `max_pending` and `latest_by` permit
+    failed: Counter[str] = field(default_factory=Counter)  # ends of deliveries that nothing permits
+    most_pending: int = 0  # deliveries for `LIMITED`
+    workers: list[str] = field(default_factory=list)  # see `cluster_workers.Fleet`
     late: list[str] = field(default_factory=list)  # attempts that began without a lease
     frozen: int = 0  # of attempts without a lease, those in flight at a freeze
     crowded: list[str] = field(default_factory=list)  # more than `concurrency` at once
@@ -136,7 +153,10 @@ class Toll:
             f"{self.missing} deliveries were not created" * bool(self.missing),
             f"{self.undelivered} deliveries never arrived" * bool(self.undelivered),
             f"{self.unaccounted} deliveries are unaccounted for" * bool(self.unaccounted),
+            f"max_pending = {LIMIT}, and {self.most_pending} were pending" * (self.most_pending > LIMIT),
         ]
+        found += (f"{count} deliveries to {how}" for how, count in self.failed.items())
+        found += (f"workers: {line}" for line in self.workers)
         if self.failover is not None and not self.warned:
             found.append("nothing warned that the standby was asynchronous")
         found += (f"without a lease: {line}" for line in self.late)
@@ -153,10 +173,16 @@ class Toll:
         """The longest pause of a lane during each kind of fault."""
         return ", ".join(f"{kind} {pause:.2f} s" for kind, (pause, _) in sorted(self.pauses.items()))
 
+    @property
+    def shown_dropped(self) -> str:
+        """The deliveries that ended as `max_pending` and `latest_by` permit."""
+        return ", ".join(f"{count} {how}" for how, count in sorted(self.dropped.items())) or "none"
+
     def __str__(self) -> str:
         return (
             f"{self.acknowledged} acknowledged, {len(self.lost)} lost, {self.raced} raced keys, "
-            f"{self.undelivered} undelivered, {self.unaccounted} unaccounted, {len(self.late)} late and "
+            f"{self.undelivered} undelivered, {self.unaccounted} unaccounted, dropped: {self.shown_dropped}, "
+            f"{len(self.late)} late and "
             f"{self.frozen} frozen attempts, at most {self.most_at_once} at once, {self.repeated} repeated, "
             f"of them {self.overtaken} overtaken and {self.cancelled} cancelled; "
             f"longest pauses: {self.shown_pauses}; the machine was late by up to {self.machine:.2f} s"
@@ -165,7 +191,7 @@ class Toll:
 
 def pause(cluster: Cluster, toll: Toll, fault: Fault, limit: float, *, since: float, until: float) -> None:
     """Note the longest pause of a lane during a fault; the machine's own delays count in addition."""
-    longest = cluster.receiver.longest_pause(LANES, since, until)
+    longest = cluster.receiver.longest_pause(cluster.lanes_of_all, since, until)
     allowed = limit + 3 * cluster.receiver.lag
     known = toll.pauses.get(fault.kind)
     if known is None or longest - allowed > known[0] - known[1]:
@@ -192,8 +218,15 @@ async def audit(cluster: Cluster, toll: Toll, *, failover: float | None = None) 
     toll.raced = len(cluster.raced)
     toll.keys_twice = sum(count > 1 for subject, count in subjects.items() if subject.startswith("race "))
     toll.keys_twice += sum(len(ids.keys() & events.keys()) > 1 for ids in cluster.raced)
-    toll.missing = len(await cluster.fetch(MISSING_SQL, list(LANES)))
+    toll.missing = len(await cluster.fetch(MISSING_SQL, list(cluster.lanes_of_all)))
     wanted = set(map(tuple, await cluster.fetch(DELIVERIES_SQL)))
+    for name, event_id, how, is_permitted in await cluster.fetch(UNDELIVERED_SQL, LIMITED, LATEST):
+        if is_permitted and (name != LIMITED or (name, event_id) not in receiver.by_delivery):
+            toll.dropped[how] += 1
+            wanted.discard((name, event_id))
+        else:
+            toll.failed[f"{name}: {how}"] += 1
+    toll.most_pending = cluster.most_pending
     toll.undelivered = len(wanted - receiver.by_delivery.keys())
     [(unaccounted,)], [(contradictions,)] = (
         await cluster.fetch(UNACCOUNTED_SQL),
@@ -209,7 +242,8 @@ async def audit(cluster: Cluster, toll: Toll, *, failover: float | None = None) 
     if failover is None:  # else the history of the leases has a gap
         _find_late(cluster, toll, attempts, leases, lanes, frozen=frozen, near=near)
     for moment, name, count in receiver.crowds:
-        if not any(_around(fault, moment) for fault in frozen) or count > 2 * CONCURRENCY:
+        # Each frozen node may send what was in flight.
+        if count > CONCURRENCY * (1 + sum(_around(fault, moment) for fault in frozen)):
             toll.crowded.append(f"{count} at {name}")
     by_id = {id_: subject for id_, (_, subject) in events.items()}
     _find_disorder(cluster, toll, by_id, row_ids, frozen=frozen)
@@ -254,12 +288,12 @@ def _find_late(
             for lane in lanes.of(row["destination"], row["event_id"], started, NEAR)
         ):
             found.append((row["destination"], names.get(row["slot"], "?"), started, "an attempt began"))
-    excused: Counter[tuple[str, str, float, str]] = Counter()
+    excused: dict[tuple[str, str, float, str], set[float]] = defaultdict(set)  # a message may have members
     for lane, node, moment, what in sorted(found, key=lambda each: each[2]):
         fault = next((each for each in frozen if node in each.nodes and _around(each, moment)), None)
         place = (lane, node, fault.began if fault else 0.0, what)
-        excused[place] += 1
-        if fault is not None and excused[place] <= CONCURRENCY:
+        excused[place].add(moment)
+        if fault is not None and len(excused[place]) <= CONCURRENCY:
             toll.frozen += 1
         else:
             toll.late.append(f"{what} for {lane} by {node} at {moment:.3f}")
@@ -395,7 +429,7 @@ def _find_unexplained(cluster: Cluster, toll: Toll, trail: Trail, *, near: float
 
     An attempt is in flight until its outcome is stored. `is_exact`: the history of the leases has no gap.
     """
-    cancelled = Counter(cluster.cancelled)
+    cancelled: dict[tuple[str, str], set[float]] = defaultdict(set)  # a message may have members
     for requests in trail.requests.values():
         toll.repeated += len(requests) - 1
         for first, again in pairwise(requests):
@@ -410,8 +444,10 @@ def _find_unexplained(cluster: Cluster, toll: Toll, trail: Trail, *, near: float
                 continue
             if not was_known and _was_overtaken(trail, first, again, near):
                 toll.overtaken += 1
-            elif first.result is None and cancelled[place]:
-                cancelled[place] -= 1
+            elif first.result is None and (
+                len(cancelled[place] | {first.arrival.began}) <= cluster.cancelled.get(place, 0)
+            ):
+                cancelled[place].add(first.arrival.began)
                 toll.cancelled += 1
             else:
                 toll.unexplained.append(f"{_shown(first)}; again {_shown(again)}")

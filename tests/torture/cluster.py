@@ -1,10 +1,12 @@
 """Faults of a cluster under load: nothing acknowledged is lost, all arrives, no node sends without a lease.
 
-Run `python -m tests.torture.cluster --cycles 50` for all cases in turn, or with the name of a case. Each run
+Run `python -m tests.torture.cluster --cycles 50` for all cases in turn, or with the name of a case. With
+`--mixed --minutes 15 --seed 7`, random faults overlap, with all kinds of lanes and with workers. Each run
 starts a separate PostgreSQL server, without fsync. `tests.torture.failover` has the cases with a standby.
 """
 
 import asyncio
+import itertools
 import random
 import signal
 import sys
@@ -19,7 +21,8 @@ import click
 from postgres import Server, start
 
 from torture.audit import COMMIT_TIMES, MARGIN, Toll, audit, pause
-from torture.nodes import LANES, LEASE, Cluster, Proxy, Setup
+from torture.cluster_workers import Fleet
+from torture.nodes import LEASE, Cluster, Proxy, Setup
 
 LOAD = 0.5  # seconds of load before and after a fault
 DOWN = 1.0  # seconds for which the server is down
@@ -27,22 +30,36 @@ SKEW = 300.0  # seconds that the clocks of nodes are wrong
 POLLED = 2.0  # seconds for which a lane may pause that gets no notifications
 NEWER = "99.0.0"
 
+HOLD = 0.2, 2 * LEASE  # seconds that a fault lasts in a mixed run: nodes lose their leases, or just not
+REST = 0.0, 4.0  # seconds between faults in a mixed run
+BOTH = 0.4  # the part of the faults that come in pairs
+LEAST = 2  # faults, or pairs, even if they take longer than a mixed run should
+WORKERS = 30  # of a mixed run
+RECOVERED = 120.0  # seconds until a silent worker is marked, whatever happens meanwhile
+
 
 class Torture:
     """Three nodes: one behind a proxy; two with wrong clocks; one with an additional destination."""
 
-    def __init__(self, server: Server, folder: Path, *, seed: int = 1) -> None:
+    def __init__(self, server: Server, folder: Path, *, seed: int = 1, is_mixed: bool = False) -> None:
         self.server = server
         self.toll = Toll()
         self.proxied = 1  # number of the node behind the proxy
         self._folder = folder
+        self._seed = seed
         self._random = random.Random(seed)
+        self._is_mixed = is_mixed
+        self._hold = 0.0  # seconds that a fault lasts in a mixed run
+        self._is_noticed = True  # whether the load balancer notices a fault in a mixed run
+        self._locks = [asyncio.Lock() for _ in range(3)]  # of nodes whose process a fault changes
 
     async def __aenter__(self) -> Self:
         self._life = AsyncExitStack()
         url = self.server.url("postgres")
         self.proxy = await self._life.enter_async_context(Proxy(url))
         self._setups = [Setup(), Setup(ahead=SKEW, url=self.proxy.url), Setup(ahead=-SKEW, drifts=True)]
+        for setup in self._setups:
+            setup.is_mixed = self._is_mixed
         cluster = Cluster(url, self._folder, self._setups)
         self.cluster = await self._life.enter_async_context(cluster)
         await self.cluster.load(on=True)
@@ -60,48 +77,95 @@ class Torture:
         await self.cluster.drained()
         # A lane must not wait for its next poll of the database.
         allowed = LEASE + MARGIN + 3 * self.cluster.receiver.lag
-        self.toll.pauses["end of the load"] = self.cluster.receiver.longest_wait(LANES, began), allowed
+        longest = self.cluster.receiver.longest_wait(self.cluster.lanes_of_all, began)
+        self.toll.pauses["end of the load"] = longest, allowed
         await audit(self.cluster, self.toll)
         return self.toll
 
-    async def kill(self) -> None:
+    async def mix(self, seconds: float, tell: Callable[[str], None]) -> None:
+        """Cause random faults for some time, sometimes two at once, while workers hop between the nodes.
+
+        The seed alone determines which faults come, and for how long.
+        """
+        began = time.monotonic()
+        async with (
+            Fleet(self.cluster, random.Random(self._seed), WORKERS) as fleet,
+            asyncio.TaskGroup() as tasks,
+        ):
+            is_over = asyncio.Event()
+            flickering = tasks.create_task(self._flicker(fleet, is_over))
+            for number in itertools.count():
+                if number >= LEAST and time.monotonic() > began + seconds:
+                    break
+                names = self._random.sample(MIXED, 2 if self._random.random() < BOTH else 1)
+                victims = self._random.sample(range(3), len(names))
+                self._hold, self._is_noticed = self._random.uniform(*HOLD), self._random.random() < 1 / 2
+                shown = (
+                    f"{name} n{victim}" if name in OF_A_NODE else name
+                    for name, victim in zip(names, victims, strict=True)
+                )
+                tell(f"{time.monotonic() - began:6.1f} s: {' and '.join(shown)}, for {self._hold:.1f} s")
+                async with asyncio.TaskGroup() as both:
+                    for name, victim in zip(names, victims, strict=True):
+                        both.create_task(CASES[name](self, *[victim] * (name in OF_A_NODE)))
+                await asyncio.sleep(self._random.uniform(*REST))
+            await self.cluster.until_divided(self._setups[0].shards)
+            await self.cluster.until_owned(range(3))
+            for number in range(3):
+                assert await self._becomes_ready(number, expected=True)
+            is_over.set()
+            await flickering
+            await fleet.check()
+        self.toll.workers = fleet.faults
+        tell(f"{WORKERS} workers: {fleet}")
+
+    async def _flicker(self, fleet: Fleet, is_over: asyncio.Event) -> None:
+        """Let workers fall silent and send heartbeats again."""
+        while not is_over.is_set():
+            silent = fleet.choose(WORKERS // 5)
+            await fleet.silence(silent, RECOVERED)
+            await fleet.revive(silent)
+
+    async def kill(self, victim: int | None = None) -> None:
         """Kill a node with signal 9, and start it again after the others have taken its lanes."""
-        victim = await self._victim()
-        async with self._fault("kill", victim, limit=LEASE + MARGIN):
-            await self.cluster.nodes[victim].end()
-            await self.cluster.until_owned(self._others(victim))
-        await self.cluster.restart(victim)
+        victim = await self._victim() if victim is None else victim
+        async with self._locks[victim]:
+            async with self._fault("kill", victim, limit=LEASE + MARGIN):
+                await self.cluster.nodes[victim].end()
+                await self._hold_until_owned(self._others(victim))
+            await self.cluster.restart(victim)
 
-    async def stop(self) -> None:
+    async def stop(self, victim: int | None = None) -> None:
         """Stop a node as systemd does, and start it again."""
-        victim = await self._victim()
-        async with self._fault("stop", victim, limit=MARGIN):
-            await self.cluster.nodes[victim].stop()
-            await self.cluster.until_owned(self._others(victim))
-        await self.cluster.restart(victim)
+        victim = await self._victim() if victim is None else victim
+        async with self._locks[victim]:
+            async with self._fault("stop", victim, limit=MARGIN):
+                await self.cluster.nodes[victim].stop()
+                await self._hold_until_owned(self._others(victim))
+            await self.cluster.restart(victim)
 
-    async def freeze(self) -> None:
+    async def freeze(self, victim: int | None = None) -> None:
         """Stop a node with SIGSTOP until the others have its lanes; then it is a zombie."""
-        victim = await self._victim()
-        async with self._fault("freeze", victim, limit=LEASE + MARGIN):
+        victim = await self._victim() if victim is None else victim
+        async with self._locks[victim], self._fault("freeze", victim, limit=LEASE + MARGIN):
             self.cluster.signal(victim, signal.SIGSTOP)
             try:
-                await self.cluster.until_owned(self._others(victim))
+                await self._hold_until_owned(self._others(victim))
             finally:
                 self.cluster.signal(victim, signal.SIGCONT)
 
     async def cut(self) -> None:
         """Cut a node off from the database, silently, until the others have its lanes."""
-        if f"n{self.proxied}" not in (await self.cluster.owners()).values():
+        if not self._is_mixed and f"n{self.proxied}" not in (await self.cluster.owners()).values():
             await self.storm()
         async with self._fault("cut", self.proxied, limit=LEASE + MARGIN):
             self.proxy.passes.clear()
             try:
-                await self.cluster.until_owned(self._others(self.proxied))
-                assert await self._becomes_ready(self.proxied, expected=False)
+                await self._hold_until_owned(self._others(self.proxied))
+                assert self._is_mixed or await self._becomes_ready(self.proxied, expected=False)
             finally:
                 self.proxy.passes.set()
-        assert await self._becomes_ready(self.proxied, expected=True)
+        assert self._is_mixed or await self._becomes_ready(self.proxied, expected=True)
 
     async def deafen(self) -> None:
         """Let no notifications of other nodes reach a node; it polls the database instead."""
@@ -109,7 +173,7 @@ class Torture:
             self.proxy.is_deaf = True
             pids = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE query LIKE '%pg_notify%'"
             await self.cluster.fetch(f"{pids} AND pid <> pg_backend_pid()")
-            await asyncio.sleep(2 * POLLED)  # load; nothing is waited for
+            await asyncio.sleep(self._hold or 2 * POLLED)  # load; nothing is waited for
         self.proxy.is_deaf = False
 
     async def restart_server(self) -> None:
@@ -117,10 +181,11 @@ class Torture:
         numbers = range(len(self.cluster.nodes))
         async with self._fault("restart_server", *numbers, limit=LEASE + MARGIN, out=False) as began:
             await asyncio.to_thread(self.server.crash)
-            await asyncio.sleep(DOWN)  # it is down; nothing is waited for
+            await asyncio.sleep(self._hold or DOWN)  # it is down; nothing is waited for
             await asyncio.to_thread(self.server.restart)
             began()
-            await self.cluster.until_owned(numbers)
+            if not self._is_mixed:
+                await self.cluster.until_owned(numbers)
 
     async def upgrade(self) -> None:
         """Restart the nodes one after another with a newer version, whose schema is newer as well.
@@ -128,12 +193,14 @@ class Torture:
         As in containers, their state folders are new. The settings of all destinations change, too.
         """
         for number in range(len(self.cluster.nodes)):
-            async with self._fault("upgrade", number, limit=MARGIN):
-                await self.cluster.nodes[number].stop()
-                self._setups[number].version = NEWER
-                self._setups[number].revision += 1
-                self.cluster.replace_state(number)
-            await self.cluster.restart(number)
+            async with self._locks[number]:
+                async with self._fault("upgrade", number, limit=MARGIN):
+                    await self.cluster.nodes[number].stop()
+                    self._setups[number].version = NEWER
+                    self._setups[number].revision += 1
+                    self.cluster.replace_state(number)
+                await self.cluster.restart(number)
+                assert await self._becomes_ready(number, expected=True)
             sql = "SELECT version FROM nodes WHERE name = $1 ORDER BY started DESC LIMIT 1"
             [(version,)] = await self.cluster.fetch(sql, f"n{number}")
             assert version == NEWER
@@ -160,10 +227,19 @@ class Torture:
         numbers = range(len(self.cluster.nodes))
         async with self._fault("divide", limit=2 * MARGIN, out=False):
             for number in numbers:
-                await self.cluster.change(number, shards=count)
+                async with self._locks[number]:
+                    await self.cluster.change(number, shards=count)
                 await asyncio.sleep(LOAD)  # the configs differ for a while; nothing is waited for
-            await self.cluster.until_divided(count)
-            await self.cluster.until_owned(numbers)
+            if not self._is_mixed:
+                await self.cluster.until_divided(count)
+                await self.cluster.until_owned(numbers)
+
+    async def _hold_until_owned(self, by: Sequence[int]) -> None:
+        """Wait until these nodes own the lanes; in a mixed run, for a random time."""
+        if self._is_mixed:
+            await asyncio.sleep(self._hold)
+        else:
+            await self.cluster.until_owned(by)
 
     async def _becomes_ready(self, number: int, *, expected: bool) -> bool:
         """Wait until a node is ready, or is not."""
@@ -191,6 +267,11 @@ class Torture:
         balancer has noticed that the nodes are out.
         """
         cluster = self.cluster
+        if self._is_mixed:
+            fault = cluster.begin(kind, *numbers, out=out and self._is_noticed)
+            yield lambda: None
+            cluster.end(fault)
+            return
         await asyncio.sleep(LOAD)  # load before; nothing is waited for
         fault = cluster.begin(kind, *numbers, out=out)
         since = fault.began
@@ -205,7 +286,7 @@ class Torture:
         pause(cluster, self.toll, fault, limit, since=since, until=time.time())
 
 
-CASES: dict[str, Callable[[Torture], Awaitable[None]]] = {
+CASES: dict[str, Callable[..., Awaitable[None]]] = {
     "kill": Torture.kill,
     "stop": Torture.stop,
     "freeze": Torture.freeze,
@@ -216,6 +297,8 @@ CASES: dict[str, Callable[[Torture], Awaitable[None]]] = {
     "storm": Torture.storm,
     "divide": Torture.divide,
 }
+OF_A_NODE = ("kill", "stop", "freeze")
+MIXED = [case for case in CASES if case != "storm"]
 
 
 @contextmanager
@@ -246,11 +329,27 @@ async def torture(
         return await torture.finish()
 
 
+async def mixed(
+    server: Server,
+    folder: Path,
+    seconds: float,
+    *,
+    seed: int,
+    tell: Callable[[str], None] = lambda _line: None,
+) -> Toll:
+    """Cause random faults, some at the same time, under load of all kinds, and return the findings."""
+    async with Torture(server, folder, seed=seed, is_mixed=True) as torture:
+        await torture.mix(seconds, tell)
+        return await torture.finish()
+
+
 @click.command()
 @click.argument("case", type=click.Choice(list(CASES)), required=False)
 @click.option("--cycles", default=50, show_default=True)
 @click.option("--seed", default=1, show_default=True)
-def main(case: str | None, cycles: int, seed: int) -> None:
+@click.option("--mixed", "is_mixed", is_flag=True, help="Random faults that overlap, instead of cycles.")
+@click.option("--minutes", default=15.0, show_default=True, help="The time of a mixed run.")
+def main(case: str | None, cycles: int, seed: int, *, is_mixed: bool, minutes: float) -> None:
     """Cause faults of the nodes of a cluster under load, in a loop, and print the findings.
 
     Without CASE, all cases in turn.
@@ -262,7 +361,12 @@ def main(case: str | None, cycles: int, seed: int) -> None:
         click.echo(f"{case}: longest pauses: {toll.shown_pauses}")
 
     with server_in("torture") as (server, folder):
-        toll = asyncio.run(torture(server, folder, cases, seed=seed, tell=tell))
+        if is_mixed:
+            click.echo(f"seed {seed}")
+            work = mixed(server, folder, 60 * minutes, seed=seed, tell=click.echo)
+        else:
+            work = torture(server, folder, cases, seed=seed, tell=tell)
+        toll = asyncio.run(work)
     faults = toll.faults()
     click.echo("\n".join([str(toll), *faults]))
     sys.exit(1 if faults else 0)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection, Sequence
 from contextlib import AsyncExitStack, suppress
 from http import HTTPStatus
 from pathlib import Path
-from typing import Self
+from typing import Any, Protocol, Self
 from urllib.parse import urlsplit
 
 import asyncpg
@@ -37,10 +37,7 @@ TOKEN = {"Authorization": "Bearer worker-secret-token-12345"}
 
 ACTIONS = ("report", "silence", "kill", "freeze", "cut", "away")
 
-CONFIG = f"""
-[cluster]
-node = "n%d"
-lease = "{LEASE:g}s"
+SOURCE = f"""
 [sources.whatsapp]
 plugin = "whatsapp"
 tokens = ["worker-secret-token-12345"]
@@ -49,6 +46,12 @@ offline_after = "{PATIENCE:g}s"
 startup_hold = "{PATIENCE:g}s"
 check_every = "{CHECK_EVERY:g}s"
 """
+
+CONFIG = f"""
+[cluster]
+node = "n%d"
+lease = "{LEASE:g}s"
+{SOURCE}"""
 
 EVENTS_SQL = """
     SELECT subject, type, received_at / 1e6::float8 AS at FROM events
@@ -162,6 +165,10 @@ class Cluster:
         for number in numbers:
             self._lines[number].mend()
 
+    async def fetch(self, sql: str) -> list[Any]:
+        """Run a statement."""
+        return list(await self.database.fetch(sql))
+
     async def sweeper(self) -> int:
         """Return the node that marks silent workers."""
         deadline = time.monotonic() + 30
@@ -186,13 +193,22 @@ class Cluster:
         return Daemon(path)
 
 
+class Nodes(Protocol):
+    """The nodes to which a fleet sends, and their database."""
+
+    nodes: list[Daemon]
+
+    async def fetch(self, sql: str) -> list[Any]:
+        """Run a statement."""
+
+
 class Fleet:
     """Workers that send each heartbeat to another node, and the events that the relay must create."""
 
-    def __init__(self, cluster: Cluster, rand: random.Random) -> None:
+    def __init__(self, cluster: Nodes, rand: random.Random, count: int) -> None:
         self._cluster = cluster
         self._rand = rand
-        self.expected: dict[str, list[str]] = {f"w{number:03d}": [] for number in range(WORKERS)}
+        self.expected: dict[str, list[str]] = {f"w{number:03d}": [] for number in range(count)}
         self.faults: list[str] = []
         self.latest = 0.0  # seconds after its deadline at which a silent worker was marked, at most
         self.answers = self.refused = 0  # of heartbeats
@@ -262,7 +278,7 @@ class Fleet:
     async def check(self) -> None:
         """Compare all events with the expected ones."""
         found: dict[str, list[tuple[str, float]]] = {worker: [] for worker in self.expected}
-        for subject, type_, at in await self._cluster.database.fetch(EVENTS_SQL):
+        for subject, type_, at in await self._cluster.fetch(EVENTS_SQL):
             found[subject].append((type_.removeprefix("whatsapp.worker."), at))
         for worker, events in self.expected.items():
             if [event for event, _ in found[worker]] != events:
@@ -276,12 +292,12 @@ class Fleet:
 
     async def _marks(self) -> dict[str, tuple[str, float]]:
         """Return the latest event of each worker, and its time."""
-        rows = await self._cluster.database.fetch(EVENTS_SQL)
+        rows = await self._cluster.fetch(EVENTS_SQL)
         return {subject: (type_.removeprefix("whatsapp.worker."), at) for subject, type_, at in rows}
 
     async def _register(self, worker: str) -> None:
         body = {"workerId": worker, "endpoint": "http://localhost:8001", "status": "ONLINE"}
-        path = "/api/v1/workers/register"
+        path, self._heard[worker] = "/api/v1/workers/register", time.time()
         await self._ask_all(request("POST", path, body=json.dumps(body).encode(), **TOKEN))
         self.expected[worker].append("registered")
 
@@ -336,7 +352,7 @@ async def torture(
 ) -> Fleet:
     """Run these actions while 200 workers send heartbeats; returns the fleet with its faults."""
     rand = random.Random(seed)
-    async with Cluster(url, folder, count) as cluster, Fleet(cluster, rand) as fleet:
+    async with Cluster(url, folder, count) as cluster, Fleet(cluster, rand, WORKERS) as fleet:
         await asyncio.sleep(2 * EVERY)
         for number, action in enumerate(actions, 1):
             silent = fleet.choose(10)

@@ -6,6 +6,7 @@ so an audit can compare both.
 
 import asyncio
 import itertools
+import json
 import re
 import signal
 import sys
@@ -24,12 +25,25 @@ from aiohttp import web
 from daemons import HEAD, SERVE, Daemon, adorn, destination
 from wire import Wire, exchange, request
 
+from torture.cluster_workers import SOURCE
+
 LEASE = 3.0  # seconds
 TIMEOUT = 1.0  # seconds of an attempt; a node stops beginning attempts that long before a lease ends
 PLAIN = ("d0", "d1", "d2", "d3")
 ORDERED, DRIFT = "ordered", "drift"
 LANES = (*PLAIN, ORDERED)  # of every node; the last node has `DRIFT` in addition
 DIVIDED = (PLAIN[-1], ORDERED)  # into shards
+LATEST, GROUPED, LIMITED = "latest", "grouped", "limited"
+LIMIT = 30  # `max_pending` of `LIMITED`; less than the events of a takeover
+MIXED = {  # further lanes, of nodes whose setup is mixed
+    LATEST: 'latest_by = "subject"',
+    GROUPED: 'group_by = "subject"\ngroup_wait = "0.3s"\ngroup_max = 5\nformat = "members"',
+    LIMITED: f"max_pending = {LIMIT}",
+}
+FLEET = f"""
+[plugins]
+dirs = ["{Path(__file__).with_name("plugins")}"]
+{SOURCE}"""
 CONCURRENCY = 4
 SENDERS = 3
 KEYS = 4  # order keys that all senders share
@@ -102,6 +116,7 @@ class Fault:
     nodes: tuple[str, ...]
     began: float
     ended: float = float("inf")
+    out: bool = False  # whether the load balancer noticed
 
 
 class Receiver:
@@ -148,13 +163,16 @@ class Receiver:
         return max(waits)
 
     async def _handle(self, request: web.BaseRequest) -> web.Response:
-        name, number = request.path.strip("/"), len(self.arrivals)
-        now = time.time()
-        arrival = Arrival(name, request.headers["webhook-id"], request.headers["x-node"], now)
-        self.arrivals.append(arrival)
-        requests = self.by_delivery[name, arrival.event_id]
-        requests.append(arrival)
-        self.arrived[name] += len(requests) == 1
+        name, now = request.path.strip("/"), time.time()
+        ids = json.loads(await request.read()) if name == GROUPED else [request.headers["webhook-id"]]
+        number, arrivals = len(self.arrivals), []
+        for id_ in ids:
+            arrival = Arrival(name, id_, request.headers["x-node"], now)
+            requests = self.by_delivery[name, id_]
+            requests.append(arrival)
+            arrivals.append(arrival)
+            self.arrived[name] += len(requests) == 1
+        self.arrivals += arrivals
         self.times[name].append(now)
         busy = self.busy[name]
         busy.add(number)
@@ -166,7 +184,8 @@ class Receiver:
             await asyncio.sleep(ANSWER)  # a receiver takes time; nothing is waited for
         finally:
             busy.discard(number)
-            arrival.ended = time.time()
+            for arrival in arrivals:
+                arrival.ended = time.time()
         return web.Response()
 
     async def _tick(self) -> None:
@@ -234,6 +253,7 @@ class Setup:
     drifts: bool = False  # whether its config has one destination more
     shards: int = 3  # of the destinations in `DIVIDED`
     revision: int = 0  # of the settings of its destinations
+    is_mixed: bool = False  # whether it has the lanes in `MIXED`, and workers
     more: str = ""  # lines of config.toml
 
     @property
@@ -257,6 +277,8 @@ class Cluster:
         self.refused = 0  # requests that were not acknowledged
         self.cancelled: Counter[tuple[str, str]] = Counter()  # attempts by node and destination, at its stop
         self.out: set[int] = set()  # nodes that the load balancer has noticed to be out
+        self.lanes_of_all = (*LANES, *(MIXED if setups[0].is_mixed else ()))  # without shards
+        self.most_pending = 0  # deliveries for `LIMITED`
         self.nodes: list[Daemon] = []
         self._folder = folder
         self._loading = False
@@ -271,7 +293,7 @@ class Cluster:
         await self.execute(HISTORY)
         await asyncio.gather(*(self.run(number) for number in range(1, len(self.nodes))))
         self._tasks = [asyncio.create_task(self._send(number)) for number in range(SENDERS)]
-        self._tasks.append(asyncio.create_task(self._race()))
+        self._tasks += map(asyncio.create_task, (self._race(), self._watch()))
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -316,12 +338,16 @@ class Cluster:
         self.nodes[number].process.send_signal(name)
 
     async def fetch(self, sql: str, *values: Any) -> list[Any]:
-        """Run a statement on a new connection, because the server may have changed."""
-        connection = await asyncpg.connect(self.url, target_session_attrs="read-write")
-        try:
-            return list(await connection.fetch(sql, *values))
-        finally:
-            await connection.close()
+        """Run a statement on a new connection, because the server may have changed; wait while it is down."""
+        async with asyncio.timeout(60):
+            while True:
+                with suppress(OSError, asyncpg.PostgresConnectionError, asyncpg.OperatorInterventionError):
+                    connection = await asyncpg.connect(self.url, target_session_attrs="read-write")
+                    try:
+                        return list(await connection.fetch(sql, *values))
+                    finally:
+                        await connection.close()
+                await asyncio.sleep(0.1)
 
     async def execute(self, sql: str) -> None:
         """Run several statements."""
@@ -349,7 +375,7 @@ class Cluster:
         rows = await self.fetch(
             "SELECT substr(name, 6), coalesce((standing ->> 'shards')::int, 1) FROM leases"
             " WHERE substr(name, 6) = ANY($1::text[])",
-            list(LANES),
+            list(self.lanes_of_all),
         )
         return {
             lane
@@ -375,12 +401,13 @@ class Cluster:
     async def until_divided(self, count: int, seconds: float = 60.0) -> None:
         """Wait until the destinations in `DIVIDED` have a number of shards."""
         async with asyncio.timeout(seconds):
-            while len(await self.lanes()) != len(LANES) + len(DIVIDED) * (count - 1):  # noqa: ASYNC110
+            wanted = len(self.lanes_of_all) + len(DIVIDED) * (count - 1)
+            while len(await self.lanes()) != wanted:  # noqa: ASYNC110
                 await asyncio.sleep(0.1)
 
     async def _are_owned(self, wanted: set[str]) -> bool:
         lanes, owners = await self.lanes(), await self.owners()
-        return len(lanes) >= len(LANES) and {owners.get(lane) for lane in lanes} <= wanted
+        return len(lanes) >= len(self.lanes_of_all) and {owners.get(lane) for lane in lanes} <= wanted
 
     async def load(self, *, on: bool) -> None:
         """Begin to send events, or stop and wait for the last answers."""
@@ -409,7 +436,7 @@ class Cluster:
 
     def begin(self, kind: str, *numbers: int, out: bool) -> Fault:
         """Note that a fault begins; with `out`, the load balancer notices."""
-        fault = Fault(kind, tuple(f"n{number}" for number in numbers), time.time())
+        fault = Fault(kind, tuple(f"n{number}" for number in numbers), time.time(), out=out)
         self.faults.append(fault)
         self.out |= set(numbers) if out else set()
         return fault
@@ -417,7 +444,7 @@ class Cluster:
     def end(self, fault: Fault) -> None:
         """Note that a fault ends, and let the load balancer use the nodes again."""
         fault.ended = time.time()
-        self.out -= {int(name[1:]) for name in fault.nodes}
+        self.out -= {int(name[1:]) for name in fault.nodes} if fault.out else set()
 
     def _make(self, number: int) -> Daemon:
         return Daemon(self._write(number), self.setups[number].command)
@@ -431,14 +458,16 @@ class Cluster:
             HEAD.format(port=0).replace("[storage]", f'[storage]\nurl = "{setup.url or self.url}"'),
             f'[cluster]\nnode = "n{number}"\nlease = "{LEASE:g}s"',
             '[sources.adorn]\nplugin = "adorn"',
+            FLEET if setup.is_mixed else "",
             setup.more,
         ]
         options = (
             f'concurrency = {CONCURRENCY}\ntimeout = "{TIMEOUT:g}s"\nheaders = {{ x-node = "n{number}" }}'
         )
-        for name in (*LANES, DRIFT) if setup.drifts else LANES:
+        for name in (*self.lanes_of_all, DRIFT) if setup.drifts else self.lanes_of_all:
             more = '\norder_by = "subject"' if name == ORDERED else ""
-            more += f"\nmax_pending = {MAX_PENDING + setup.revision}"
+            more += f"\n{MIXED[name]}" if name in MIXED else ""
+            more += f"\nmax_pending = {MAX_PENDING + setup.revision}" if name != LIMITED else ""
             more += f"\nshards = {setup.shards}" if name in DIVIDED and setup.shards > 1 else ""
             parts.append(destination(name, f"{self.receiver.url}/{name}", options + more))
         path = folder / "config.toml"
@@ -485,10 +514,19 @@ class Cluster:
             try:
                 pair = usable[turn % len(usable)], usable[(turn + 1) % len(usable)]
                 found = await asyncio.gather(*(self._ask(number, raw) for number in pair))
+                if not all(found):  # the sender tries again elsewhere
+                    found.append(await self._ask((turn + 2) % len(self.nodes), raw))
                 self.raced.append({id_: time.time() for id_ in found if id_})
                 await asyncio.sleep(2 * PAUSE)
             finally:
                 self._sending -= 1
+
+    async def _watch(self) -> None:
+        """Note how many deliveries of `LIMITED` are pending."""
+        while LIMITED in self.lanes_of_all:
+            [(count,)] = await self.fetch("SELECT count(*) FROM owed WHERE destination = $1", LIMITED)
+            self.most_pending = max(self.most_pending, count)
+            await asyncio.sleep(0.2)
 
     async def _ask(self, number: int, raw: bytes) -> str:
         """Send one request; returns the id of the event if it is acknowledged."""

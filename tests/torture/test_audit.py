@@ -2,11 +2,22 @@
 
 from types import SimpleNamespace
 
+import asyncpg
 import pytest
+from postgres import database_of, drop_databases, needs_postgres
 
 from relay.base.clock import SECOND
-from torture.audit import Lanes, Toll, Trail, _find_disorder, _find_late, _find_unexplained, pause
-from torture.nodes import CONCURRENCY, LANES, ORDERED, Arrival, Fault, Receiver, Sent
+from torture.audit import (
+    UNDELIVERED_SQL,
+    Lanes,
+    Toll,
+    Trail,
+    _find_disorder,
+    _find_late,
+    _find_unexplained,
+    pause,
+)
+from torture.nodes import CONCURRENCY, LANES, LATEST, LIMIT, LIMITED, ORDERED, Arrival, Fault, Receiver, Sent
 
 NEAR = 0.1
 SLOTS = {"n0": 0, "n1": 1}
@@ -119,15 +130,15 @@ MOVED = (("n0", 12.5), ("n1", 13.1))
 
 
 def test_attempts_that_a_stopping_node_has_cancelled_are_excused_as_often_as_it_says():
+    """One of two messages with two events each is excused."""
+    began = {"evt_1": 12.5, "evt_2": 12.5, "evt_3": 12.6, "evt_4": 12.6}
     arrivals = [
-        request(node, at, event=event)
-        for event in ("evt_1", "evt_2")
-        for node, at in (("n0", 12.5), ("n1", 13.1))
+        request(node, at, event=event) for event in began for node, at in (("n0", began[event]), ("n1", 13.1))
     ]
-    attempts = [attempt("n1", 13.1, 13.2, event=event) for event in ("evt_1", "evt_2")]
+    attempts = [attempt("n1", 13.1, 13.2, event=event) for event in began]
     leases = [lease("n0", 0.0, 13.0, given=True), lease("n1", 13.0, 900.0)]
     toll = judge(arrivals, attempts, leases, cancelled={("n0", "crm"): 1})
-    assert (toll.cancelled, len(toll.unexplained)) == (1, 1)
+    assert (toll.cancelled, len(toll.unexplained)) == (2, 2)
 
 
 @pytest.mark.parametrize(
@@ -146,12 +157,16 @@ def test_no_attempt_may_begin_after_the_deadline_of_its_owner(node, moment, is_l
 @pytest.mark.parametrize(
     ("count", "is_frozen", "late"), [(1, False, 1), (CONCURRENCY, True, 0), (9, True, 5)]
 )
-def test_only_as_many_requests_as_were_in_flight_may_arrive_late_from_a_frozen_node(count, is_frozen, late):
-    arrivals = [request("n0", 14.1, event=f"evt_{number}") for number in range(count)]
+@pytest.mark.parametrize("members", [1, 2])
+def test_only_as_many_requests_as_were_in_flight_may_arrive_late_from_a_frozen_node(
+    count, is_frozen, late, members
+):
+    arrivals = [request("n0", 14.1 + number / 100, event=f"evt_{number} {member}")
+                for number in range(count) for member in range(members)]  # fmt: skip
     cluster, toll = SimpleNamespace(receiver=SimpleNamespace(arrivals=arrivals)), Toll()
     lanes = Lanes([], [("crm", 1, 0.0)])
     _find_late(cluster, toll, [], LOST, lanes, frozen=[FREEZE] * is_frozen, near=NEAR)
-    assert (len(toll.late), toll.frozen) == (late, count - late)
+    assert (len(toll.late), toll.frozen) == (late * members, (count - late) * members)
 
 
 @pytest.mark.parametrize(("seconds", "is_fault"), [(4.9, False), (5.1, True)])
@@ -160,7 +175,7 @@ def test_a_lane_that_pauses_for_longer_than_its_limit_is_a_fault(seconds, is_fau
     for name in LANES:
         receiver.times[name] = [10.0, 10.1]
     receiver.times["d1"] = [10.0, 10.0 + seconds]
-    cluster = SimpleNamespace(receiver=receiver)
+    cluster = SimpleNamespace(receiver=receiver, lanes_of_all=LANES)
     pause(cluster, toll, Fault("kill", ("n0",), 10.0), 5.0, since=10.0, until=10.2)
     pause(cluster, toll, Fault("kill", ("n0",), 10.0), 5.0, since=10.1, until=10.1 + seconds)
     assert bool(toll.faults()) == is_fault
@@ -182,8 +197,48 @@ def test_the_order_of_a_key_is_kept(moments, count):
     assert len(toll.disordered) == count
 
 
+TABLES = """
+    CREATE TABLE events (id bigint, public_id uuid DEFAULT gen_random_uuid());
+    CREATE TABLE deliveries (id bigint, event_id bigint, destination text, latest_key text);
+    CREATE TABLE ends (delivery_id bigint, destination text, state text, reason text, attempts int);
+    INSERT INTO events SELECT generate_series(1, 2);
+"""
+
+
+@needs_postgres
+@pytest.mark.parametrize(
+    ("destination", "end", "newer_key", "is_permitted"),
+    [
+        (LIMITED, ("dead", "backlog_full", 0), None, True),
+        (LIMITED, ("dead", "backlog_full", 1), None, False),
+        (LIMITED, ("dead", "exhausted", 5), None, False),
+        ("d0", ("dead", "backlog_full", 0), None, False),
+        (LATEST, ("expired", "superseded", 0), "key", True),
+        (LATEST, ("expired", "superseded", 0), "another key", False),
+        (LATEST, ("expired", "held", 0), "key", False),
+        ("d0", ("expired", "superseded", 0), "key", False),
+    ],
+)
+async def test_only_a_full_backlog_and_a_newer_event_end_a_delivery_without_success(
+    tmp_path, destination, end, newer_key, is_permitted
+):
+    connection = await asyncpg.connect(database_of(tmp_path))
+    try:
+        await connection.execute(TABLES)
+        insert = "INSERT INTO deliveries VALUES ($1, $1, $2, $3)"
+        await connection.executemany(insert, [(1, destination, "key"), (2, destination, newer_key)])
+        await connection.execute("INSERT INTO ends VALUES (1, $1, $2, $3, $4)", destination, *end)
+        await connection.execute("INSERT INTO ends VALUES (2, $1, 'delivered', NULL, 1)", destination)
+        [row] = await connection.fetch(UNDELIVERED_SQL, LIMITED, LATEST)
+    finally:
+        await connection.close()
+        drop_databases()
+    assert (row[0], row[2], row[3]) == (destination, f"{end[0]} ({end[1]})", is_permitted)
+
+
 BROKEN = [
     {"lost": {"evt_1": 5.0}}, {"keys_twice": 1}, {"missing": 1}, {"undelivered": 1}, {"unaccounted": 1},
+    {"failed": {"d0: dead (exhausted)": 1}}, {"most_pending": LIMIT + 1}, {"workers": ["w001"]},
     {"crowded": ["5 at d0"]}, {"disordered": ["key"]}, {"unexplained": ["d0"]}, {"failover": 1.0},
     {"failover": 6.0, "warned": True, "lost": {"evt_1": 5.0}},
 ]  # fmt: skip

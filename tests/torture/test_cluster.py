@@ -2,7 +2,7 @@
 
 from postgres import needs_postgres
 
-from torture.cluster import server_in, torture
+from torture.cluster import mixed, server_in, torture
 
 
 @needs_postgres
@@ -13,3 +13,15 @@ async def test_nodes_that_fail_lose_nothing_and_their_lanes_resume(monkeypatch):
     assert toll.faults() == []
     assert toll.acknowledged > 100
     assert toll.raced > 3
+
+
+@needs_postgres
+async def test_faults_that_overlap_lose_nothing_in_lanes_of_any_kind(monkeypatch):
+    monkeypatch.setattr("torture.nodes.PAUSE", 0.1)  # less load
+    told = []
+    with server_in("mixed") as (server, folder):
+        toll = await mixed(server, folder, 6.0, seed=40, tell=told.append)
+    assert toll.faults() == []
+    assert "restart-server and freeze n1" in " ".join(told)
+    assert toll.acknowledged > 100
+    assert toll.dropped.keys() == {"dead (backlog_full)", "expired (superseded)"}
