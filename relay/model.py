@@ -36,16 +36,19 @@ class StoredEvent(msgspec.Struct, kw_only=True, frozen=True, gc=False):
     traceparent: str | None = None  # W3C trace context of the request
 
 
-UNWANTED = 0
-"""`Delivery.expires_at` after an operator has cancelled the delivery during an attempt.
+ENDED_IN_FLIGHT: Mapping[int, tuple[DeliveryState, str]] = {
+    0: ("cancelled", "operator"),
+    1: ("expired", "superseded"),
+}
+"""How deliveries end that were cancelled or superseded during an attempt, by their `Delivery.expires_at`.
 
-If its outcome is lost in a crash, the next owner of the lane does not send the delivery again.
+If the outcome of the attempt is lost in a crash, the next owner of the lane does not send the delivery again.
 """
 
 
 def ending_at(expires_at: int) -> tuple[DeliveryState, str]:
     """Return the state and the reason of a delivery that ends because it has reached its `expires_at`."""
-    return ("cancelled", "operator") if expires_at == UNWANTED else ("expired", "ttl")
+    return ENDED_IN_FLIGHT.get(expires_at, ("expired", "ttl"))
 
 
 class Delivery(msgspec.Struct, kw_only=True, gc=False):
@@ -63,7 +66,7 @@ class Delivery(msgspec.Struct, kw_only=True, gc=False):
     request_id: str | None = None  # of the sender's request, for the log; not stored
     order_key: str | None = None  # see `Target`
     latest_key: str | None = None
-    expires_at: int | None = None  # steady clock; see also `UNWANTED`
+    expires_at: int | None = None  # steady clock; see also `ENDED_IN_FLIGHT`
     on_dead: str | None = None
     replay_of: int | None = None  # row id of the replayed delivery
     group_key: str | None = None  # see `Grouping`; None: it is sent alone

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from relay.base.clock import SECOND
-from relay.model import OPERATOR_SOURCE, Delivery, GeneratedEvent, Outcome, Target, ending_at
+from relay.model import ENDED_IN_FLIGHT, OPERATOR_SOURCE, Delivery, GeneratedEvent, Outcome, Target, ending_at
 from relay.store.batch import Batch, Ending, HeldDestinations
 from relay.store.claims import Claims
 
@@ -29,7 +29,11 @@ this start; then the due times of its deliveries are wrong as well, perhaps by y
 NOTICE = 86_400 * SECOND
 """Microseconds between the warning to the operator and the first delivery that expires."""
 
+CANCELLED: Ending = ("cancelled", "operator")
 SUPERSEDED: Ending = ("expired", "superseded")
+
+MARKS: Mapping[Ending, int] = {ending: mark for mark, ending in ENDED_IN_FLIGHT.items()}
+"""`expires_at` of the deliveries in flight that are to end so."""
 
 Place = tuple[str, str | None]
 """Destination and the key of a group or of `latest_by`."""

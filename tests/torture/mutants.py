@@ -134,7 +134,7 @@ MUTANTS = {
         [f"{SHARED}::test_an_attempt_that_is_stored_while_its_event_is_deleted_does_not_stay"],
     ),
     "forget-a-cancellation-with-its-owner": Mutant(
-        [Change(f"{POSTGRES}/transitions.py", "SET expires_at = $2 WHERE", "SET id = id WHERE $2 = 0 AND")],
+        [Change(f"{POSTGRES}/transitions.py", "SET expires_at = $2 WHERE", "SET id = id WHERE $2 < 9 AND")],
         [f"{SHARED}::test_a_cancellation_during_an_attempt_survives_its_owner"],
     ),
     "notify-in-the-transaction": Mutant(

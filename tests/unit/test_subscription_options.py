@@ -6,6 +6,7 @@ import pytest
 from stores import accept, hooks, ids, make_store
 
 from relay.base.clock import SECOND
+from relay.delivery.attempt import overdue
 from relay.model import Attempt, Outcome
 from relay.routing.router import Router
 from relay.routing.subscription import Subscription, SubscriptionOptions
@@ -239,6 +240,37 @@ async def test_the_outcome_decides_for_a_cancelled_delivery_in_flight(store, clo
     assert await store.deliveries.cancel([store.fresh[0].id]) == Cancelled(in_flight=1)
     assert await store.deliveries.settle(ending(store.fresh[0])) is True
     assert await states(store) == [("delivered", None)]
+
+
+async def test_a_delivery_that_was_superseded_in_flight_is_not_sent_again_after_a_crash(store, clock):
+    route_to(store, ("crm", {"latest_by": "subject", "ttl": 60.0}))
+    await store.events.append(accept(clock))
+    older = store.fresh[0]
+    assert store.deliveries.begin_attempt(older.id)
+    await store.events.append(accept(clock))
+    assert await store.deliveries.expire() == 0
+    store.claims.release([each.id for each in store.fresh])  # all that a crash leaves
+    claimed = (await store.deliveries.claim("crm", 9, retries=False)).deliveries
+    assert [overdue(each, clock.steady()) is not None for each in claimed] == [True, False]
+    store.deliveries.release([each.id for each in claimed])
+    assert await store.deliveries.expire() == 1
+    assert await states(store) == [("expired", "superseded"), ("pending", None)]
+
+
+@pytest.mark.parametrize("is_cancelled_first", [True, False])
+async def test_a_cancelled_and_superseded_delivery_in_flight_is_cancelled(store, clock, is_cancelled_first):
+    route_to(store, ("crm", {"latest_by": "subject"}))
+    await store.events.append(accept(clock))
+    older = store.fresh[0]
+    assert store.deliveries.begin_attempt(older.id)
+    for is_cancelled in (is_cancelled_first, not is_cancelled_first):
+        if is_cancelled:
+            assert await store.deliveries.cancel([older.id]) == Cancelled(in_flight=1)
+        else:
+            await store.events.append(accept(clock))
+    store.claims.release([older.id])  # all that a crash leaves
+    assert await store.deliveries.expire() == 1
+    assert (await states(store))[0] == ("cancelled", "operator")
 
 
 async def test_a_delivery_that_a_transaction_is_ending_cannot_begin(store, clock):

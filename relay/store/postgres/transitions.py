@@ -20,14 +20,16 @@ from typing import Any, NamedTuple
 import asyncpg
 
 from relay.base.shards import Shards, destination_of
-from relay.model import UNWANTED, Delivery
+from relay.model import Delivery
 from relay.store.batch import Batch, Ending, HeldDestinations, Scope
 from relay.store.claims import Claims
 from relay.store.postgres.rows import text, uuid_of
 from relay.store.postgres.transaction import Transaction
 from relay.store.transitions import (
+    CANCELLED,
     EXPIRE_AT_ONCE,
     HELD_AT_ONCE,
+    MARKS,
     SUPERSEDED,
     Pending,
     Reported,
@@ -111,7 +113,9 @@ SUPERSEDED_SQL = """
                       AND (n.event_id, n.id) > (o.event_id, o.id))
      LIMIT $2
 """
-UNWANTED_SQL = "UPDATE owed SET expires_at = $2 WHERE id = ANY($1::bigint[])"
+MARK_SQL = """
+    UPDATE owed SET expires_at = $2 WHERE id = ANY($1::bigint[]) AND (expires_at IS NULL OR expires_at > $2)
+"""
 CHOSEN_SQL = "SELECT id, destination, order_key, slot FROM owed WHERE id = ANY($1::bigint[])"
 LATEST_SQL = """
     SELECT o.id, o.destination, o.order_key, o.latest_key, o.event_id, o.slot
@@ -284,11 +288,8 @@ async def write_requested(
     if batch.to_cancel:
         over = {o.delivery.id for o in batch.outcomes if o.state != "pending"} & batch.settled
         rows = [row for row in requested.to_cancel if row["id"] not in over]
-        await end(batch, transaction, claims, rows, ("cancelled", "operator"))
+        await end(batch, transaction, claims, rows, CANCELLED)
         batch.cancelled_in_flight = {row["id"] for row in rows} - batch.ended.keys()
-        # The others that did not end have another owner now.
-        if in_flight := sorted(id_ for id_ in batch.cancelled_in_flight if not claims.end(id_)):
-            await transaction.fetch(UNWANTED_SQL, in_flight, UNWANTED)
     if batch.to_make_due:
         made_due = await transaction.fetch(MAKE_DUE_SQL, batch.to_make_due, batch.steady)
         batch.made_due = dict(made_due)
@@ -314,12 +315,16 @@ async def end(
 ) -> None:
     """End pending deliveries (id, destination, order key, slot) without an attempt, except those in flight.
 
-    A delivery whose outcome this transaction has written is no longer in flight.
+    A delivery whose outcome this transaction has written is no longer in flight. Those in flight that are
+    cancelled or superseded are marked, because their outcomes may be lost with this node.
     """
     candidates = {row[0]: Pending(*row) for row in rows}
     chosen = sorted(id_ for id_ in candidates if id_ in batch.settled or claims.end(id_))
+    in_flight = sorted(candidates.keys() - set(chosen))
     if ending == SUPERSEDED:
-        batch.superseded_in_flight |= candidates.keys() - set(chosen)
+        batch.superseded_in_flight.update(in_flight)
+    if in_flight and ending in MARKS:
+        await transaction.fetch(MARK_SQL, in_flight, MARKS[ending])
     if not chosen:
         return
     state, reason = ending

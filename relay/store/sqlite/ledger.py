@@ -80,7 +80,7 @@ OLDEST_FROM_SQL = """
 """
 
 EXPIRES_SQL = """
-    SELECT min(nullif(expires_at, 0)) FROM (  -- 0: see UNWANTED
+    SELECT min(CASE WHEN expires_at > 1 THEN expires_at END) FROM (  -- 0, 1: see ENDED_IN_FLIGHT
         SELECT expires_at FROM deliveries WHERE id = :row AND state = 'pending'
         UNION ALL
         SELECT expires_at FROM (

@@ -6,13 +6,14 @@ and are repeated as new deliveries. When a delivery of an order key ends, the ne
 
 from collections.abc import Sequence
 
-from relay.model import UNWANTED
 from relay.store.batch import Batch, Ending, HeldDestinations
 from relay.store.claims import Claims
 from relay.store.sqlite.transaction import Row, Transaction
 from relay.store.transitions import (
+    CANCELLED,
     EXPIRE_AT_ONCE,
     HELD_AT_ONCE,
+    MARKS,
     SUPERSEDED,
     Pending,
     by_ending,
@@ -71,16 +72,8 @@ async def cancel(batch: Batch, transaction: Transaction, claims: Claims) -> None
         """,
         [(delivery_id,) for delivery_id in dict.fromkeys(batch.to_cancel)],
     )
-    await end(batch, transaction, claims, rows, ("cancelled", "operator"))
+    await end(batch, transaction, claims, rows, CANCELLED)
     batch.cancelled_in_flight = {id_ for id_, _, _ in rows} - batch.ended.keys()
-    if batch.cancelled_in_flight:
-        transaction.run_rows(
-            f"""
-            WITH unwanted (id) AS (VALUES {{values}})
-            UPDATE deliveries SET expires_at = {UNWANTED} FROM unwanted WHERE deliveries.id = unwanted.id
-            """,  # noqa: S608 - only an integer
-            [(delivery_id,) for delivery_id in batch.cancelled_in_flight],
-        )
 
 
 async def end(
@@ -88,12 +81,23 @@ async def end(
 ) -> None:
     """End pending deliveries (id, destination, order key) without an attempt, except those in flight.
 
-    A delivery whose outcome this transaction has written is no longer in flight.
+    A delivery whose outcome this transaction has written is no longer in flight. Those in flight that are
+    cancelled or superseded are marked, because their outcomes may be lost in a crash.
     """
     candidates = [Pending(*row) for row in rows]
     ending_rows = [each for each in candidates if each.id in batch.settled or claims.end(each.id)]
-    if ending == SUPERSEDED and len(ending_rows) < len(candidates):
-        batch.superseded_in_flight |= {each.id for each in candidates} - {each.id for each in ending_rows}
+    if len(ending_rows) < len(candidates) and (mark := MARKS.get(ending)) is not None:
+        in_flight = {each.id for each in candidates} - {each.id for each in ending_rows}
+        if ending == SUPERSEDED:
+            batch.superseded_in_flight |= in_flight
+        transaction.run_rows(
+            f"""
+            WITH marked (id) AS (VALUES {{values}})
+            UPDATE deliveries SET expires_at = {mark} FROM marked
+             WHERE deliveries.id = marked.id AND coalesce(expires_at, {mark + 1}) > {mark}
+            """,  # noqa: S608 - only integers
+            [(delivery_id,) for delivery_id in in_flight],
+        )
     if not ending_rows:
         return
     state, reason = ending
