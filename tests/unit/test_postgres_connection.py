@@ -533,4 +533,39 @@ async def test_a_transaction_of_a_lost_machine_ends_by_itself(database):
     await opened.close()
 
 
+@pytest.mark.parametrize("ending", ["timeout", "cancel"])
+async def test_a_call_that_is_given_up_leaves_no_session_on_the_server(ending):
+    """Otherwise each renewal of a lease would leave one while no standby answers, until the server is full."""
+    folder = server().folder.parent / f"relay-unanswered-{ending}-{os.getpid()}"
+    private = start(folder, settings=("synchronous_standby_names=nowhere", "shared_buffers=4MB"))
+    address = read_url(private.url("postgres"))
+    observer = await connect(address, writes=False)
+    sql = "SELECT count(*) FROM pg_stat_activity WHERE query LIKE 'UPDATE t %'"
+
+    async def wait_for(count):
+        deadline = time.monotonic() + 20
+        while await observer.value(sql) != count:
+            assert time.monotonic() < deadline
+            await asyncio.sleep(0.02)
+
+    try:
+        await observer.execute("SET synchronous_commit = local; CREATE TABLE t AS SELECT 1 AS x")
+        opened = [await connect(address, writes=True) for _ in range(3)]
+        seconds = 2.0 if ending == "timeout" else 30.0
+        update = "UPDATE t SET x = x + 1"  # the first one waits for a standby, the others for its lock
+        calls = [asyncio.create_task(each.execute(update, seconds=seconds)) for each in opened]
+        await wait_for(3)
+        if ending == "cancel":
+            for call in calls:
+                call.cancel()
+        results = await asyncio.gather(*calls, return_exceptions=True)
+        expected = TimeoutError if ending == "timeout" else asyncio.CancelledError
+        assert [type(result) for result in results] == [expected] * 3
+        assert all(each.is_closed for each in opened)
+        await wait_for(0)
+    finally:
+        await observer.close()
+        private.crash()
+
+
 pytestmark = needs_postgres

@@ -227,11 +227,16 @@ def text_of(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+_closing: set[asyncio.Task[None]] = set()
+"""Connections that are being closed in the background."""
+
+
 class Connection:
     """One session. After a timeout, a cancelled call or a lost network it is closed and stays closed."""
 
     def __init__(self, raw: "asyncpg.Connection[asyncpg.Record]", *, is_pooled: bool) -> None:
         self._raw = raw
+        self._is_abandoned = False
         self.pid = 0 if is_pooled else raw.get_server_pid()  # of the session's process; 0: unknown
         self.is_unconfirmed = False  # a commit did not wait until its standbys had it
 
@@ -244,7 +249,7 @@ class Connection:
     @property
     def is_closed(self) -> bool:
         """Whether the connection was lost."""
-        return bool(self._raw.is_closed())
+        return self._is_abandoned or bool(self._raw.is_closed())
 
     @property
     def server_version(self) -> int:
@@ -254,16 +259,16 @@ class Connection:
     @property
     def in_transaction(self) -> bool:
         """Whether a transaction is open."""
-        return not self._raw.is_closed() and self._raw.is_in_transaction()
+        return not self.is_closed and self._raw.is_in_transaction()
 
     async def fetch(self, sql: str, *values: Any, seconds: float = CALL_TIMEOUT) -> list[asyncpg.Record]:
         """Run a statement and return its rows."""
         try:
             rows: list[asyncpg.Record] = await self._raw.fetch(sql, *values, timeout=seconds)
         except (asyncio.CancelledError, OSError) as error:  # or a TimeoutError, which has no text
-            self._raw.terminate()
+            self._abandon()
             if isinstance(error, TimeoutError):
-                raise TimeoutError(f"no answer within {seconds:g} s") from None
+                raise TimeoutError(f"no answer within {round(seconds, 1):g} s") from None
             raise
         return rows
 
@@ -272,9 +277,9 @@ class Connection:
         try:
             tag: str = await self._raw.execute(sql, *values, timeout=seconds)
         except (asyncio.CancelledError, OSError) as error:  # or a TimeoutError, which has no text
-            self._raw.terminate()
+            self._abandon()
             if isinstance(error, TimeoutError):
-                raise TimeoutError(f"no answer within {seconds:g} s") from None
+                raise TimeoutError(f"no answer within {round(seconds, 1):g} s") from None
             raise
         return tag
 
@@ -285,9 +290,9 @@ class Connection:
         try:
             await self._raw.copy_records_to_table(table, columns=columns, records=rows, timeout=seconds)
         except (asyncio.CancelledError, OSError) as error:  # or a TimeoutError, which has no text
-            self._raw.terminate()
+            self._abandon()
             if isinstance(error, TimeoutError):
-                raise TimeoutError(f"no answer within {seconds:g} s") from None
+                raise TimeoutError(f"no answer within {round(seconds, 1):g} s") from None
             raise
 
     async def value(self, sql: str, *values: Any) -> Any:
@@ -314,12 +319,29 @@ class Connection:
             except ERRORS:
                 self.terminate()
 
+    def _abandon(self) -> None:
+        """Close the connection, and let the server cancel the statement, in the background.
+
+        A statement that waits for a lock or a standby does not notice that its client is gone. Without the
+        cancellation, each new try would leave another session on the server, until that accepts no more.
+        """
+        if not self.is_closed:
+            task = asyncio.get_running_loop().create_task(self._close())
+            _closing.add(task)
+            task.add_done_callback(_closing.discard)
+        self._is_abandoned = True
+
     def terminate(self) -> None:
         """Close the connection without waiting for the server."""
-        self._raw.terminate()
+        if not self._is_abandoned:
+            self._raw.terminate()
 
     async def close(self) -> None:
         """Close the connection; waits a moment for the server."""
+        if not self._is_abandoned:
+            await self._close()
+
+    async def _close(self) -> None:
         try:
             await self._raw.close(timeout=2.0)
         except ERRORS:
