@@ -214,10 +214,16 @@ def move_of(source: str, target: str, folder: Path) -> "Move":
     """Return a move of all data from one URL to another; relative names are relative to `folder`.
 
     Raises:
-        RelayError: no engine supports a URL.
+        RelayError: no engine supports a URL, or both are of the same kind.
     """
     from relay.store.moving import Move  # noqa: PLC0415 - see above
 
+    if (file_of(source, folder) is None) == (file_of(target, folder) is None):
+        tool = "`relay db backup`" if source.startswith("sqlite:") else "pg_dump"
+        raise RelayError(
+            "FROM and TO are of the same kind; a move is from SQLite to PostgreSQL or back",
+            hint=f"copy the database with {tool}",
+        )
     return Move(_source(source, folder), _target(target, folder))
 
 

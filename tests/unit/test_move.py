@@ -188,6 +188,8 @@ async def test_an_interrupted_move_continues(file, url, tmp_path, monkeypatch, t
     await steps.aclose()
     with pytest.raises(StorageError, match="unfinished move"):
         await open_url(url, tmp_path, _clock()).open()
+    with pytest.raises(StorageError, match="only a part of the data"):  # nor does it move on from there
+        await move(url, "sqlite:c.db", tmp_path)
     mover = move_of(f"sqlite:{file}", url, tmp_path)
     assert [moved async for moved in mover.run()]
     assert mover.is_continued
@@ -197,8 +199,14 @@ async def test_an_interrupted_move_continues(file, url, tmp_path, monkeypatch, t
         if moved.table == table and (moved.rows or table in moving.SMALL):
             break
     await steps.aclose()
+    with pytest.raises(StorageError, match="unfinished move") as caught:  # not an empty file of its own
+        await open_url("sqlite:relay.db", tmp_path / "b", _clock()).open()
+    assert "run the same `relay db move` again" in caught.value.hint
     assert not (tmp_path / "b" / "relay.db").exists()
     await move(url, "sqlite:b/relay.db", tmp_path)
+    store = open_url("sqlite:relay.db", tmp_path / "b", _clock())
+    await store.open()
+    await store.close()
     assert [len(rows) for rows in dump(tmp_path / "b" / "relay.db").values()] == [
         len(rows) for rows in dump(file).values()
     ]
@@ -263,6 +271,15 @@ async def test_lost_rows_are_noticed(file, url, tmp_path, monkeypatch):
     monkeypatch.setattr(moving.Move, "_small", forgetful)
     with pytest.raises(StorageError, match="differs from the source: dedupe: 11 instead of 12"):
         await move(f"sqlite:{file}", url, tmp_path)
+
+
+async def test_both_sides_must_be_of_different_kinds_and_the_source_must_have_tables(file, url, tmp_path):
+    for other in (url, f"sqlite:{file}"):
+        with pytest.raises(RelayError, match="of the same kind"):
+            await move(other, other, tmp_path)
+    with pytest.raises(StorageError, match="nothing to move") as caught:
+        await move(url, "sqlite:c.db", tmp_path)
+    assert "FROM TO" in caught.value.hint
 
 
 def test_a_missing_file_is_named(tmp_path):

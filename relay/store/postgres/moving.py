@@ -103,10 +103,15 @@ class _Side:
         """Check the version of the tables, and that no daemon uses them."""
         has_tables = await self._connection.value("SELECT to_regclass('meta') IS NOT NULL")
         version = int(await self._meta("version") or 0) if has_tables else 0
+        if not version:
+            raise StorageError(
+                f"{self.location} has no tables of the relay, so there is nothing to move",
+                hint="check the order of the arguments: relay db move FROM TO",
+            )
         if version != len(MIGRATIONS):
             raise StorageError(
                 f"{self.location} has schema version {version}, this program knows {len(MIGRATIONS)}",
-                hint="start and stop the relay once on this database; it creates and migrates the tables",
+                hint="start and stop the relay once on this database; it migrates the tables",
             )
         if host := await self._connection.value(IN_USE_SQL):
             raise StorageError(
@@ -150,6 +155,14 @@ class _Side:
 class PostgresSource(_Side):
     """`relay.store.moving.Source` over a PostgreSQL database."""
 
+    async def _check(self) -> None:
+        await super()._check()
+        if await self._meta(MOVING) is not None:
+            raise StorageError(
+                f"{self.location} has only a part of the data: a move into it is not complete",
+                hint="run that `relay db move` again: it continues",
+            )
+
     async def step(self, table: str, after: int, count: int, most: int) -> Sequence[Row]:
         """See `Source.step`."""
         count = max(1, count // 10) if table == "events" else count  # bodies may be large
@@ -190,7 +203,10 @@ class PostgresTarget(_Side):
         if (found := await self._meta(MOVING)) is not None:
             return msgspec.json.decode(found, type=Position)
         if not await self._connection.value(EMPTY_SQL):
-            raise StorageError(f"{self.location} already contains data", hint="name an empty database")
+            raise StorageError(
+                f"{self.location} already contains data",
+                hint="name an empty database; if an earlier move was complete, only start the relay",
+            )
         return None
 
     def next_id(self, previous: int, moment: int) -> int:

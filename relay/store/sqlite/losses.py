@@ -26,6 +26,11 @@ def reports_of(database: Path) -> list[Path]:
     return reports + rescues_of(database)
 
 
+def unfinished_of(database: Path) -> Path:
+    """Return the file that has the data of a move into a database until the move is complete."""
+    return database.with_name(f"{database.name}.moving")
+
+
 def check_before_open(database: Path, wall: int) -> list[str]:
     """Check the files before SQLite opens them and drops unreadable pages; returns a message for each loss.
 
@@ -34,7 +39,8 @@ def check_before_open(database: Path, wall: int) -> list[str]:
     Raises:
         StorageUnavailableError: the log cannot be read at the moment.
         StorageError: a rescue copy is waiting to be restored. A start would ignore its data, and would apply
-            a leftover log to a file that it does not belong to.
+            a leftover log to a file that it does not belong to. Or a move into the file is not complete, and
+            new events in an empty file would prevent its end.
     """
     exists = database.exists()
     if copies := rescues_of(database):
@@ -47,6 +53,12 @@ def check_before_open(database: Path, wall: int) -> list[str]:
             without = "begin with an empty database instead, move the copy elsewhere"
         raise StorageError(message, hint=f"restore it: {restore}; to {without}")
     if not exists:
+        if (unfinished := unfinished_of(database)).exists():
+            raise StorageError(
+                f"{database} is missing, and {unfinished} has the data of an unfinished move",
+                hint="run the same `relay db move` again: it continues; to begin with an empty database"
+                f" instead, delete {unfinished}",
+            )
         return []
     try:
         found = read_log(log_of(database))

@@ -17,6 +17,7 @@ from relay.store.moving import ATTEMPT, DELIVERY, EVENT, SMALL, Position, Row
 from relay.store.sqlite import event_times
 from relay.store.sqlite.connection import migrate, open_writer
 from relay.store.sqlite.ledger import AUDIT_SQL
+from relay.store.sqlite.losses import unfinished_of
 from relay.store.sqlite.mark import mark_of
 from relay.store.sqlite.read_only import read_only
 from relay.store.sqlite.schema import MIGRATIONS
@@ -141,7 +142,7 @@ class SqliteTarget(_Side):
         for path in (self.path, mark_of(self.path)):
             if _exists(path):
                 raise StorageError(f"{path} already exists", hint="move it away, or name another file")
-        self._file = self.path.with_name(f"{self.path.name}.moving")
+        self._file = unfinished_of(self.path)
         lock = StateDir(self.path.parent)
         lock.take()
         try:
