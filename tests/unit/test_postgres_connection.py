@@ -535,7 +535,7 @@ async def test_a_transaction_of_a_lost_machine_ends_by_itself(database):
 
 @pytest.mark.parametrize("ending", ["timeout", "cancel"])
 async def test_a_call_that_is_given_up_leaves_no_session_on_the_server(ending):
-    """Otherwise each renewal of a lease would leave one while no standby answers, until the server is full."""
+    """Otherwise each renewal of a lease leaves one while no standby answers, until the server is full."""
     folder = server().folder.parent / f"relay-unanswered-{ending}-{os.getpid()}"
     private = start(folder, settings=("synchronous_standby_names=nowhere", "shared_buffers=4MB"))
     address = read_url(private.url("postgres"))
