@@ -3,7 +3,7 @@
 Starts the daemon in this process, sends warm-up events, and then traces single events from the first byte in
 to the recorded attempt: one source, one destination, success. Counts named functions of `relay/` and
 `plugins/` in every thread; a comprehension or lambda counts for the function around it. A function counts if
-most traces have it, so that a periodic job that happens to run does not.
+all traces have it, so that a periodic job that happens to run does not, even on a busy machine.
 """
 
 import asyncio
@@ -11,7 +11,6 @@ import contextlib
 import sqlite3
 import sys
 import threading
-from collections import Counter
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import FrameType
@@ -42,7 +41,7 @@ class Function(NamedTuple):
 
 
 class Way(NamedTuple):
-    """The functions that most traces have in common."""
+    """The functions that all traces have in common."""
 
     functions: tuple[Function, ...]  # by file, then by name
     calls: int  # from a function of one file to one of another, median over the traces
@@ -83,9 +82,8 @@ class Tracer:
         self.traces.append((self._seen, self._crossings))
 
     def way(self) -> Way:
-        """Return the functions that most traces have in common."""
-        often = Counter(function for seen, _ in self.traces for function in seen)
-        common = sorted(function for function, times in often.items() if times > len(self.traces) / 2)
+        """Return the functions that all traces have in common."""
+        common = sorted(set.intersection(*(seen for seen, _ in self.traces)))
         calls = sorted(crossings for _, crossings in self.traces)[len(self.traces) // 2]
         return Way(tuple(common), calls)
 

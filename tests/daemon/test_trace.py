@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from bench.trace import Function, Tracer
+
 ROOT = Path(__file__).parents[2]
 FILES = 30
 FUNCTIONS = 110
@@ -42,3 +44,10 @@ def test_an_event_runs_through_few_files_and_functions():
             break
     assert files <= FILES, lines
     assert functions <= FUNCTIONS, lines
+
+
+def test_work_that_runs_beside_most_traces_does_not_count():
+    job, way = Function("relay/jobs/scheduler.py", "run"), Function("relay/app.py", "App.run")
+    tracer = Tracer()
+    tracer.traces = [({job, way}, 2), ({job, way}, 2), ({way}, 1)]
+    assert tracer.way().functions == (way,)
