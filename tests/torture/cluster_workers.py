@@ -250,18 +250,8 @@ class Fleet:
         self._silent.update(workers)
         await asyncio.sleep(1.5)  # requests under way end
         allowed = GRACE + SLACK + late
-        missing = set(workers)
-        try:
-            async with asyncio.timeout(PATIENCE + allowed + 30):
-                while missing:
-                    marks = await self._marks()
-                    missing = {worker for worker in workers if marks.get(worker, ("", 0.0))[0] != "offline"}
-                    await asyncio.sleep(0.2)
-        except TimeoutError:
-            self.faults.append(f"never marked: {sorted(missing)}")
-            return
-        marks = await self._marks()
-        for worker in workers:
+        marks = await self._until_marked(workers, "offline", PATIENCE + allowed + 30)
+        for worker in workers if marks else ():
             self.expected[worker].append("offline")
             after = marks[worker][1] - self._heard[worker] - PATIENCE
             self.latest = max(self.latest, after)
@@ -273,7 +263,8 @@ class Fleet:
         for worker in workers:
             self.expected[worker].append("online")
         self._silent.difference_update(workers)
-        await asyncio.sleep(2 * EVERY)
+        await self._until_marked(workers, "online", 30.0)
+        await asyncio.sleep(2 * EVERY)  # further events would be wrong; nothing is waited for
 
     async def check(self) -> None:
         """Compare all events with the expected ones."""
@@ -289,6 +280,21 @@ class Fleet:
     def _age(self, moment: float) -> str:
         """Return a moment in seconds since the start."""
         return f"{moment - self._began:.1f}"
+
+    async def _until_marked(
+        self, workers: Collection[str], status: str, seconds: float
+    ) -> dict[str, tuple[str, float]]:
+        """Wait until the latest event of these workers is a status; returns all latest events, or nothing."""
+        missing, marks = set(workers), await self._marks()
+        try:
+            async with asyncio.timeout(seconds):
+                while missing := {each for each in workers if marks.get(each, ("", 0.0))[0] != status}:
+                    await asyncio.sleep(0.2)
+                    marks = await self._marks()
+        except TimeoutError:
+            self.faults.append(f"never {status}: {sorted(missing)}")
+            return {}
+        return marks
 
     async def _marks(self) -> dict[str, tuple[str, float]]:
         """Return the latest event of each worker, and its time."""
