@@ -112,9 +112,11 @@ async def status_of(context: Context, began: int) -> StatusView:
 
 
 async def _all_problems(context: Context) -> list[StatusProblem]:
-    """Return the problems of all nodes."""
-    others = await context.store.nodes.ask_others(SHOW, None, PATIENCE)
+    """Return the problems of all nodes. Without the database, a node cannot ask the others."""
     groups = [list(group) for group in problems_of(context)]
+    if context.store.failure is not None:
+        return [each for group in groups for each in group]
+    others = await context.store.nodes.ask_others(SHOW, None, PATIENCE)
     parts, unable = others.read(Problems)
     for node, theirs in parts:
         for mine, more in zip_longest(groups, theirs[: len(groups)], fillvalue=()):
@@ -237,7 +239,9 @@ def _space(disk: DiskSpace) -> str:
 
 
 def _problems_of_jobs(context: Context) -> Iterator[StatusProblem]:
-    """Yield failed backups and other failed jobs."""
+    """Yield failed backups and other failed jobs; while the store fails, jobs fail for the same reason."""
+    if context.store.failure is not None:
+        return
     if context.backups.failed is not None:
         yield StatusProblem(
             f"the last backup failed: {context.backups.failed}", "relay jobs run backup", "job", "backup"

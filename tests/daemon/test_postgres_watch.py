@@ -16,8 +16,10 @@ from torture.nodes import Proxy
 from wire import exchange, request
 
 from relay.base.clock import SystemClock
+from relay.store import Stop
 from relay.store.postgres import doctor, observing
 from relay.store.postgres.connection import connect, read_url
+from relay.store.postgres.offline import PostgresOffline
 
 pytestmark = needs_postgres
 
@@ -133,8 +135,9 @@ async def test_an_outage_of_the_server_is_shown_with_the_next_commands(tmp_path,
         shown = await commands("status", code=1)
         assert "not ready: the store cannot write: " in shown.out
         assert "backlog: 1 delivery\ncrm\tpaused\t1\t" in shown.out
-        assert "not ready: the store cannot write: " in shown.err
+        assert shown.err.startswith(f"not ready: the store cannot write: {relay.app.store.location}: ")
         assert "\n  relay doctor\n" in shown.err
+        assert "the job" not in shown.err  # jobs fail for the same reason
         for words in (("doctor",), ("nodes",), ("events", "list"), ("destinations", "show", "crm")):
             assert hint in (await commands(*words, code=1)).err, words
         page = await exchange(relay.addresses.socket, request("GET", "/ui/"))
@@ -144,6 +147,68 @@ async def test_an_outage_of_the_server_is_shown_with_the_next_commands(tmp_path,
         assert (
             [each["pending"] for each in known] == [each["pending"] for each in destinations["items"]] == [1]
         )
+
+
+async def test_a_node_without_the_database_reports_no_other_node(tmp_path, url):
+    proxy = await Proxy(url).__aenter__()
+    one = config(tmp_path / "a", proxy.url, cluster='[cluster]\nnode = "one"\n')
+    two = config(tmp_path / "b", url, cluster='[cluster]\nnode = "two"\n')
+    async with running(one) as relay, running(two):
+        await until(lambda: relay.counted("relay_cluster_nodes") == 2)
+        await proxy.__aexit__()
+        await until(lambda: relay.app.store.failure is not None)
+        shown = (await Commands(relay.addresses.socket)("status", code=1)).err
+        assert shown.startswith("not ready: the store cannot write: ")
+        assert "node two" not in shown
+
+
+async def test_doctor_says_why_there_are_no_tables_to_check(tmp_path, url):
+    """One result replaces those of the data, which would all fail."""
+    admin = await asyncpg.connect(url)
+    name = "".join(re.findall(r"\w+$", url))
+    role = f"plain_{os.getpid()}"
+    plain = url.replace("postgres@", f"{role}@")
+
+    async def version_of(address):
+        examine = PostgresOffline(read_url(address)).examine
+        checks = {check.name: check for check in await asyncio.to_thread(examine, Stop(), now=0)}
+        assert "durability" in checks
+        assert ("conservation" in checks) == checks["version"].detail.startswith("schema version")
+        return checks["version"]
+
+    try:
+        await admin.execute(f"CREATE ROLE {role} LOGIN")
+        check = await version_of(url)
+        assert (check.ok, check.detail[:13]) == (True, "no tables yet")
+        check = await version_of(plain)
+        assert (check.ok, check.hint) == (
+            False, f"let the user create tables: ALTER DATABASE {name} OWNER TO {role}"
+        )  # fmt: skip
+        check = await version_of(f"{url}?search_path=nowhere")
+        assert (check.ok, check.hint) == (False, "CREATE SCHEMA … AUTHORIZATION postgres")
+        await admin.execute("CREATE TABLE events (x int)")
+        check = await version_of(url)
+        assert not check.ok
+        assert "belong to another program" in check.detail
+        await admin.execute("DROP TABLE events")
+
+        async with running(config(tmp_path / "a", url)) as relay:
+            assert (await version_of(url)).ok
+            check = await version_of(plain)
+            assert (check.ok, check.hint) == (
+                False, f"name postgres in [storage] url, or GRANT postgres TO {role}"
+            )  # fmt: skip
+            await admin.execute("INSERT INTO meta VALUES ('moving', '{}')")
+            check = await version_of(url)
+            assert (check.ok, "relay db move" in check.hint) == (False, True)
+            await admin.execute("DROP SCHEMA public CASCADE; CREATE SCHEMA public")
+            checks = {check.name: check for check in await relay.app.store.upkeep.examine()}
+            assert (checks["version"].ok, checks["version"].detail[:19]) == (False, "the tables are gone")
+            commands = Commands(relay.addresses.socket)
+            assert "restore a backup" in (await commands("events", "list", code=1)).err
+    finally:
+        await admin.execute(f"DROP ROLE {role}")
+        await admin.close()
 
 
 async def test_the_password_of_listen_url_is_never_shown(tmp_path, url, monkeypatch, caplog):

@@ -184,7 +184,30 @@ async def test_an_error_names_every_host_and_a_refused_login_decides_the_hint(si
     error = refused(address, caught.value)
     assert f"{silent}: no answer within 0.5 s" in error.message
     assert 'database "nowhere" does not exist' in error.message
-    assert error.hint == "create the database: createdb --encoding=UTF8 nowhere"
+    assert error.hint.endswith("createdb --owner=postgres --encoding=UTF8 --template=template0 nowhere")
+
+
+@pytest.mark.parametrize(
+    ("code", "hint"),
+    [
+        ("28P01", "in ~/.pgpass"),
+        ("3F000", "CREATE SCHEMA"),
+        ("42501", 'ALTER DATABASE "Relay" OWNER TO relay;'),
+        ("42P01", "restore a backup"),
+        ("53300", "max_connections"),
+        ("42601", "the server's log"),
+    ],
+)
+def test_an_error_of_the_server_has_a_hint_to_type(code, hint):
+    address = read_url("postgresql://relay:hunter2@db/Relay")
+    error = asyncpg.PostgresError.new({"C": code, "M": "something failed"})
+    assert hint in refused(address, error).hint
+    assert "hunter2" not in refused(address, error).hint
+
+
+def test_a_standby_is_not_reported_as_a_server_that_does_not_run():
+    error = asyncpg.TargetServerAttributeNotMatched("none matches")
+    assert "promote this server" in refused(read_url("postgresql://db/relay"), error).hint
 
 
 async def test_a_store_that_cannot_be_opened_gives_its_hint_to_every_use(tmp_path, clock):
@@ -262,7 +285,7 @@ async def test_tls_and_the_password_come_from_the_url(guarded, tmp_path, monkeyp
         (url(sslmode="verify-full", sslrootcert=made.path("self_signed")), "verify failed", "sslrootcert"),
         (url(sslmode="verify-full"), "root certificate file", "sslrootcert=system"),
         (url(sslmode="disable"), "no pg_hba.conf entry", "pg_hba.conf"),
-        (url("wrong-hunter3", **verified), "password authentication failed", "check user and password"),
+        (url("wrong-hunter3", **verified), "password authentication failed", "check the user"),
     ):
         store = opening.make_store(wrong, tmp_path, SystemClock())
         with pytest.raises(StorageError) as caught:
@@ -314,7 +337,7 @@ async def test_a_suspended_pooler_stops_writes_and_reads_until_it_continues(tmp_
                 await store.events.append(accept(clock, b"{}"))
             with pytest.raises(StorageUnavailableError):
                 await store.upkeep.measure()
-        assert store.failure == "no answer within 2 s"
+        assert store.failure == f"{store.location}: no answer within 2 s"
         monkeypatch.undo()
         os.kill(pooler.process.pid, signal.SIGCONT)
         await until(lambda: store.failure is None)

@@ -7,6 +7,8 @@ transaction may run in another session.
 
 import asyncio
 import os
+import re
+import shlex
 import socket
 import ssl
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -49,9 +51,11 @@ ERRORS = (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientE
 TRANSIENT_CLASSES = ("08", "53", "57", "58")
 """SQLSTATE classes: connection, resources (full disk, too many connections), shutdown or cancel, I/O."""
 
-TRANSIENT_CODES = ("25006", "55P03", "XX001", "XX002", "28P01", "28000", "3D000", "55000")
-"""Read-only (a standby), a lock timeout, damage, refused logins, and a database that accepts no connections:
-all of them end without a restart."""
+NO_TABLE = "42P01"
+
+TRANSIENT_CODES = ("25006", "55P03", "XX001", "XX002", "28P01", "28000", "3D000", "55000", NO_TABLE)
+"""Read-only (a standby), a lock timeout, damage, refused logins, a database that accepts no connections, and
+tables that somebody dropped and may restore: all of them end without a restart."""
 
 PLANS = {
     # Cached plans must still be right after a table has grown: always along an index.
@@ -82,6 +86,34 @@ asyncpg asks the server for them, once per connection. If JIT is on, that takes 
 (PostgreSQL 15), and behind a pooler asyncpg cannot turn it off.
 """
 
+STANDBY = "it is a standby, or accepts no writes"
+
+LOGIN = (
+    "check the user in [storage] url, the password (in ~/.pgpass, in PGPASSWORD, or in the URL if that is a"
+    " secret), and the server's pg_hba.conf"
+)
+POOLER = "this is a pooler such as PgBouncer: add pooler=true to [storage] url"
+POOLER_PATH = "a pooler accepts no search_path; set it at the server: ALTER ROLE … SET search_path = …"
+
+HINTS = {
+    "28P01": LOGIN,
+    "28000": LOGIN,
+    "3D000": "{createdb}",
+    "3F000": "create the schema that search_path names: CREATE SCHEMA … AUTHORIZATION the user of the URL",
+    "42501": "{owner}; if there are tables, use the role that owns them",
+    NO_TABLE: "somebody dropped the tables: restore a backup, or restart the relay to begin without events",
+    "53300": (
+        "end other sessions, or raise max_connections of the server or CONNECTION LIMIT of the role; a node"
+        " needs up to 7 connections"
+    ),
+}
+"""By SQLSTATE: what an operator can do."""
+
+HINTS_BY_TEXT = {
+    STANDBY: "promote this server, or name the primary in [storage] url; it may name all servers",
+    "root certificate file": "add sslrootcert=/PATH, or sslrootcert=system for public CAs, to [storage] url",
+}
+
 EXAMPLE = 'write url = "postgresql://USER@HOST/DATABASE" in config.toml'
 
 
@@ -100,6 +132,7 @@ class Address(msgspec.Struct, frozen=True):
 
     hosts: tuple[Host, ...]
     database: str
+    user: str  # without password, for hints; "" if the URL does not name it
     is_pooled: bool  # a pooler in transaction mode is in between
     location: str  # for messages: hosts and database, without user and password
     options: Mapping[str, Any]  # of `asyncpg.connect`, for each host
@@ -170,6 +203,7 @@ def read_url(url: str, key: str = "url") -> Address:
             for name, place in places
         ),
         database=unquote(parts.path.strip("/")) or options.get("dbname", options.get("database", "")),
+        user=unquote(user.partition(":")[0]) or options.get("user", ""),
         is_pooled=is_pooled,
         location=f"postgresql://{hosts or options.get('host', '')}{parts.path}",
         options=more,
@@ -219,7 +253,7 @@ def is_lost(error: BaseException, connection: "Connection") -> bool:
 def text_of(error: BaseException) -> str:
     """Return an error as one line of text."""
     if isinstance(error, asyncpg.TargetServerAttributeNotMatched):
-        return "it is a standby, or accepts no writes"
+        return STANDBY
     if isinstance(error, socket.gaierror):
         return str(error.strerror)
     if isinstance(error, OSError) and not isinstance(error, ssl.SSLError) and error.errno:
@@ -263,6 +297,7 @@ class Connection:
 
     async def fetch(self, sql: str, *values: Any, seconds: float = CALL_TIMEOUT) -> list[asyncpg.Record]:
         """Run a statement and return its rows."""
+        self._refuse_closed()
         try:
             rows: list[asyncpg.Record] = await self._raw.fetch(sql, *values, timeout=seconds)
         except (asyncio.CancelledError, OSError) as error:  # or a TimeoutError, which has no text
@@ -274,6 +309,7 @@ class Connection:
 
     async def execute(self, sql: str, *values: Any, seconds: float = CALL_TIMEOUT) -> str:
         """Run a statement, or several without values; returns the command's tag."""
+        self._refuse_closed()
         try:
             tag: str = await self._raw.execute(sql, *values, timeout=seconds)
         except (asyncio.CancelledError, OSError) as error:  # or a TimeoutError, which has no text
@@ -318,6 +354,10 @@ class Connection:
                 await self.execute("ROLLBACK")
             except ERRORS:
                 self.terminate()
+
+    def _refuse_closed(self) -> None:
+        if self.is_closed:  # asyncpg's own message does not say of what
+            raise ConnectionError("the connection to PostgreSQL was lost")
 
     def _abandon(self) -> None:
         """Close the connection, and let the server cancel the statement, in the background.
@@ -493,7 +533,7 @@ class Database:
                 if connection is not None:
                     connection.terminate()
                 what = f"{self.address.location}: {text_of(error)}"
-                raise StorageUnavailableError(what, hint=_advice(error)) from error
+                raise StorageUnavailableError(what, hint=_advice(self.address, error)) from error
             finally:
                 if connection is not None:
                     await self._take_back(connection)
@@ -518,33 +558,42 @@ class Database:
 
 def refused(address: Address, error: BaseException) -> StorageError:
     """Return the error of `Store.open` for a failed connection or statement."""
-    code, what = code_of(error), f"{address.location}: {text_of(error)}"
-    if code in {"28P01", "28000"}:
-        return StorageError(
-            what, hint="check user and password of [storage] url, and the server's pg_hba.conf"
-        )
-    if code == "3D000":
-        return StorageError(what, hint=f"create the database: createdb --encoding=UTF8 {address.database}")
-    if code == "42501":
-        return StorageError(
-            what, hint="let the user create tables: ALTER DATABASE … OWNER TO the user of the URL"
-        )
-    if is_transient(error):
-        return StorageUnavailableError(what, hint=_advice(error))
-    if "root certificate file" in what:
-        return StorageError(
-            what, hint="add sslrootcert=/PATH, or sslrootcert=system for public CAs, to [storage] url"
-        )
-    return StorageError(what, hint="check [storage] url and the server's log")
+    what, hint = f"{address.location}: {text_of(error)}", _advice(address, error)
+    if code_of(error) not in {"28P01", "28000", "3D000"} and is_transient(error):
+        return StorageUnavailableError(what, hint=hint)
+    return StorageError(what, hint=hint)
 
 
-def _advice(error: BaseException) -> str:
-    """Return the hint for a failed connection."""
-    text = str(error)
+def sql_name(name: str) -> str:
+    """Return a name for a statement that an operator types."""
+    return name if re.fullmatch("[a-z_][a-z0-9_]*", name) else '"' + name.replace('"', '""') + '"'
+
+
+def owner_advice(address: Address, user: str) -> str:
+    """Return the hint that lets a user create tables."""
+    owner = sql_name(user) if user else "the user of the URL"
+    return f"let the user create tables: ALTER DATABASE {sql_name(address.database)} OWNER TO {owner}"
+
+
+def database_advice(address: Address, name: str | None = None) -> str:
+    """Return the hint for creating a database."""
+    owner = [f"--owner={address.user}"] if address.user else []
+    words = ["createdb", *owner, "--encoding=UTF8", "--template=template0", name or address.database]
+    return f"create the database on its server: {shlex.join(words)}"
+
+
+def _advice(address: Address, error: BaseException) -> str:
+    """Return the hint for a failed connection or statement."""
+    if (hint := HINTS.get(code_of(error))) is not None:
+        return hint.format(owner=owner_advice(address, address.user), createdb=database_advice(address))
+    text = f"{error} {text_of(error)}"
     if "unsupported startup parameter" in text:
-        if "search_path" in text:
-            return "a pooler accepts no search_path; set it at the server: ALTER ROLE … SET search_path = …"
-        return "this is a pooler such as PgBouncer: add pooler=true to [storage] url"
+        return POOLER_PATH if "search_path" in text else POOLER
+    for part, hint in HINTS_BY_TEXT.items():
+        if part in text:
+            return hint
     if isinstance(error, ssl.SSLError) or "SSL" in text:
         return "check sslmode and sslrootcert of [storage] url, and the server's certificate"
+    if not is_transient(error):
+        return "check [storage] url and the server's log"
     return "check that PostgreSQL runs and accepts connections from this machine"

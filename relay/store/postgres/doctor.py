@@ -7,14 +7,15 @@ import msgspec
 
 from relay.base.clock import SECOND
 from relay.base.units import render_duration, render_size
+from relay.errors import StorageError
 from relay.model import Check
 from relay.store import checks
 from relay.store.checks import failed, passed
 from relay.store.ledger import counts_of
-from relay.store.postgres.connection import Connection
+from relay.store.postgres.connection import Address, Connection, owner_advice, sql_name
 from relay.store.postgres.ledger import AUDIT_SQL
 from relay.store.postgres.rows import micros_of
-from relay.store.postgres.schema import MIGRATIONS, PARTITIONED, problem_of
+from relay.store.postgres.schema import MIGRATIONS, PARTITIONED, problem_of, refuse_unsuitable
 
 OLDEST = 15  # the oldest supported major version
 LONG = 300.0  # seconds that one statement of a check may take
@@ -27,6 +28,7 @@ IDLE = 15.0  # seconds after which a node should have taken a free lane
 DAYS_AHEAD = 2  # for which partitions must exist; usually there are seven
 
 _REPORT = "please report this as a bug, with a dump of the database"
+_RELOAD = "SELECT pg_reload_conf()"
 _RESTORE = "restore a backup: see docs/storage.md"
 
 SETTINGS_SQL = """
@@ -41,6 +43,11 @@ STANDBYS_SQL = """
 SLOTS_SQL = """
     SELECT slot_name, pg_wal_lsn_diff(pg_current_wal_lsn(), restart_lsn)::bigint FROM pg_replication_slots
      WHERE NOT active AND restart_lsn IS NOT NULL ORDER BY slot_name
+"""
+TABLES_STATE_SQL = """
+    SELECT current_user::text, current_schema()::text, has_schema_privilege(current_schema(), 'CREATE'),
+           pg_get_userbyid(relowner)::text, has_table_privilege(meta.oid, 'SELECT')
+      FROM (SELECT to_regclass('meta')::oid AS oid) AS meta LEFT JOIN pg_class USING (oid)
 """
 CONNECTIONS_SQL = "SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'client backend'"
 TABLES_SQL = """
@@ -111,20 +118,60 @@ class Examined(msgspec.Struct, frozen=True, kw_only=True):
     now: int  # wall clock
     destinations: Collection[str] | None = None  # names in the configuration; None: unknown
     sources: Collection[str] | None = None  # the same
+    is_in_use: bool = False  # by the daemon that runs the checks
 
 
-async def examine(examined: Examined, connection: Connection) -> list[Check]:
-    """Run every check; a check that fails to run is not ok."""
+async def examine(examined: Examined, address: Address, connection: Connection) -> list[Check]:
+    """Run every check; a check that fails to run is not ok.
+
+    Without tables of the relay, or the right to read them, one result replaces those of the data.
+    """
     found = [passed("database", examined.location)]
+    without = await without_tables(examined, address, connection)
     for check in CHECKS:
+        if without is not None and check not in OF_SERVER:
+            found += [without] if check is version else []
+            continue
         try:
             found.append(await check(examined, connection))
         except asyncpg.PostgresError as error:
             hint = "run it again, and read the server's log"
             if isinstance(error, asyncpg.InsufficientPrivilegeError):
-                hint = "let the relay's user read statistics: GRANT pg_monitor TO the user of [storage] url"
+                hint = f"let the relay's user read statistics: {_grant('pg_monitor', address.user)}"
             found.append(failed(check.__name__, f"the check failed: {error}", hint))
     return found
+
+
+def _grant(role: str, user: str) -> str:
+    return f"GRANT {sql_name(role)} TO {sql_name(user) if user else 'the user of [storage] url'}"
+
+
+async def without_tables(examined: Examined, address: Address, connection: Connection) -> Check | None:
+    """Return why the tables cannot be checked; None if they can."""
+    try:
+        await refuse_unsuitable(connection, address)
+    except StorageError as error:
+        return failed("version", error.message, error.hint)
+    [(user, schema, can_create, owner, can_read)] = await connection.fetch(TABLES_STATE_SQL)
+    detail = hint = ""
+    if schema is None:
+        detail = "no schema of search_path exists, or this user may not use it"
+        hint = f"CREATE SCHEMA … AUTHORIZATION {sql_name(user)}"
+    elif owner is None and not can_create:
+        detail = f"{user} may not create tables in the schema {schema}"
+        hint = owner_advice(address, user)
+    elif owner is None and examined.is_in_use:
+        detail = "the tables are gone: somebody dropped them, or created the database again"
+        hint = "restore a backup, or restart the relay to begin without events"
+    elif owner is None:
+        return passed("version", "no tables yet: the relay creates them when it starts")
+    elif not can_read:
+        detail = f"the tables belong to the role {owner}, and {user} may not read them"
+        hint = f"name {owner} in [storage] url, or {_grant(owner, user)}"
+    elif await connection.value("SELECT EXISTS (SELECT FROM meta WHERE name = 'moving')"):
+        detail = "the tables have only a part of the data: a move into them is not complete"
+        hint = "run the same `relay db move` again: it continues"
+    return failed("version", detail, hint) if detail else None
 
 
 async def server(_examined: Examined, connection: Connection) -> Check:
@@ -165,9 +212,7 @@ async def durability(_examined: Examined, connection: Connection) -> Check:
     shown = ", ".join(f"{name} = {settings[name]}" for name in _DURABLE)
     if off:
         hint = "; ".join(f"ALTER SYSTEM SET {name} = on" for name in off)
-        return failed(
-            "durability", f"{shown}: a power failure damages the database", f"{hint}; reload the server"
-        )
+        return failed("durability", f"{shown}: a power failure damages the database", f"{hint}; {_RELOAD}")
     return passed("durability", shown)
 
 
@@ -177,7 +222,7 @@ async def replication(_examined: Examined, connection: Connection) -> Check:
     names = settings["synchronous_standby_names"]
     standbys = await connection.fetch(STANDBYS_SQL)
     if names and any(state is None for _, state, _ in standbys):
-        hint = "GRANT pg_monitor TO the user of [storage] url"
+        hint = _grant("pg_monitor", "")
         return failed("replication", f"standbys whose details this user cannot see: {len(standbys)}", hint)
     slots = [(name, size) for name, size in await connection.fetch(SLOTS_SQL) if size > SLOT_WAL]
     if slots:
@@ -197,7 +242,7 @@ async def replication(_examined: Examined, connection: Connection) -> Check:
         )
     if standbys and not names:
         detail = f"asynchronous standbys: {shown}; a failover to one of them may lose the latest events"
-        return failed("replication", detail, "set synchronous_standby_names: see docs/storage.md")
+        return failed("replication", detail, "set synchronous_standby_names: see docs/cluster.md")
     return passed("replication", shown or "no standbys")
 
 
@@ -216,7 +261,7 @@ async def vacuum(_examined: Examined, connection: Connection) -> Check:
     """Check that rows of small, busy tables are cleaned up."""
     settings = await _settings(connection)
     if settings["autovacuum"] == "off":
-        return failed("vacuum", "autovacuum is off", "ALTER SYSTEM SET autovacuum = on; reload the server")
+        return failed("vacuum", "autovacuum is off", f"ALTER SYSTEM SET autovacuum = on; {_RELOAD}")
     rows = await connection.fetch(TABLES_SQL)
     for name, live, gone in rows:
         if gone > max(DEAD_ROWS, live):
@@ -361,6 +406,9 @@ CHECKS: tuple[Callable[[Examined, Connection], Awaitable[Check]], ...] = (
     server, version, durability, replication, connections, vacuum, snapshots, partitions, indexes, nodes,
     conservation, stuck, dead, bodies, clock, room, destinations, sources, workers,
 )  # fmt: skip
+
+OF_SERVER = {server, durability, replication, connections, vacuum, snapshots}
+"""Checks that read no table of the relay."""
 
 
 async def _settings(connection: Connection) -> dict[str, str]:

@@ -71,7 +71,7 @@ class PostgresOffline:
         """See `OfflineStore.examine`."""
         _ = stop, min_free, config
         examined = Examined(location=self._address.location, now=now, destinations=destinations)
-        return asyncio.run(self._run(lambda connection: examine(examined, connection)))
+        return asyncio.run(self._run(lambda connection: examine(examined, self._address, connection)))
 
     def back_up(self, target: Path, stop: Stop, *, replace: bool = False, keep_free: int = 0) -> Backup:
         """See `OfflineStore.back_up`."""

@@ -9,7 +9,14 @@ compared as bytes (COLLATE "C"), as in SQLite. There are no foreign keys: one st
 everything that belongs to it.
 """
 
+from relay.errors import StorageError
+from relay.store.postgres.connection import Address, Connection, database_advice
 from relay.store.postgres.rows import EPOCH
+
+FOREIGN_SQL = """
+    SELECT to_regclass('meta') IS NULL
+           AND (to_regclass('events') IS NOT NULL OR to_regclass('deliveries') IS NOT NULL)
+"""
 
 PARTITIONED = ("events", "deliveries", "ends", "attempts")
 """Tables with one partition a day, by ranges of their first column."""
@@ -381,3 +388,22 @@ def problem_of(version: int, least: int) -> str | None:
     if version < needed:
         return f"its tables have schema version {version}, this program needs {needed}"
     return None
+
+
+async def refuse_unsuitable(connection: Connection, address: Address) -> None:
+    """Check that a database can have the relay's tables.
+
+    Raises:
+        StorageError: it has another encoding, or tables of another program.
+    """
+    encoding = await connection.value("SELECT current_setting('server_encoding')")
+    if encoding != "UTF8":
+        raise StorageError(
+            f"{address.location} has the encoding {encoding}, the relay needs UTF8",
+            hint=database_advice(address, "NAME"),
+        )
+    if await connection.value(FOREIGN_SQL):
+        raise StorageError(
+            f"{address.location} has tables named events or deliveries that belong to another program",
+            hint="use a separate database or schema for the relay",
+        )

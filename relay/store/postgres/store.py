@@ -47,7 +47,7 @@ from relay.store.postgres.partitions import LOCK_SQL, has_long_users, make_parti
 from relay.store.postgres.queries import PostgresQueries
 from relay.store.postgres.refused import PostgresRefused
 from relay.store.postgres.rows import IdSequences, first_id
-from relay.store.postgres.schema import META, MIGRATIONS, REMOVALS, problem_of
+from relay.store.postgres.schema import META, MIGRATIONS, REMOVALS, problem_of, refuse_unsuitable
 from relay.store.postgres.shards import assign_for_ever
 from relay.store.postgres.transitions import AHEAD_SQL
 from relay.store.postgres.upkeep import PostgresUpkeep
@@ -81,10 +81,6 @@ MIGRATION_TIMEOUT = 3600.0
 PARTITIONS_EVERY = 3600.0
 """Seconds between two checks for missing partitions."""
 
-FOREIGN_SQL = """
-    SELECT to_regclass('meta') IS NULL
-           AND (to_regclass('events') IS NOT NULL OR to_regclass('deliveries') IS NOT NULL)
-"""
 USED_SQL = "SELECT EXISTS (SELECT FROM events) OR EXISTS (SELECT FROM ledger) OR EXISTS (SELECT FROM stats)"
 SET_META_SQL = "INSERT INTO meta VALUES ($1, $2) ON CONFLICT (name) DO UPDATE SET value = $2"
 OLDER_SQL = """
@@ -275,17 +271,7 @@ class PostgresStore:
                 f"{self.location} has version {connection.server_version}, the relay needs {OLDEST} or newer",
                 hint="upgrade the server",
             )
-        encoding = await connection.value("SELECT current_setting('server_encoding')")
-        if encoding != "UTF8":
-            raise StorageError(
-                f"{self.location} has the encoding {encoding}, the relay needs UTF8",
-                hint="create the database with: createdb --encoding=UTF8 --template=template0 NAME",
-            )
-        if await connection.value(FOREIGN_SQL):
-            raise StorageError(
-                f"{self.location} has tables named events or deliveries that belong to another program",
-                hint="use a separate database or schema for the relay",
-            )
+        await refuse_unsuitable(connection, self._address)
 
     async def _refuse_loss(self, connection: Connection) -> None:
         """Do not use an empty database while the former database has events.
@@ -454,7 +440,7 @@ class PostgresStore:
         )
 
     def _set_failure(self, why: str | None) -> None:
-        self.failure = why
+        self.failure = why if why is None or self.location in why else f"{self.location}: {why}"
 
     async def close(self) -> None:
         """See `Store.close`."""

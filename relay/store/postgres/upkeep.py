@@ -100,9 +100,10 @@ class PostgresUpkeep:
             now=self._clock.wall(),
             destinations=destinations,
             sources=sources,
+            is_in_use=True,
         )
         async with self._database.reader() as connection:
-            return await examine(examined, connection)
+            return await examine(examined, self._database.address, connection)
 
     async def observe(self) -> Observed | None:
         """See `Upkeep.observe`."""
