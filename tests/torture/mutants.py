@@ -714,11 +714,14 @@ MUTANTS = {
         [
             Change(
                 f"{POSTGRES}/connection.py",
-                "idle_in_transaction_session_timeout = 30000",
+                "idle_in_transaction_session_timeout = 5000",
                 "idle_in_transaction_session_timeout = 0",
             )
         ],
-        [f"{CONNECTION}::test_a_transaction_of_a_lost_machine_ends_by_itself"],
+        [
+            f"{CONNECTION}::test_a_transaction_of_a_lost_machine_ends_by_itself",
+            f"{SHARED}::test_a_node_that_is_suspended_in_a_transaction_stops_the_others_only_for_a_while",
+        ],
     ),
     "jump-to-the-time-of-the-server": Mutant(
         [

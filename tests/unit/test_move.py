@@ -25,6 +25,7 @@ from relay.model import (
 from relay.store import Acceptance, moving
 from relay.store.opening import make_store as open_url
 from relay.store.opening import move_of
+from relay.store.postgres.moving import PostgresTarget
 
 pytestmark = needs_postgres
 
@@ -136,6 +137,22 @@ async def test_a_cancellation_during_an_attempt_moves(file, url, tmp_path):
     with closing(sqlite3.connect(tmp_path / "b" / "relay.db")) as database:
         sql = "SELECT DISTINCT expires_at FROM deliveries WHERE state = 'pending'"
         assert database.execute(sql).fetchall() == [(0,)]
+
+
+async def test_a_move_may_wait_for_a_slow_source(file, url, tmp_path, monkeypatch):
+    write_all, limits = PostgresTarget.write_all, set()
+
+    async def watch(target, table, rows, position):
+        async def watched():
+            limits.add(await target._connection.value("SHOW idle_in_transaction_session_timeout"))
+            async for some in rows:
+                yield some
+
+        await write_all(target, table, watched(), position)
+
+    monkeypatch.setattr(PostgresTarget, "write_all", watch)
+    await move(f"sqlite:{file}", url, tmp_path)
+    assert limits == {"0"}
 
 
 async def claims(store):

@@ -551,7 +551,7 @@ async def test_a_transaction_of_a_lost_machine_ends_by_itself(database):
     """Its locks would stop the other nodes until the end of TCP's keepalive."""
     opened = await connect(read_url(server().url(database)), writes=True)
     async with opened.transaction():
-        assert await opened.value("SHOW idle_in_transaction_session_timeout") == "30s"
+        assert await opened.value("SHOW idle_in_transaction_session_timeout") == "5s"
     assert await opened.value("SHOW idle_in_transaction_session_timeout") == "0"
     await opened.close()
 

@@ -18,9 +18,9 @@ from relay.delivery.attempt import overdue
 from relay.errors import AlreadyRetried, StorageError
 from relay.model import Attempt, DestinationState, GeneratedEvent, Outcome, Target
 from relay.store import opening
-from relay.store.postgres import backlog, transitions
+from relay.store.postgres import backlog, transaction, transitions
 from relay.store.postgres.clock import ServerClock
-from relay.store.postgres.connection import code_of
+from relay.store.postgres.connection import SHORT, code_of
 from relay.store.postgres.deliveries import OVERLAP_EVERY
 from relay.store.postgres.events import delete_events as expunge_events
 from relay.store.postgres.nodes import PostgresNodes
@@ -631,6 +631,28 @@ def codes(monkeypatch):
 
     monkeypatch.setattr(PostgresWriter, "_judge", note)
     return found
+
+
+@needs_postgres
+async def test_a_node_that_is_suspended_in_a_transaction_stops_the_others_only_for_a_while(
+    nodes, monkeypatch
+):
+    first, second = nodes
+    monkeypatch.setattr(transaction, "SHORT", SHORT.replace("5000", "300"))
+    for node in nodes:
+        node.options["crm"] = {"order_key": "k"}
+    written, allowed = hold_commits(first)
+    suspended = asyncio.ensure_future(first.send())
+    await asyncio.wait_for(written.wait(), 30)
+    sending = asyncio.ensure_future(second.send())
+    await waits_or_ends(second, sending)
+    assert not sending.done()  # it waits for the order key
+    event_id = await asyncio.wait_for(sending, 30)
+    allowed.set()
+    with pytest.raises(StorageError):
+        await suspended
+    [row] = await second.store.queries.find("events", limit=100)
+    assert row["id"] == event_id
 
 
 @needs_postgres

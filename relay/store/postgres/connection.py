@@ -39,11 +39,12 @@ BEGIN = "BEGIN ISOLATION LEVEL READ COMMITTED"
 """A statement that has waited for a lock must see what others committed meanwhile, whatever the server's
 default is."""
 
-SHORT = "SET LOCAL idle_in_transaction_session_timeout = 30000"
-"""Sent with BEGIN: if this machine fails or loses the network in a transaction, its locks end after 30 s.
+SHORT = "SET LOCAL idle_in_transaction_session_timeout = 5000"
+"""Sent with BEGIN: if this node is suspended or loses the network in a transaction, its locks end after 5 s.
 
-Otherwise the server would keep them until the end of TCP's keepalive, two hours by default, and other nodes
-would wait for them."""
+Otherwise the server would keep them until the end of TCP's keepalive, two hours by default. Meanwhile,
+another node that adds a delivery of a locked order key answers no sender. Such a wait must end well before
+`CALL_TIMEOUT`, after which that node would refuse its senders, too."""
 
 ERRORS = (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError, OSError, TimeoutError)
 """Everything that a call can raise."""

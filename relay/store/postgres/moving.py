@@ -10,7 +10,7 @@ from relay.errors import StorageError
 from relay.model import Counts
 from relay.store.ledger import counts_of
 from relay.store.moving import ATTEMPT, EVENT, SMALL, Position, Row
-from relay.store.postgres.connection import ERRORS, Address, Connection, connect, refused
+from relay.store.postgres.connection import BEGIN, ERRORS, Address, Connection, connect, refused
 from relay.store.postgres.ledger import AUDIT_SQL
 from relay.store.postgres.partitions import LOCK_SQL, make_partitions
 from relay.store.postgres.rows import STEP as ID_STEP
@@ -254,7 +254,8 @@ class PostgresTarget(_Side):
         columns, change = SMALL[table], _CHANGES.get(table, tuple)
         if table in {"ledger", "stats"}:
             columns = ("slot", *columns)
-        async with self._connection.transaction():
+        # Without `SHORT`: the source may take long for its rows, and no node waits meanwhile.
+        async with self._connection.transaction(BEGIN):
             await self._connection.execute(f"DELETE FROM {table}", seconds=LONG)  # noqa: S608 - constants
             async for some in rows:
                 await self._copy(table, columns, [change(row) for row in some])
