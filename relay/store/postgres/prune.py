@@ -10,16 +10,17 @@ import logging
 import re
 import secrets
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
-from functools import partial
-from typing import Any
+from functools import partial, wraps
+from typing import Any, TypeVar
 
 import asyncpg
 import msgspec
 
 from relay.base.clock import SECOND, Clock
+from relay.errors import StorageError
 from relay.store.postgres.connection import Connection, Database
 from relay.store.postgres.partitions import has_long_users
 from relay.store.postgres.queries import EARLY, EVENT_PATHS, SLACK, PostgresReader
@@ -27,6 +28,8 @@ from relay.store.postgres.rows import first_id
 from relay.store.pruning import COST, MOST_TYPES, PAGE, Candidate, Group, Retention, paced
 from relay.store.retention_policy import Policy
 from relay.store.writer import Writer
+
+T = TypeVar("T")
 
 log = logging.getLogger("relay.store")
 
@@ -353,6 +356,22 @@ async def _kept(sql: str, values: tuple[Any, ...], connection: Connection | Data
     return None if len(found) > MOST_KEPT else sorted(found)
 
 
+def _of_one_pass(step: Callable[..., Awaitable[T]]) -> Callable[..., Awaitable[T]]:
+    """Let a step fail if another pass has dropped its tables, while this node was suspended.
+
+    Elsewhere, a missing table counts as a failure of the database, and stops the writer.
+    """
+
+    @wraps(step)
+    async def run(*values: Any) -> T:
+        try:
+            return await step(*values)
+        except asyncpg.UndefinedTableError as error:
+            raise StorageError(f"another node has taken over this pass of retention: {error}") from error
+
+    return run
+
+
 async def _make(day: Day, connection: Connection) -> None:
     """Create the tables for the rows that stay."""
     async with connection.transaction():
@@ -363,6 +382,7 @@ async def _make(day: Day, connection: Connection) -> None:
             )
 
 
+@_of_one_pass
 async def _copy(day: Day, events: Collection[int], connection: Connection) -> None:
     """Copy events that stay, with their deliveries."""
     new = {table: day.kept(table) for table in _MADE}
@@ -371,6 +391,7 @@ async def _copy(day: Day, events: Collection[int], connection: Connection) -> No
         await connection.execute(text, *(() if table == "ends" else (list(events),)))
 
 
+@_of_one_pass
 async def _swap(day: Day, find: Any, copied: set[int], connection: Connection) -> int | None:
     """Replace a partition by the rows that stay; returns the number of its events, None if too many stay.
 
@@ -412,6 +433,7 @@ async def _swap(day: Day, find: Any, copied: set[int], connection: Connection) -
     return len(kept)
 
 
+@_of_one_pass
 async def _detach(day: Day, tables: Sequence[str], connection: Connection) -> None:
     """Detach partitions without a replacement."""
     async with connection.transaction():
