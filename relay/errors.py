@@ -4,7 +4,14 @@ Handlers never build error texts for senders. They raise a refusal, whose class 
 `reason` (a metric label from a closed list), and the source's `refuse` renders it in the sender's format.
 """
 
+import shlex
+import sys
 from typing import ClassVar
+
+
+def installing(package: str) -> str:
+    """Return the command that installs an optional package for the Python that runs the relay."""
+    return shlex.join((sys.executable, "-m", "pip", "install", package))
 
 
 class RelayError(Exception):

@@ -15,6 +15,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from relay.config.secrets import Secret
+from relay.errors import installing
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
@@ -23,7 +24,7 @@ SHARED, PRIVATE, PUBLIC = "whsec_", "whsk_", "whpk_"
 
 _SHARED_BYTES = range(24, 65)  # the specification's bounds
 _BYTES = 32  # of an ed25519 key, either one (RFC 8032 §5.1.5)
-_MISSING = 'this kind of key needs the library cryptography: pip install "hookferry[ed25519]"'
+_MISSING = f"this kind of key needs the package cryptography: {installing('cryptography')}"
 
 
 def is_asymmetric(secret: Secret) -> bool:

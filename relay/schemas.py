@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from relay.base.json_text import read
-from relay.errors import Invalid
+from relay.errors import Invalid, installing
 
 if TYPE_CHECKING:
     from jsonschema import ValidationError
@@ -92,7 +92,7 @@ def compile_schema(text: bytes) -> "Validator":
         from referencing.exceptions import Unresolvable  # noqa: PLC0415 - of jsonschema
         from referencing.jsonschema import DRAFT202012, specification_with  # noqa: PLC0415 - of jsonschema
     except ImportError:
-        raise ValueError('schemas need jsonschema: pip install "hookferry[schemas]"') from None
+        raise ValueError(f"schemas need the package jsonschema: {installing('jsonschema')}") from None
     try:
         schema = msgspec.json.decode(text, type=dict)
         kind = validators.validator_for(schema, default=validators.Draft202012Validator)

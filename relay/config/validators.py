@@ -14,6 +14,7 @@ from relay.base.units import render_size
 from relay.config.client_cert import ClientCert
 from relay.config.problems import unreadable
 from relay.config.secrets import Secret, Url
+from relay.errors import installing
 from relay.signing import Signer
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}", re.ASCII)
@@ -196,7 +197,7 @@ def _postgres(value: Url, key: str = "url") -> dict[str, str]:
             existing_file(Path(options[name]))
     _postgres_certificates(options)
     if find_spec("asyncpg") is None:
-        raise ValueError("PostgreSQL needs the package asyncpg: pip install 'hookferry[postgres]'")
+        raise ValueError(f"PostgreSQL needs the package asyncpg: {installing('asyncpg')}")
     return options
 
 

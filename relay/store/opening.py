@@ -13,7 +13,7 @@ from relay.base.clock import Clock, SystemClock
 from relay.config.effective import Digests
 from relay.config.schema import WorkerRules
 from relay.config.validators import POSTGRES
-from relay.errors import RelayError, StorageError
+from relay.errors import RelayError, StorageError, installing
 from relay.model import StoredEvent, WorkerStatus
 from relay.store import Listener, OfflineStore, Resolve, Route, Rules, Store
 
@@ -206,7 +206,7 @@ def _needing_asyncpg() -> Iterator[None]:
             raise
         raise RelayError(
             "[storage] url: PostgreSQL needs the package asyncpg",
-            hint="install it: pip install 'hookferry[postgres]'",
+            hint=f"install it: {installing('asyncpg')}",
         ) from error
 
 
