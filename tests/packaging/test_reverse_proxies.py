@@ -174,6 +174,16 @@ async def test_the_balancer_of_a_cluster_uses_only_nodes_that_are_ready(tmp_path
                     with suppress(OSError):
                         statuses.append((await exchange(url, request("POST", "/v1/events", adorn()))).status)
                     await asyncio.sleep(0.05)
+            relay.app.health.phase = "draining"  # like a stop, or a database that does not answer
+            event = None
+            async with asyncio.timeout(20):
+                while event is None or event.status == 200:
+                    await asyncio.sleep(0.05)
+                    event = await exchange(url, request("POST", "/v1/events", adorn()))
+            assert (event.status, event.json["error"]["code"]) == (503, "unavailable")
+            assert event.headers["retry-after"] == "5"
+            probe = await exchange(url, request("POST", LAZYCHAT, b"{}", **PROBE))
+            assert (probe.status, probe.json) == (200, {"success": True})
         finally:
             process.terminate()
             await process.wait()
