@@ -18,6 +18,8 @@ from relay.model import PAUSED_IN_CONFIG, Caution, Check
 FAILING = 600 * SECOND
 """Microseconds: a destination that has failed for longer is reported, although retries continue."""
 
+_NOT_READY = "the table of reasons in docs/troubleshooting.md says what to do"
+
 _ADVICE = {
     "paused": "relay destinations resume {name}",
     PAUSED_IN_CONFIG: "set `paused = false` in [destinations.{name}], then: relay reload",
@@ -86,7 +88,7 @@ def jobs(pasts: Iterable[Past]) -> Check:
 def ready(reasons: Iterable[str]) -> Check:
     """Check whether a running daemon is ready."""
     if found := list(reasons):
-        return Check(name="ready", ok=False, detail="; ".join(found), hint="relay status")
+        return Check(name="ready", ok=False, detail="; ".join(found), hint=_NOT_READY)
     return Check(name="ready", ok=True, detail="the relay accepts events")
 
 

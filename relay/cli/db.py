@@ -182,7 +182,7 @@ def move(source: str, target: str, *, as_json: bool) -> None:
     if as_json:
         print_json({"from": source, "to": target, "rows": moved})
         return
-    shown = ", ".join(f"{screen.number_text(number)} {name}" for name, number in moved.items() if number)
+    shown = ", ".join(f"{name} {screen.number_text(number)}" for name, number in moved.items() if number)
     click.echo(f"moved and compared: {shown or 'no rows'}")
     click.echo(f'now set url = "{target}" in [storage] of config.toml, and start the daemon', err=True)
 

@@ -217,10 +217,8 @@ class Owner:
         mine = {number: name for name, number in names.items() if name in owned.until and name not in leaving}
         before = frozenset() if lane.shards is None else lane.shards.numbers
         if gained := sorted(mine.keys() - before):
-            shown = ", ".join(map(str, gained))
-            log.info(
-                "%s: this node runs the shards %s", lane.name, shown, extra=fields(destination=lane.name)
-            )
+            shown = ("shard " if len(gained) == 1 else "shards ") + ", ".join(map(str, gained))
+            log.info("%s: this node runs %s", lane.name, shown, extra=fields(destination=lane.name))
         lane.own_shards(
             Shards(count, frozenset(mine)),
             min((owned.until[name] for name in mine.values()), default=0),

@@ -383,6 +383,14 @@ async def test_one_node_takes_everything_and_keeps_it(cluster):
 
 
 @needs_postgres
+async def test_the_lanes_of_a_node_that_does_not_answer_are_named_once(cluster):
+    node = await cluster.join()
+    names = ("lane:crm", "lane:crm/0", "lane:crm/3", "lane:erp", "job:sweep")
+    node._note_unanswered([Lease(name, "gone", 1, is_held=True) for name in names])
+    [caution] = [each for each in node.cautions() if "does not answer" in each.what]
+    assert "these lanes does not answer: crm/0, crm/3, erp; other nodes" in caution.what
+
+
 async def test_slots_are_unique_and_used_again(cluster):
     nodes = [await cluster.join(name) for name in "abc"]
     assert [node.slot for node in nodes] == [0, 1, 2]

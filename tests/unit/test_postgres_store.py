@@ -9,7 +9,7 @@ import msgspec
 import pytest
 from postgres import maybe_pooled, name_of, needs_postgres, not_pooled, server
 from postgres_stores import emptied, run
-from stores import accept, check_rows, hooks, ids, make_store, refuse_writes, rows
+from stores import accept, check_rows, fail_writes, hooks, ids, make_store, refuse_writes, rows
 from support import until
 
 from relay.base.clock import SECOND
@@ -646,6 +646,13 @@ async def test_a_migration_waits_for_a_dump_without_delaying_other_nodes(store, 
     await store.open()
     await change(store, f"UPDATE meta SET value = '{len(MIGRATIONS)}' WHERE name = 'version'")
     await change(store, "DELETE FROM meta WHERE name IN ('least', 'program')")
+
+
+async def test_a_failure_names_the_database_in_one_line(store):
+    fail_writes(store, "No space left on device\nHINT:  Check free disk space.")
+    assert store.failure == f"{store.location}: No space left on device HINT: Check free disk space."
+    fail_writes(store, None)
+    assert store.failure is None
 
 
 async def test_a_node_that_cannot_join_says_why_it_refuses_senders(tmp_path, clock, monkeypatch):

@@ -317,9 +317,17 @@ async def nodes(_examined: Examined, connection: Connection) -> Check:
     if older and any(row["wants_shards"] for row in rows):
         detail = f"destinations are not divided into shards while older versions run: {', '.join(older)}"
         return failed("nodes", detail, "upgrade these nodes")
-    if len({row["config_digest"] for row in rows}) > 1:
-        detail = f"nodes with different configurations: {shown}"
+    by_digest: dict[bytes, list[str]] = {}
+    for row in rows:
+        by_digest.setdefault(row["config_digest"], []).append(row["name"])
+    if len(by_digest) > 1:
+        groups = (f"{digest.hex()[:12]} on {', '.join(names)}" for digest, names in by_digest.items())
+        detail = f"nodes with different configurations: {'; '.join(groups)}"
         return failed("nodes", detail, "copy config.toml to all nodes, then run on each: relay reload")
+    names = [row["name"] for row in rows]
+    if same := sorted({name for name in names if names.count(name) > 1}):
+        detail = f"several nodes have the name {', '.join(same)}"
+        return failed("nodes", detail, "set [cluster] node to another name on each, then restart them")
     free = [name for (name,) in await connection.fetch(FREE_SQL, IDLE)]
     if free:
         detail = f"no node runs the lanes of {', '.join(free)}, which nodes have configured"

@@ -529,7 +529,9 @@ class PostgresNodes:
         """Note the lanes whose node does not answer: no node runs them until their leases end."""
         live = {self.incarnation, *(peer.incarnation for peer in self._peers)}
         names = (lease.name for lease in leases if lease.is_held and lease.incarnation not in live)
-        former, self._unanswered = self._unanswered, _of_kind(LANE, names)
+        lanes = _of_kind(LANE, names)
+        divided = {name.partition("/")[0] for name in lanes if "/" in name}
+        former, self._unanswered = self._unanswered, tuple(name for name in lanes if name not in divided)
         if set(self._unanswered) - set(former):
             log.warning("%s", self._unanswered_text())
 

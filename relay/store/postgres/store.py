@@ -440,7 +440,10 @@ class PostgresStore:
         )
 
     def _set_failure(self, why: str | None) -> None:
-        self.failure = why if why is None or self.location in why else f"{self.location}: {why}"
+        if why is not None:
+            why = " ".join(why.split())  # the server's hints are lines of their own
+            why = why if self.location in why else f"{self.location}: {why}"
+        self.failure = why
 
     async def close(self) -> None:
         """See `Store.close`."""
