@@ -1,6 +1,7 @@
 """The streams of the admin API: `tail` and `top`."""
 
 import asyncio
+import itertools
 import json
 
 import pytest
@@ -83,10 +84,17 @@ async def test_an_event_and_its_attempts_are_streamed(relay, recorder):
 async def test_stored_items_come_first_and_each_item_comes_once_while_others_arrive(
     relay, recorder, monkeypatch, parts
 ):
-    monkeypatch.setattr(tail, "OVERLAP", -15 * SECOND)  # the timeout of an attempt is added
-    monkeypatch.setattr(tail, "CATCH_UP", SECOND // 20)
+    monkeypatch.setattr(tail, "OVERLAP", -10 * SECOND)  # 5 s, as the timeout of an attempt is added
+    monkeypatch.setattr(tail, "CATCH_UP", -60 * SECOND)  # never
     monkeypatch.setattr(tail, "MOST_PARTS", parts)
     monkeypatch.setattr(tail, "MOST_ROWS", 8)  # of a page
+    append, numbers = relay.app.store.events.append, itertools.count()
+
+    async def slow_append(*args, **options):
+        """Store every tenth event long after its time, as on a busy disk: a part may end in between."""
+        await asyncio.sleep(0.1 if next(numbers) % 10 == 0 else 0)
+        return await append(*args, **options)
+
     recorder.answers.append((500, {}))
     sent = [await send(relay, f"before {number}") for number in range(30)]
     await until(
@@ -94,6 +102,7 @@ async def test_stored_items_come_first_and_each_item_comes_once_while_others_arr
     )
 
     async def go_on():
+        monkeypatch.setattr(relay.app.store.events, "append", slow_append)
         sent.extend([await send(relay, f"after {number}") for number in range(60)])
 
     before, others = tuple(sent), asyncio.create_task(go_on())
