@@ -204,7 +204,7 @@ def test_a_token_is_rotated_by_environment_file_and_reload_without_a_restart(vm)
 def test_the_circuit_of_a_repaired_receiver_is_closed_by_a_test(vm):
     open_circuit(vm, "down-#")
     checks = vm.run("relay doctor", codes=(1,))
-    assert re.search(r"held\tFAILED\treceiver: [1-9]\d* pending \(circuit open\)", checks.out)
+    assert re.search(r"held\tFAILED\treceiver: [1-9]\d* pending, circuit open", checks.out)
     assert "held: relay destinations test receiver --close-circuit\n" in checks.err
     assert "circuit" in vm.run("relay destinations resume receiver").err  # it ends pauses only
     shown_advice = advice(vm.run("relay destinations show receiver").err)
