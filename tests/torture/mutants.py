@@ -723,6 +723,16 @@ MUTANTS = {
             f"{SHARED}::test_a_node_that_is_suspended_in_a_transaction_stops_the_others_only_for_a_while",
         ],
     ),
+    "set-the-clock-by-the-first-comparison": Mutant(
+        [
+            Change(
+                f"{POSTGRES}/nodes.py",
+                "self._clock.compare(*min(found, key=lambda each: each[1] - each[0]))",
+                "for each in found:\n            self._clock.compare(*each)",
+            )
+        ],
+        [f"{NODES}::test_a_slow_connect_at_the_start_does_not_set_the_clock"],
+    ),
     "jump-to-the-time-of-the-server": Mutant(
         [
             Change(

@@ -850,6 +850,30 @@ async def test_the_clock_follows_the_server(cluster):
     assert abs(clock.steady() - row["now"]) < 5 * SECOND
 
 
+@needs_postgres
+async def test_a_slow_connect_at_the_start_does_not_set_the_clock(cluster, monkeypatch):
+    """The best of several comparisons sets it; from a bad one, it would approach the server's time slowly."""
+
+    class Slow(SystemClock):
+        passed = 0
+
+        def steady(self):
+            return super().steady() + self.passed
+
+    local, connect = Slow(), cluster.connect
+
+    async def slow_connect():
+        local.passed += 10 * SECOND
+        return await connect()
+
+    monkeypatch.setattr(cluster, "connect", slow_connect)
+    clock = ServerClock(local)
+    await cluster.join(clock=clock)
+    [row] = await cluster.run("SELECT (extract(epoch FROM clock_timestamp()) * 1000000)::bigint AS now")
+    assert abs(clock.steady() - row["now"]) < 2 * SECOND
+    assert abs(clock.behind) < SECOND // 100  # it has nothing to catch up
+
+
 # --- shards with a server -------------------------------------------------------------------------
 
 
