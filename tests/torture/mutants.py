@@ -109,11 +109,19 @@ MUTANTS = {
             ),
             Change(
                 f"{POSTGRES}/commit.py",
-                "WHERE o.id = s.id AND o.attempts = s.before\n        RETURNING o.id)",
-                "WHERE o.id = s.id\n        RETURNING o.id)",
+                "AND o.attempts = s.before\n        RETURNING o.id)",
+                "\n        RETURNING o.id)",
             ),
         ],
         [f"{SHARED}::test_an_outcome_after_another_nodes_retry_does_not_count"],
+    ),
+    "count-late-retries": Mutant(
+        [Change(f"{POSTGRES}/commit.py", "l.incarnation <> $8::uuid AND", "false AND $8::uuid IS NULL AND")],
+        [f"{SHARED}::test_a_late_failure_does_not_count_while_the_new_owner_sends"],
+    ),
+    "count-late-ends": Mutant(
+        [Change(f"{POSTGRES}/commit.py", "l.incarnation <> $9::uuid AND", "false AND $9::uuid IS NULL AND")],
+        [f"{SHARED}::test_a_late_failure_does_not_count_while_the_new_owner_sends"],
     ),
     "settle-successes-without-compare-and-set": Mutant(
         [

@@ -252,6 +252,39 @@ async def test_the_outcome_of_a_frozen_node_does_not_count(nodes):
 
 
 @needs_postgres
+@pytest.mark.parametrize("state", ["pending", "dead"])
+async def test_a_late_failure_does_not_count_while_the_new_owner_sends(nodes, state):
+    first, second = nodes
+    await first.send()
+    [held] = first.fresh
+    assert first.store.deliveries.begin_attempt(held.id)
+    await first.own()  # it is frozen during the attempt, and its lease ends
+    await second.own("crm", "erp")
+    [again] = await second.claim("crm")
+    assert second.store.deliveries.begin_attempt(again.id)
+    attempt = Attempt(started_at=CLOCK.wall(), duration_ms=1.0, result="timeout")
+    due = CLOCK.steady() if state == "pending" else None
+    late = Outcome(delivery=held, attempt=attempt, state=state, next_attempt_at=due)
+    assert not await first.store.deliveries.settle(late)
+    assert await second.settle(again)
+    assert ("crm", "delivered", None) in await states(first)
+    assert len(await first.store.queries.find("attempts", delivery_id=again.public_id)) == 2
+
+
+@needs_postgres
+@pytest.mark.parametrize("is_owned", [True, False])
+async def test_a_failure_counts_while_no_other_node_owns_the_lane(nodes, is_owned):
+    first, _ = nodes
+    await first.send()
+    [held] = first.fresh
+    if not is_owned:
+        await first.own()  # as after an outage of the database
+    attempt = Attempt(started_at=CLOCK.wall(), duration_ms=1.0, result="timeout")
+    failure = Outcome(delivery=held, attempt=attempt, state="pending", next_attempt_at=CLOCK.steady())
+    assert await first.store.deliveries.settle(failure)
+
+
+@needs_postgres
 @pytest.mark.parametrize("is_group", [False, True], ids=["one", "group"])
 @pytest.mark.parametrize("is_deleted", [False, True], ids=["stored", "deleted"])
 async def test_a_late_attempt_stays_only_if_its_event_does(nodes, is_deleted, is_group):
@@ -482,7 +515,11 @@ async def test_an_outcome_after_another_nodes_retry_does_not_count(nodes):
     later = CLOCK.steady() + 60 * SECOND
     outcome = Outcome(delivery=again, attempt=attempt, state="pending", next_attempt_at=later)
     assert await second.store.deliveries.settle(outcome)
+    await second.own("erp")
+    await first.own("crm")  # its lane has returned
     assert not await first.settle(held, state="dead")
+    late = Outcome(delivery=held, attempt=attempt, state="pending", next_attempt_at=later)
+    assert not await first.store.deliveries.settle(late)
     assert ("crm", "pending", None) in await states(first)
 
 

@@ -8,7 +8,7 @@ one of its order key. Rows that several nodes write are sorted, so that nodes do
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from relay.model import DestinationState, Outcome
+from relay.model import Delivery, DestinationState, Outcome
 from relay.store.batch import LEDGER, Batch, Scope, count_transitions
 from relay.store.claims import Claims
 from relay.store.dedupe import Key, Keys
@@ -85,19 +85,25 @@ DELIVERIES = Part("""
         SELECT id, event_id, destination, state, reason, 0, $16::bigint FROM fresh WHERE state IS NOT NULL)
 """)
 
-# An outcome counts only if its delivery is still pending and nobody has recorded another attempt meanwhile.
+# An outcome counts only if its delivery is still pending and nobody has recorded another attempt meanwhile. A
+# failure does not count, either, if another node owns the lane now: its attempt in flight may succeed.
 ENDS = Part(
     """
     gone AS (
         DELETE FROM owed AS o
-         USING unnest($1::bigint[], $2::int[], $3::int[], $4::text[], $5::text[], $6::int[], $7::text[])
-               AS s (id, before, attempts, state, reason, status, error)
-         WHERE o.id = s.id AND o.attempts = s.before
+         USING unnest($1::bigint[], $2::int[], $3::int[], $4::text[], $5::text[], $6::int[], $7::text[],
+                      $8::text[])
+               AS s (id, before, attempts, state, reason, status, error, lease)
+         WHERE o.id = s.id
+           AND (s.state = 'delivered' OR NOT EXISTS (
+                SELECT FROM leases AS l WHERE l.name = s.lease
+                   AND l.incarnation <> $9::uuid AND l.until > clock_timestamp()))
+           AND o.attempts = s.before
         RETURNING o.id, o.event_id, o.destination, s.state, s.reason, s.attempts, s.status, s.error),
     ended AS (
         INSERT INTO ends (delivery_id, event_id, destination, state, reason, attempts, finished_at,
                           last_status, last_error)
-        SELECT id, event_id, destination, state, reason, attempts, $8::bigint, status, error FROM gone)
+        SELECT id, event_id, destination, state, reason, attempts, $10::bigint, status, error FROM gone)
     """,
     "SELECT id FROM gone",
 )
@@ -130,9 +136,13 @@ RETRIES = Part(
     again AS (
         UPDATE owed AS o
            SET attempts = s.attempts, next_attempt_at = s.due, last_status = s.status, last_error = s.error
-          FROM unnest($1::bigint[], $2::int[], $3::int[], $4::bigint[], $5::int[], $6::text[])
-               AS s (id, before, attempts, due, status, error)
-         WHERE o.id = s.id AND o.attempts = s.before
+          FROM unnest($1::bigint[], $2::int[], $3::int[], $4::bigint[], $5::int[], $6::text[], $7::text[])
+               AS s (id, before, attempts, due, status, error, lease)
+         WHERE o.id = s.id
+           AND NOT EXISTS (
+               SELECT FROM leases AS l WHERE l.name = s.lease
+                  AND l.incarnation <> $8::uuid AND l.until > clock_timestamp())
+           AND o.attempts = s.before
         RETURNING o.id)
     """,
     "SELECT id FROM again",
@@ -463,11 +473,12 @@ def _add_outcomes(batch: Batch, transaction: Transaction, sequences: IdSequences
         if outcome.state == "pending":
             retries[delivery.id] = (
                 delivery.id, before, before + outcome.counts, outcome.next_attempt_at, status, text(error),
+                _lease_of(batch, delivery),
             )  # fmt: skip
         elif delivery.id not in ends:
             ends[delivery.id] = (
                 delivery.id, before, before + outcome.counts, outcome.state, outcome.reason, status,
-                text(error),
+                text(error), _lease_of(batch, delivery),
             )  # fmt: skip
         if attempt is not None:
             attempts.append(
@@ -478,13 +489,21 @@ def _add_outcomes(batch: Batch, transaction: Transaction, sequences: IdSequences
                 )
             )  # fmt: skip
     if ends:
-        transaction.add(ENDS, *_columns(ends.values()), batch.wall)
+        transaction.add(ENDS, *_columns(ends.values()), batch.incarnation, batch.wall)
     if retries:
-        transaction.add(RETRIES, *_columns(row for id_, row in retries.items() if id_ not in ends))
+        rows = _columns(row for id_, row in retries.items() if id_ not in ends)
+        transaction.add(RETRIES, *rows, batch.incarnation)
     if attempts:
         batch.attempt_ids = [row[0] for row in attempts]
         transaction.add(ATTEMPTS, *_columns(attempts))
     return bool(ends)
+
+
+def _lease_of(batch: Batch, delivery: Delivery) -> str | None:
+    """Return the lease of a delivery's lane; None: this daemon uses the database alone."""
+    if batch.scope is None:
+        return None
+    return f"lane:{batch.scope.lane_of(delivery.destination, delivery.slot)}"
 
 
 def _is_success(outcome: Outcome) -> bool:
