@@ -241,14 +241,22 @@ async def audit(cluster: Cluster, toll: Toll, *, failover: float | None = None) 
     lanes = Lanes(await cluster.fetch(SLOTS_SQL), await cluster.fetch(SHARDS_SQL))
     if failover is None:  # else the history of the leases has a gap
         _find_late(cluster, toll, attempts, leases, lanes, frozen=frozen, near=near)
-    for moment, name, count in receiver.crowds:
-        # Each frozen node may send what was in flight.
-        if count > CONCURRENCY * (1 + sum(_around(fault, moment) for fault in frozen)):
-            toll.crowded.append(f"{count} at {name}")
+    _find_crowds(cluster, toll, frozen=frozen)
     by_id = {id_: subject for id_, (_, subject) in events.items()}
     _find_disorder(cluster, toll, by_id, row_ids, frozen=frozen)
     trail = Trail(receiver.arrivals, attempts, leases, lanes, near=near)
     _find_unexplained(cluster, toll, trail, near=near, is_exact=failover is None)
+
+
+def _find_crowds(cluster: Cluster, toll: Toll, *, frozen: list[Fault]) -> None:
+    """Find more requests at once than a destination permits; each frozen node may send what was in flight.
+
+    If the receiver itself was late by more than the timeout of an attempt, it gets requests that have ended.
+    """
+    for moment, name, count in cluster.receiver.crowds:
+        late = sum(began <= moment <= ended + NEAR for began, ended in cluster.receiver.stalls)
+        if count > CONCURRENCY * (1 + late + sum(_around(fault, moment) for fault in frozen)):
+            toll.crowded.append(f"{count} at {name} at {moment:.3f}")
 
 
 def _around(fault: Fault, moment: float) -> bool:
@@ -377,16 +385,25 @@ class Trail:
         for row in attempts:
             rows[row["destination"], row["event_id"]].append(row)
         progress: dict[str, list[tuple[float, float]]] = defaultdict(list)
-        for arrival in arrivals:
-            place = arrival.destination, arrival.event_id
-            found = [
-                row for row in rows[place] if arrival.node in nodes[row["slot"]] and self._fits(row, arrival)
-            ]
-            if not found:
+        made: dict[int, Any] = {}  # attempts by the index of their requests
+        arrivals = list(arrivals)
+        for slack in (NEAR, near):  # on a busy machine, times may differ more; an exact one fits better
+            for number, arrival in enumerate(arrivals):
+                place = arrival.destination, arrival.event_id
+                found = [
+                    row
+                    for row in rows[place]
+                    if arrival.node in nodes[row["slot"]]
+                    and row["started_at"] / 1_000_000 <= arrival.began + slack  # frozen: much later
+                ]
+                if found and number not in made:
+                    made[number] = max(found, key=lambda each: each["started_at"])
+                    rows[place].remove(made[number])
+        for number, arrival in enumerate(arrivals):
+            place, row = (arrival.destination, arrival.event_id), made.get(number)
+            if row is None:
                 self.requests[place].append(Request(arrival, arrival.began, None, None))
                 continue
-            row = max(found, key=lambda each: each["started_at"])
-            rows[place].remove(row)
             request = Request(arrival, row["started_at"] / 1_000_000, row["result"], row["stored"])
             self.requests[place].append(request)
             if request.stored is not None:
@@ -397,10 +414,6 @@ class Trail:
         }
         for requests in self.requests.values():
             requests.sort(key=lambda each: each.started)
-
-    def _fits(self, row: Any, arrival: Arrival) -> bool:
-        """Return whether an attempt may have made a request; a frozen node sends it much later."""
-        return bool(row["started_at"] / 1_000_000 <= arrival.began + self._near)
 
     def was_in_flight(self, request: Request, moment: float) -> bool:
         """Return whether a node may not have stored an outcome at a moment.

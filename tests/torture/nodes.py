@@ -131,6 +131,7 @@ class Receiver:
         self.crowds: list[tuple[float, str, int]] = []  # more requests at once than `concurrency`
         self.most_at_once = 0
         self.lag = 0.0  # the most that this event loop was late
+        self.stalls: list[tuple[float, float]] = []  # when it was late by more than `TIMEOUT`
 
     async def __aenter__(self) -> Self:
         self._runner = web.ServerRunner(web.Server(self._handle, access_log=None), shutdown_timeout=0.1)
@@ -192,7 +193,10 @@ class Receiver:
         while True:
             before = time.monotonic()
             await asyncio.sleep(TICK)
-            self.lag = max(self.lag, time.monotonic() - before - TICK)
+            late = time.monotonic() - before - TICK
+            self.lag = max(self.lag, late)
+            if late > TIMEOUT:
+                self.stalls.append((time.time() - late, time.time()))
 
 
 class Proxy:

@@ -12,6 +12,7 @@ from torture.audit import (
     Lanes,
     Toll,
     Trail,
+    _find_crowds,
     _find_disorder,
     _find_late,
     _find_unexplained,
@@ -119,6 +120,15 @@ def test_only_attempts_in_flight_at_a_fault_or_at_the_end_of_a_lease_may_be_repe
     assert (toll.overtaken, len(toll.unexplained)) == expected, toll.unexplained
 
 
+def test_an_attempt_made_the_request_that_came_after_its_beginning():
+    """Also on a machine so busy that times may differ by two seconds."""
+    arrivals = [request("n0", 5.0), request("n1", 5.4), request("n0", 6.6)]
+    attempts = [attempt("n1", 5.4, 5.5), attempt("n0", 6.6, 6.7)]
+    trail = Trail(arrivals, attempts, LOST, Lanes([], [("crm", 1, 0.0)]), near=2.2)
+    [found] = trail.requests.values()
+    assert [(each.arrival.began, each.result) for each in found] == [(5.0, None), (5.4, "ok"), (6.6, "ok")]
+
+
 def test_a_lane_that_was_handed_over_excuses_no_repetition():
     arrivals = [request("n0", 12.5), request("n1", 13.1)]
     attempts = [attempt("n0", 12.5, 13.4), attempt("n1", 13.1, 13.2)]
@@ -167,6 +177,26 @@ def test_only_as_many_requests_as_were_in_flight_may_arrive_late_from_a_frozen_n
     lanes = Lanes([], [("crm", 1, 0.0)])
     _find_late(cluster, toll, [], LOST, lanes, frozen=[FREEZE] * is_frozen, near=NEAR)
     assert (len(toll.late), toll.frozen) == (late * members, (count - late) * members)
+
+
+@pytest.mark.parametrize(
+    ("moment", "stalls", "faults", "is_fault"),
+    [
+        (20.0, [], [], True), (20.0, [(18.0, 19.95)], [], False), (20.0, [(17.0, 19.0)], [], True),
+        (14.5, [], [FREEZE], False), (30.0, [], [FREEZE], True),
+    ],
+)  # fmt: skip
+def test_a_destination_may_get_more_requests_at_once_only_after_a_freeze_or_from_a_receiver_that_was_late(
+    moment, stalls, faults, is_fault
+):
+    receiver = SimpleNamespace(crowds=[(moment, "crm", 2 * CONCURRENCY)], stalls=stalls)
+    toll = Toll()
+    _find_crowds(SimpleNamespace(receiver=receiver), toll, frozen=faults)
+    assert bool(toll.crowded) == is_fault
+    receiver.crowds = [(moment, "crm", 2 * CONCURRENCY + 1)]
+    toll = Toll()
+    _find_crowds(SimpleNamespace(receiver=receiver), toll, frozen=faults)
+    assert toll.crowded
 
 
 @pytest.mark.parametrize(("seconds", "is_fault"), [(4.9, False), (5.1, True)])
