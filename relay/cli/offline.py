@@ -16,6 +16,7 @@ from relay.config.binding import Binder
 from relay.config.document import read
 from relay.config.installed_service import directories_of, installed
 from relay.config.paths import find_config, is_there
+from relay.config.problems import ConfigError
 from relay.config.schema import Config
 from relay.config.secrets import Absent, Secret
 from relay.config.tables import bind_tables
@@ -192,10 +193,15 @@ def tables_of(given: Path | None) -> Config:
     """Return the configuration without the settings that plugins define.
 
     Raises:
-        ConfigError: the file is missing or has problems.
+        ConfigError: the file is missing, is not TOML, or does not say where the data is: the default would be
+            another database.
     """
     path = find_config(given)
-    return bind_tables(Binder(read(path), directories_of(path), lenient=True))
+    binder = Binder(read(path), directories_of(path), lenient=True)
+    config = bind_tables(binder)
+    if wrong := [each for each in binder.problems if each.key in {"storage", "storage.url", "state_dir"}]:
+        raise ConfigError(wrong, hint=f"correct it, then run `relay check-config {path}`")
+    return config
 
 
 def url_of(config: Config) -> str:

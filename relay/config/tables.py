@@ -50,7 +50,7 @@ def bind_tables(binder: Binder) -> Config:
         binder.report(("backup", "every"), text)
     if config.storage.listen_url is not None and scheme not in validators.POSTGRES:
         binder.warn(("storage", "listen_url"), "no effect: `url` is not a PostgreSQL database")
-    if not config.is_node:
+    if not config.is_node and not any(each.key == "storage.url" for each in binder.problems):
         for name, destination in config.destinations.items():
             if destination.shards > 1:
                 text = "no effect: this daemon sends all deliveries, because it is not a node of a cluster"

@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from importlib.util import find_spec
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -23,7 +24,7 @@ from relay import __version__
 from relay.config.secrets import Secret
 from relay.demo.keeper import kept
 from relay.demo.receiver import Received, Receiver
-from relay.errors import RelayError, StorageError
+from relay.errors import RelayError, StorageError, installing
 from relay.keys import SHARED
 from relay.store import Stop
 from relay.store.opening import offline_store
@@ -307,6 +308,9 @@ async def run_cluster_demo(count: int, storage: str | None, *, leave: bool) -> i
     Raises:
         RelayError: a server or a node does not start, or the database is not empty.
     """
+    if find_spec("asyncpg") is None:
+        hint = f"install it: {installing('asyncpg')}"
+        raise RelayError("the demo of a cluster needs the package asyncpg", hint=hint)
     demo = asyncio.create_task(_demo(count, storage, leave=leave))
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         asyncio.get_running_loop().add_signal_handler(number, demo.cancel)

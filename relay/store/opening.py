@@ -229,8 +229,9 @@ def move_of(source: str, target: str, folder: Path) -> "Move":
 
 def _source(url: str, folder: Path) -> "Source":
     if (path := file_of(url, folder)) is None:
-        from relay.store.postgres.connection import read_url  # noqa: PLC0415 - see above
-        from relay.store.postgres.moving import PostgresSource  # noqa: PLC0415 - see above
+        with _needing_asyncpg():
+            from relay.store.postgres.connection import read_url  # noqa: PLC0415 - see above
+            from relay.store.postgres.moving import PostgresSource  # noqa: PLC0415 - see above
 
         return PostgresSource(read_url(url))
     from relay.store.sqlite.moving import SqliteSource  # noqa: PLC0415 - see above
@@ -240,8 +241,9 @@ def _source(url: str, folder: Path) -> "Source":
 
 def _target(url: str, folder: Path) -> "Target":
     if (path := file_of(url, folder)) is None:
-        from relay.store.postgres.connection import read_url  # noqa: PLC0415 - see above
-        from relay.store.postgres.moving import PostgresTarget  # noqa: PLC0415 - see above
+        with _needing_asyncpg():
+            from relay.store.postgres.connection import read_url  # noqa: PLC0415 - see above
+            from relay.store.postgres.moving import PostgresTarget  # noqa: PLC0415 - see above
 
         return PostgresTarget(read_url(url))
     from relay.store.sqlite.moving import SqliteTarget  # noqa: PLC0415 - see above

@@ -40,6 +40,15 @@ async def stopped(relay):
     await until(lambda: not relay.addresses.socket.exists())
 
 
+async def test_an_invalid_url_is_reported_and_no_other_database_is_read(tmp_path):
+    """The default, relay.db, would be damaged or missing, and the advice would be to restore a backup."""
+    config = write_config(tmp_path, SOURCES, url="postgresql://relay:secret@db/relay")
+    for words in (("doctor", "--offline"), ("events", "list", "--offline"), ("db", "check")):
+        shown = await offline_run(config, *words, code=1)
+        assert "storage.url: the URL contains a password" in shown.err
+        assert "relay.db" not in shown.out + shown.err
+
+
 async def test_db_status_shows_contents_and_sizes(relay, commands, config):
     answer = (await commands("db", "status", "--json")).json
     assert (answer["events"], answer["pending"], answer["backups"]) == (2, 2, [])

@@ -417,6 +417,14 @@ def test_a_missing_server_is_explained(monkeypatch):
     assert "apt-get install postgresql" in caught.value.hint
 
 
+def test_a_missing_package_is_explained_before_a_server_starts(monkeypatch):
+    monkeypatch.setitem(sys.modules, "asyncpg", None)
+    result = CliRunner().invoke(main, ["serve", "--demo", "--nodes", "2", "--exit"])
+    assert result.exit_code == 1
+    assert f"install it: {sys.executable} -m pip install asyncpg" in result.output
+    assert "temporary" not in result.output
+
+
 @needs_postgres
 def test_the_cluster_demo_uses_only_an_empty_database(tmp_path):
     url = database_of(tmp_path)

@@ -190,6 +190,9 @@ def test_shards_without_a_cluster_are_a_warning(bind, tmp_path):
         assert len(binder.warnings) == number
     expected = f"{tmp_path}/config.toml:3: destinations.crm.shards: no effect: this daemon sends all"
     assert any(str(warning).startswith(expected) for warning in binder.warnings)
+    _, binder = bind(f'{CRM}shards = 2\n[storage]\nurl = "postgresql://relay:secret@db/relay"\n')
+    assert [problem.key for problem in binder.problems] == ["storage.url"]
+    assert len(binder.warnings) == 1  # nothing is known about the cluster
 
 
 def test_invalid_names_are_reported_at_their_lines(bind):

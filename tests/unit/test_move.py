@@ -2,6 +2,7 @@
 
 import os
 import sqlite3
+import sys
 from contextlib import closing
 
 import pytest
@@ -288,6 +289,15 @@ async def test_lost_rows_are_noticed(file, url, tmp_path, monkeypatch):
     monkeypatch.setattr(moving.Move, "_small", forgetful)
     with pytest.raises(StorageError, match="differs from the source: dedupe: 11 instead of 12"):
         await move(f"sqlite:{file}", url, tmp_path)
+
+
+def test_a_missing_package_is_named(tmp_path, monkeypatch):
+    for name in ("asyncpg", "relay.store.postgres.connection"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setitem(sys.modules, "asyncpg", None)
+    for urls in (("sqlite:relay.db", "postgresql://db/relay"), ("postgresql://db/relay", "sqlite:relay.db")):
+        with pytest.raises(RelayError, match="needs the package asyncpg"):
+            move_of(*urls, tmp_path)
 
 
 async def test_both_sides_must_be_of_different_kinds_and_the_source_must_have_tables(file, url, tmp_path):
