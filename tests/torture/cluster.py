@@ -35,6 +35,7 @@ REST = 0.0, 4.0  # seconds between faults in a mixed run
 BOTH = 0.4  # the part of the faults that come in pairs
 LEAST = 2  # faults, or pairs, even if they take longer than a mixed run should
 WORKERS = 30  # of a mixed run
+UNWRITTEN = 3.0  # seconds; see `Fleet.silence`: a busy node writes heartbeats up to 2 s late
 RECOVERED = 120.0  # seconds until a silent worker is marked, whatever happens meanwhile
 
 
@@ -123,7 +124,7 @@ class Torture:
         """Let workers fall silent and send heartbeats again."""
         while not is_over.is_set():
             silent = fleet.choose(WORKERS // 5)
-            await fleet.silence(silent, RECOVERED)
+            await fleet.silence(silent, RECOVERED, UNWRITTEN)
             await fleet.revive(silent)
 
     async def kill(self, victim: int | None = None) -> None:

@@ -1,5 +1,6 @@
 """The oracle of the cluster suite finds broken promises, and excuses only attempts in flight at a fault."""
 
+import random
 from types import SimpleNamespace
 
 import asyncpg
@@ -18,6 +19,7 @@ from torture.audit import (
     _find_unexplained,
     pause,
 )
+from torture.cluster_workers import PATIENCE, Fleet
 from torture.nodes import CONCURRENCY, LANES, LATEST, LIMIT, LIMITED, ORDERED, Arrival, Fault, Receiver, Sent
 
 NEAR = 0.1
@@ -264,6 +266,29 @@ async def test_only_a_full_backlog_and_a_newer_event_end_a_delivery_without_succ
         await connection.close()
         drop_databases()
     assert (row[0], row[2], row[3]) == (destination, f"{end[0]} ({end[1]})", is_permitted)
+
+
+@pytest.mark.parametrize(
+    ("after", "early", "count"),
+    [(-0.9, 1.0, 0), (-1.1, 1.0, 1), (-1.1, 3.0, 0), (-3.1, 3.0, 1), (9.1, 3.0, 1)],
+)
+async def test_a_silent_worker_must_be_marked_at_its_deadline(monkeypatch, after, early, count):
+    """Not earlier than unwritten heartbeats of a killed node explain."""
+
+    class Marked:
+        nodes = ()
+
+        async def fetch(self, _sql):
+            return [("w000", "whatsapp.worker.offline", 100.0 + PATIENCE + after)]
+
+    async def no_sleep(_seconds):
+        """Return at once."""
+
+    monkeypatch.setattr("torture.cluster_workers.asyncio.sleep", no_sleep)
+    fleet = Fleet(Marked(), random.Random(1), 1)
+    fleet._heard["w000"] = 100.0
+    await fleet.silence(["w000"], early=early)
+    assert len(fleet.faults) == count
 
 
 BROKEN = [
