@@ -190,7 +190,7 @@ async def test_an_error_names_every_host_and_a_refused_login_decides_the_hint(si
 @pytest.mark.parametrize(
     ("code", "hint"),
     [
-        ("28P01", "in ~/.pgpass"),
+        ("28P01", "in ~/.pgpass with mode 0600"),
         ("3F000", "CREATE SCHEMA"),
         ("42501", 'ALTER DATABASE "Relay" OWNER TO relay;'),
         ("42P01", "restore a backup"),

@@ -90,8 +90,8 @@ asyncpg asks the server for them, once per connection. If JIT is on, that takes 
 STANDBY = "it is a standby, or accepts no writes"
 
 LOGIN = (
-    "check the user in [storage] url, the password (in ~/.pgpass, in PGPASSWORD, or in the URL if that is a"
-    " secret), and the server's pg_hba.conf"
+    "check the user in [storage] url, the password (in ~/.pgpass with mode 0600, in PGPASSWORD, or in the URL"
+    " if that is a secret), and the server's pg_hba.conf"
 )
 POOLER = "this is a pooler such as PgBouncer: add pooler=true to [storage] url"
 POOLER_PATH = "a pooler accepts no search_path; set it at the server: ALTER ROLE … SET search_path = …"
