@@ -16,6 +16,7 @@ from relay.base.clock import SECOND
 from relay.errors import KeyConflict, StorageError, StorageUnavailableError
 from relay.model import Attempt, Outcome, Register, Target
 from relay.store import opening
+from relay.store.postgres import connection as connection_module
 from relay.store.postgres import partitions, schema, transaction
 from relay.store.postgres import store as store_module
 from relay.store.postgres.connection import connect
@@ -646,6 +647,16 @@ async def test_a_migration_waits_for_a_dump_without_delaying_other_nodes(store, 
     await store.open()
     await change(store, f"UPDATE meta SET value = '{len(MIGRATIONS)}' WHERE name = 'version'")
     await change(store, "DELETE FROM meta WHERE name IN ('least', 'program')")
+
+
+async def test_a_closed_store_leaves_no_connection_to_close(store):
+    async with store.database.reader() as reader:
+        with pytest.raises(TimeoutError):
+            await reader.fetch("SELECT pg_sleep(60)", seconds=0.01)
+    assert connection_module._closing
+    await store.close()
+    assert not connection_module._closing
+    await store.open()
 
 
 async def test_a_failure_names_the_database_in_one_line(store):

@@ -266,6 +266,13 @@ _closing: set[asyncio.Task[None]] = set()
 """Connections that are being closed in the background."""
 
 
+async def finish_closing() -> None:
+    """Wait until the connections that are being closed in the background are closed, each within 2 s."""
+    loop = asyncio.get_running_loop()
+    if tasks := [task for task in _closing if task.get_loop() is loop]:
+        await asyncio.wait(tasks)
+
+
 class Connection:
     """One session. After a timeout, a cancelled call or a lost network it is closed and stays closed."""
 

@@ -33,6 +33,7 @@ from relay.store.postgres.connection import (
     code_of,
     connect,
     connect_raw,
+    finish_closing,
     is_transient,
     refused,
     text_of,
@@ -471,6 +472,7 @@ class PostgresStore:
             self.opened = False
             await self.database.close()
             await writer.connection.close()
+            await finish_closing()
 
 
 class _Leases:
