@@ -233,7 +233,7 @@ FINDING = {
     ("serve",): "another relay",  # uses the state directory
     ("listen",): "cannot listen on port",
     ("doctor",): "slow",  # is paused
-    ("db", "move"): "no database",
+    ("db", "move"): "of the same kind",
 }
 """Commands that exit with 1 beside the running daemon, and what they find."""
 

@@ -387,13 +387,16 @@ class Cluster:
             for lane in ([name] if count == 1 else [f"{name}/{number}" for number in range(max(count, 1))])
         }
 
-    async def change(self, number: int, *, shards: int) -> None:
-        """Let a node use another number of shards, by a reload."""
+    async def change(self, number: int, *, shards: int, seconds: float = 60.0) -> None:
+        """Let a node use another number of shards, by a reload; the database may be away for a while."""
         self.setups[number].shards = shards
         self._write(number)
-        folder = self.nodes[number].config.parent
-        answer = await exchange(folder / "state" / "relay.sock", request("POST", "/api/reload"))
-        assert answer.status == HTTPStatus.OK, answer
+        socket = self.nodes[number].config.parent / "state" / "relay.sock"
+        deadline = time.monotonic() + seconds
+        while (answer := await exchange(socket, request("POST", "/api/reload"))).status != HTTPStatus.OK:
+            assert answer.status == HTTPStatus.SERVICE_UNAVAILABLE, answer
+            assert time.monotonic() < deadline, answer
+            await asyncio.sleep(0.2)
 
     async def until_owned(self, by: Sequence[int], seconds: float = 60.0) -> None:
         """Wait until these nodes own the lanes that every node has."""
