@@ -193,6 +193,7 @@ PEERS_SQL = """
            extract(epoch FROM clock_timestamp() - started)::float8 AS age, shards::text AS shards,
            definitions::text AS definitions, place, former::text AS former, version
       FROM nodes WHERE seen > clock_timestamp() - $1::float8 * interval '1 second'
+     ORDER BY name, started
 """
 
 NODES_SQL = """
