@@ -43,7 +43,7 @@ SHORT = "SET LOCAL idle_in_transaction_session_timeout = 5000"
 """Sent with BEGIN: if this node is suspended or loses the network in a transaction, its locks end after 5 s.
 
 Otherwise the server would keep them until the end of TCP's keepalive, two hours by default. Meanwhile,
-another node that adds a delivery of a locked order key answers no sender. Such a wait must end well before
+another node that adds a delivery of a locked order key answers no sender. That wait must end well before
 `CALL_TIMEOUT`, after which that node would refuse its senders, too."""
 
 ERRORS = (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError, OSError, TimeoutError)
